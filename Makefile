@@ -1,0 +1,67 @@
+# Two commands do everything: `make serve` and `make test`. The rest: `make help`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# TORCH=cpu takes torch's CPU build from PyTorch's own index; the default is PyPI's (with CUDA).
+TORCH ?= default
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
+# What to serve, and further options: make serve MODEL=nvidia/NV-Embed-v2 ARGS="--port 9000"
+MODEL ?=
+ARGS ?=
+
+.PHONY: help install serve test check fix openapi gpu-check tiny-model lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## make .venv with what serving needs
+
+serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…)
+	$(BIN)/nv-embed serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.installed-test ## ruff, mypy strict, the layering test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_layering.py
+
+fix: $(VENV)/.installed-test ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
+	$(BIN)/nv-embed openapi > openapi.yaml
+
+gpu-check: $(VENV)/.installed ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
+	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
+
+tiny-model: $(VENV)/.installed-test ## write a random checkpoint to build/tiny-nv-embed
+	$(BIN)/python -m tests.checkpoints build/tiny-nv-embed
+
+lock: ## renew requirements.lock and requirements-test.lock
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install -q $(PIP_FLAGS) torch==2.13.0 .
+	build/lock/bin/pip freeze --exclude nv-embed-server | sed -E 's/^torch==([0-9.]+).*/torch==\1/' \
+	    | grep -vE '^(nvidia-|triton|cuda-)' > requirements.lock
+	build/lock/bin/pip install -q $(PIP_FLAGS) '.[test]'
+	build/lock/bin/pip freeze --exclude nv-embed-server | sed -E 's/^torch==([0-9.]+).*/torch==\1/' \
+	    | grep -vE '^(nvidia-|triton|cuda-)' > requirements-test.lock
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-test.lock
+	@touch $@

@@ -1,0 +1,203 @@
+"""One variable-length attention function, and the kernels behind it.
+
+Every kernel has the signature of `AttentionKernel`: full bidirectional attention inside each
+sequence, nothing across sequences. `choose_kernel` picks one by name, once, at start.
+
+Letters: Tq query rows, Tk key rows, H heads, K kv heads, E head width, N sequences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.errors import UnsupportedError
+from model.packing import Segments
+
+
+class AttentionKernel(Protocol):
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
+    ) -> Tensor:
+        """q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
+
+        Row i of `queries` attends to all rows of sequence i of `keys`.
+        """
+        ...
+
+
+def sdpa_per_sequence(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
+) -> Tensor:
+    """scaled_dot_product_attention on views, one call for each run of equally long sequences.
+
+    The CPU's kernel: it has no variable-length one. Runs on every device and dtype.
+    """
+    outputs = []
+    q_at = k_at = 0
+    shapes = zip(queries.lengths, keys.lengths, strict=True)
+    for (q_len, k_len), run in groupby(shapes):
+        count = sum(1 for _ in run)
+        q_end, k_end = q_at + count * q_len, k_at + count * k_len
+        out = F.scaled_dot_product_attention(
+            q[q_at:q_end].unflatten(0, (count, q_len)).transpose(1, 2),
+            k[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
+            v[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        q_at, k_at = q_end, k_end
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def sdpa_padded(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """The only place with padding: for GPUs and dtypes that the varlen kernels refuse."""
+    q_pad, k_pad, v_pad = _pad(q, queries), _pad(k, keys), _pad(v, keys)
+    lengths = keys.cu_seqlens.diff()
+    mask = torch.arange(keys.max_seqlen, device=k.device) < lengths[:, None]
+    out = F.scaled_dot_product_attention(
+        q_pad, k_pad, v_pad, attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
+    return out.flatten(0, 1)[_padded_rows(queries)]
+
+
+def _padded_rows(segments: Segments) -> Tensor:
+    """[T] the row that each packed row takes in the flattened padded tensor [N * max_seqlen]."""
+    bounds = segments.cu_seqlens
+    rows = sum(segments.lengths)
+    lengths = bounds.diff()
+    sequence = torch.repeat_interleave(
+        torch.arange(segments.num_seqs, device=bounds.device), lengths, output_size=rows
+    )
+    within = torch.arange(rows, device=bounds.device) - bounds[:-1][sequence]
+    return sequence * segments.max_seqlen + within
+
+
+def _pad(x: Tensor, segments: Segments) -> Tensor:
+    """[T, heads, E] -> [N, heads, max_seqlen, E], zeros after each sequence."""
+    shape = (segments.num_seqs * segments.max_seqlen, *x.shape[1:])
+    padded = x.new_zeros(shape).index_copy_(0, _padded_rows(segments), x)
+    return padded.unflatten(0, (segments.num_seqs, segments.max_seqlen)).transpose(1, 2)
+
+
+def _varlen_kernel() -> AttentionKernel:
+    """torch.nn.attention.varlen's FlashAttention; its signature changes between releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attend: Callable[..., Tensor] = varlen_attn
+    native_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+        options: dict[str, Any] = {}
+        if q.shape[1] != k.shape[1]:
+            if native_gqa:
+                options["enable_gqa"] = True
+            else:
+                groups = q.shape[1] // k.shape[1]
+                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return attend(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            queries.max_seqlen,
+            keys.max_seqlen,
+            **options,
+        )
+
+    return varlen
+
+
+def _flash_attn_kernel() -> AttentionKernel:
+    """The flash-attn package (an extra: it is compiled from source, for an hour)."""
+    from flash_attn import flash_attn_varlen_func
+
+    def flash_attn(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            keys.cu_seqlens,
+            queries.max_seqlen,
+            keys.max_seqlen,
+            causal=False,
+        )
+        return out
+
+    return flash_attn
+
+
+@dataclass(frozen=True, slots=True)
+class _Kernel:
+    load: Callable[[], AttentionKernel]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
+    """The reason why it cannot run there, or None when it can."""
+
+
+def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _flash_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    # On meta tensors the kernels accept float32, which CUDA does not: so we check ourselves.
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or later"
+    if device.type == "cpu":
+        return "it runs on CUDA only"
+    return None
+
+
+def _varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return "this torch has no torch.nn.attention.varlen (2.10 or later has)"
+    return _flash_refusal(device, dtype)
+
+
+def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the flash-attn package is not installed (pip install nv-embed-server[flash-attn])"
+    return _flash_refusal(device, dtype)
+
+
+_KERNELS = {
+    "flash-attn": _Kernel(_flash_attn_kernel, _flash_attn_refusal),
+    "varlen": _Kernel(_varlen_kernel, _varlen_refusal),
+    "padded": _Kernel(lambda: sdpa_padded, _always),
+    "sdpa": _Kernel(lambda: sdpa_per_sequence, _always),
+}
+KERNEL_NAMES = tuple(_KERNELS)
+
+
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, AttentionKernel]:
+    """The kernel of that name, or with "auto" the first that runs: (its name, the function).
+
+    Raises UnsupportedError when a kernel asked for by name cannot run there.
+    """
+    if name == "auto":
+        if device.type == "cpu":
+            return "sdpa", sdpa_per_sequence
+        name = next(n for n, kernel in _KERNELS.items() if not kernel.why_not(device, dtype))
+    if name not in _KERNELS:
+        raise UnsupportedError(f"unknown attention {name!r}; known: auto, {', '.join(_KERNELS)}")
+    if reason := _KERNELS[name].why_not(device, dtype):
+        raise UnsupportedError(f"attention {name!r} cannot be used on {device}: {reason}")
+    return name, _KERNELS[name].load()
+
+
+def available_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of the kernels that can run there, best first."""
+    return [name for name, kernel in _KERNELS.items() if not kernel.why_not(device, dtype)]

@@ -1,0 +1,65 @@
+"""The domain types that every layer shares. Owns no behaviour; knows neither torch nor text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """One tokenized input.
+
+    ids: int32 [n], BOS and (unless truncated) EOS included.
+    pool_start: how many leading positions stay out of the pool (BOS and instruction).
+    """
+
+    ids: NDArray[np.int32]
+    pool_start: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.ids.dtype == np.int32, self.ids.dtype
+        assert 0 <= self.pool_start < len(self.ids), (self.pool_start, len(self.ids))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Encoding({len(self.ids)} tokens, pool_start={self.pool_start})"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """What one batch may hold. A sequence longer than `max_tokens` runs alone."""
+
+    max_tokens: int
+    max_seqs: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """What an engine worker is told about the model it runs; plain values, to cross a wire."""
+
+    path: str  # the checkpoint folder
+    device: str = "cpu"  # cpu, cuda, cuda:N
+    dtype: str = "auto"
+    quantization: str = "none"
+    attention: str = "auto"
+    threads: int | None = None  # CPU threads; None: torch's own choice
+    max_batch_tokens: int = 1024
+    max_batch_seqs: int = 256
+    max_input_tokens: int = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerInfo:
+    """What a runner turned out to be, for the log and `/info`."""
+
+    device: str
+    device_name: str
+    dtype: str
+    quantization: str
+    attention: str
+    width: int  # of the vectors it returns

@@ -1,0 +1,149 @@
+"""NVEmbedConfig: the official config.json, read into the numbers that the forward needs.
+
+Refuses what the forward does not compute, so that a checkpoint of another kind stops the start
+instead of giving wrong vectors. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import CheckpointError
+
+# The official file's latent_attention_config holds no sizes: these are the published code's
+# defaults (configuration_nvembed.py).
+_DEFAULT_NUM_LATENTS = 512
+_DEFAULT_CROSS_HEADS = 8
+_DEFAULT_CROSS_DIM_HEAD = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class NVEmbedConfig:
+    """Sizes of one NV-Embed model. Letters as in mistral.py: D, H, K, E, L."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    num_hidden_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # E
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    rms_norm_eps: float
+    num_latents: int  # L
+    num_cross_heads: int
+    cross_dim_head: int
+    name: str | None = None  # `_name_or_path`: who the weights are, for the licence notice
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> NVEmbedConfig:
+        """Read `folder/config.json`. Raises CheckpointError with what is wrong and where."""
+        path = folder / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} has no config.json; a checkpoint folder holds config.json, "
+                "tokenizer.json and *.safetensors"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        try:
+            return cls.from_dict(raw)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> NVEmbedConfig:
+        """Build from the parsed JSON of an official config.json."""
+        if not isinstance(raw, dict) or raw.get("model_type") != "nvembed":
+            kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+            raise CheckpointError(f"model_type is {kind!r}, this server runs 'nvembed' only")
+        text = _section(raw, "text_config")
+        latent = _section(raw, "latent_attention_config")
+
+        _require(raw, "mask_type", "b", "only bidirectional attention is supported")
+        _require(raw, "add_eos", True, "EOS is always appended")
+        _require(raw, "is_mask_instruction", True, "instructions always stay out of the pool")
+        _require(text, "hidden_act", "silu", "the MLP computes SiLU")
+        _require(text, "attention_bias", False, "the projections have no biases")
+        _require(text, "mlp_bias", False, "the projections have no biases")
+        _require(text, "rope_scaling", None, "RoPE scaling is not implemented")
+        _require(text, "bos_token_id", 1, "the tokenizer puts BOS = 1 in front")
+        _require(text, "eos_token_id", 2, "EOS is id 2")
+        _require(latent, "output_normalize", True, "vectors are always normalised")
+
+        hidden = _integer(text, "hidden_size")
+        for key in ("hidden_dim", "latent_dim"):
+            # None in the official file, where the published default is the backbone's width.
+            _require(latent, key, hidden, "the pooler is as wide as the backbone")
+        heads = _integer(text, "num_attention_heads")
+        kv_heads = _integer(text, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise CheckpointError(f"{heads} query heads do not share {kv_heads} kv heads evenly")
+        head_dim = _integer(text, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise CheckpointError(f"head_dim {head_dim} is odd; RoPE rotates pairs")
+        return cls(
+            vocab_size=_integer(text, "vocab_size"),
+            hidden_size=hidden,
+            num_hidden_layers=_integer(text, "num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=_integer(text, "intermediate_size"),
+            max_position_embeddings=_integer(text, "max_position_embeddings"),
+            rope_theta=_number(text, "rope_theta", 10000.0),
+            rms_norm_eps=_number(text, "rms_norm_eps", 1e-5),
+            num_latents=_integer(latent, "num_latents_value", _DEFAULT_NUM_LATENTS),
+            num_cross_heads=_integer(latent, "num_cross_heads", _DEFAULT_CROSS_HEADS),
+            cross_dim_head=_integer(latent, "cross_dim_head", _DEFAULT_CROSS_DIM_HEAD),
+            name=raw.get("_name_or_path") or None,
+        )
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def max_input_tokens(self) -> int:
+        """The longest input that the model was made for (positions, at most 32,768)."""
+        return min(self.max_position_embeddings, 32_768)
+
+
+def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    section = raw.get(key)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{key} is missing")
+    return section
+
+
+def _require(section: dict[str, Any], key: str, value: object, why: str) -> None:
+    """Refuse a key that is present with another value; absent and null mean the default."""
+    found = section.get(key)
+    if found is not None and found != value:
+        raise CheckpointError(f"{key} is {found!r}, only {value!r} is supported: {why}")
+
+
+def _integer(section: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = section.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise CheckpointError(f"{key} is {value!r}, a positive integer is needed")
+    return value
+
+
+def _number(section: dict[str, Any], key: str, default: float) -> float:
+    value = section.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise CheckpointError(f"{key} is {value!r}, a positive number is needed")
+    return float(value)

@@ -1,0 +1,131 @@
+"""Offline API: texts in, vectors out, without a server.
+
+    from model.encoder import Encoder
+    encoder = Encoder("nvidia/NV-Embed-v2")
+    queries = encoder.encode(["why is the sky blue?"], instruction=encoder.query_prefix("..."))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.errors import InputTooLongError, NonFiniteError
+from model.hub import locate
+from model.runner import ModelRunner, Runner
+from model.tokenizer import NVEmbedTokenizer, Truncation
+
+_WINDOW = 16_384
+"""Texts that are tokenized and sorted by length together."""
+
+
+def query_prefix(task: str) -> str:
+    """The prefix of a query: what the reference writes before the text."""
+    return f"Instruct: {task}\nQuery: "
+
+
+class Encoder:
+    """A tokenizer and a runner in this process. Vectors are float32 [N, D], of length 1."""
+
+    def __init__(
+        self, model: str, *, revision: str | None = None, offline: bool = False, **options: object
+    ) -> None:
+        """Load `model`, a folder or a hub id. `options` are RunnerOptions' other fields.
+
+        Raises CheckpointError or UnsupportedError.
+        """
+        source = locate(model, revision=revision, offline=offline)
+        runner_options = replace(
+            RunnerOptions(path=str(source.path), device="auto"),
+            **options,  # type: ignore[arg-type]
+        )
+        runner = ModelRunner(runner_options)
+        if runner.device.type == "cuda" and "max_batch_tokens" not in options:
+            runner_options = replace(runner_options, max_batch_tokens=8192)
+        limits = BatchLimits(runner_options.max_batch_tokens, runner_options.max_batch_seqs)
+        self._setup(NVEmbedTokenizer.from_dir(source.path), runner, limits)
+        self.max_tokens = min(runner.config.max_input_tokens, runner_options.max_input_tokens)
+
+    @classmethod
+    def of(
+        cls, tokenizer: NVEmbedTokenizer, runner: Runner, limits: BatchLimits, max_tokens: int
+    ) -> Encoder:
+        """An Encoder around parts that exist already."""
+        encoder = cls.__new__(cls)
+        encoder._setup(tokenizer, runner, limits)
+        encoder.max_tokens = max_tokens
+        return encoder
+
+    def _setup(self, tokenizer: NVEmbedTokenizer, runner: Runner, limits: BatchLimits) -> None:
+        self.tokenizer, self.runner, self.limits = tokenizer, runner, limits
+        self.max_tokens = 0
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        instruction: str = "",
+        *,
+        max_tokens: int | None = None,
+        truncate: Truncation = Truncation.NONE,
+        progress: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """-> [len(texts), D], in the order of `texts`.
+
+        instruction: put before each text verbatim, and left out of the pool.
+        max_tokens: the limit of one input, by default the model's own.
+        progress: a bar on stderr; None means when stderr is a terminal.
+        Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError.
+        """
+        max_tokens = max_tokens or self.max_tokens
+        vectors = np.empty((len(texts), self.runner.info.width), dtype=np.float32)
+        disable = None if progress is None else not progress
+        with tqdm(total=len(texts), desc="Embedding", unit=" texts", disable=disable) as bar:
+            for first in range(0, len(texts), _WINDOW):
+                window = texts[first : first + _WINDOW]
+                encodings = self._tokenize(window, first, instruction, max_tokens, truncate)
+                for batch in batches_by_length(encodings, self.limits):
+                    rows = self.runner.embed([encodings[i] for i in batch])
+                    if not np.isfinite(rows).all():
+                        raise NonFiniteError([first + i for i in batch])
+                    vectors[[first + i for i in batch]] = rows
+                    bar.update(len(batch))
+        return vectors
+
+    def _tokenize(
+        self,
+        texts: Sequence[str],
+        first: int,
+        instruction: str,
+        max_tokens: int,
+        truncate: Truncation,
+    ) -> list[Encoding]:
+        encodings = []
+        results = self.tokenizer.encode_batch(
+            texts, instruction, max_tokens=max_tokens, truncate=truncate
+        )
+        for index, result in enumerate(results, first):
+            if isinstance(result, Exception):
+                result.add_note(f"in texts[{index}]")
+                raise result
+            encodings.append(result)
+        return encodings
+
+
+def batches_by_length(encodings: Sequence[Encoding], limits: BatchLimits) -> list[list[int]]:
+    """Indices of `encodings`, longest first, cut into batches within `limits`."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(encodings)), key=lambda i: -len(encodings[i])):
+        length = len(encodings[index])
+        fits = batches and tokens + length <= limits.max_tokens
+        if not fits or len(batches[-1]) == limits.max_seqs:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += length
+    return batches

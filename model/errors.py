@@ -1,0 +1,56 @@
+"""Errors of the model package.
+
+ModelError
+├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
+├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
+├── InputTooLongError     more tokens than the limit, and no truncation asked for
+├── EmptyPoolError        nothing is left to pool: the instruction fills the whole input
+└── NonFiniteError        the model produced NaN or infinity for some inputs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ModelError(Exception):
+    """Base of every error that the model package raises on purpose."""
+
+
+class CheckpointError(ModelError):
+    """The checkpoint is missing, incomplete, or not one that this project supports."""
+
+
+class UnsupportedError(ModelError):
+    """The device, dtype, kernel or quantization that was asked for does not work here."""
+
+
+class InputTooLongError(ModelError):
+    """One input has more tokens than the limit.
+
+    `num_tokens` is None when the text was refused by its length in characters, untokenized.
+    """
+
+    def __init__(self, num_tokens: int | None, max_tokens: int) -> None:
+        self.num_tokens, self.max_tokens = num_tokens, max_tokens
+        shown = f"more than {max_tokens}" if num_tokens is None else str(num_tokens)
+        super().__init__(f"the input has {shown} tokens, the limit is {max_tokens}")
+
+
+class EmptyPoolError(ModelError):
+    """All tokens of one input belong to its instruction (the reference computes 0/0 here)."""
+
+    def __init__(self, pool_start: int, max_tokens: int) -> None:
+        self.pool_start, self.max_tokens = pool_start, max_tokens
+        super().__init__(
+            f"the instruction takes {pool_start} tokens and the input is cut to {max_tokens}: "
+            "nothing is left to embed"
+        )
+
+
+class NonFiniteError(ModelError):
+    """Some vectors of a batch hold NaN or infinity; `rows` are their places in the batch."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(f"the model returned a non-finite vector for {len(self.rows)} input(s)")

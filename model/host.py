@@ -1,0 +1,63 @@
+"""What this machine lets us use: processor cores and memory. Torch-free, Linux first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """Whole cores that this process may use: its affinity, cut by the cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = _cgroup_quota()
+    cores = cores or 1
+    return max(1, min(cores, int(quota)) if quota else cores)
+
+
+def _cgroup_quota() -> float | None:
+    """Cores by the CPU quota of cgroup v2 or v1; None without one."""
+    try:
+        limit, period = (_CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit = (_CGROUP / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (_CGROUP / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if limit == "max" or int(limit) <= 0:
+        return None
+    return int(limit) / int(period)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping: MemAvailable, cut by the cgroup's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware (Intel AMX)."""
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def anonymous_memory() -> int:
+    """RssAnon of this process in bytes: its memory without mapped files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")

@@ -1,0 +1,105 @@
+"""Where a checkpoint is: a folder, or a Hugging Face id that is downloaded to the cache.
+
+Torch-free: the front process locates the model before any worker starts. Only safetensors,
+JSON and the card are fetched; code and pickles never are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError
+
+_FILES = ["*.json", "*.safetensors", "README.md"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PINNED_REVISIONS = {
+    "nvidia/NV-Embed-v1": "570834afd5fef5bf3a3c2311a2b6e0a66f6f4f2c",
+    "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",
+}
+"""What runs when no revision is asked for: the commits that the published MTEB scores name."""
+NVIDIA_NOTICE = (
+    "These are NVIDIA's NV-Embed weights, licensed CC-BY-NC-4.0: non-commercial use only "
+    "(https://creativecommons.org/licenses/by-nc/4.0/)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A checkpoint on disk, and how it got there."""
+
+    model_id: str  # as the user named it; for a folder its last part
+    path: Path
+    revision: str | None  # the hub's commit; None for a folder
+    license: str | None  # from the model card
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.model_id.lower().startswith("nvidia/nv-embed")
+
+
+def locate(model: str, *, revision: str | None = None, offline: bool = False) -> ModelSource:
+    """Find `model`, downloading it when it is a hub id that is not cached.
+
+    Raises CheckpointError with what to do about it.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise CheckpointError(f"--revision is for hub ids, and {model} is a folder")
+        name = NVEmbedConfig.from_dir(folder).name or folder.resolve().name
+        return ModelSource(name, folder, None, card_license(folder))
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{model} is neither a folder nor a Hugging Face id (owner/name)")
+    path = _download(model, revision or PINNED_REVISIONS.get(model), offline)
+    # In the cache, a snapshot's folder is named after its commit.
+    return ModelSource(model, path, path.name, card_license(path))
+
+
+def _download(model: str, revision: str | None, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=offline, allow_patterns=_FILES
+            )
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{model} is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{model} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"no folder and no hub model is named {model!r}") from error
+    except LocalEntryNotFoundError as error:
+        why = "--offline was given" if offline else "the hub cannot be reached"
+        raise CheckpointError(f"{model} is not in the local cache and {why}") from error
+    except OSError as error:
+        raise CheckpointError(f"downloading {model} failed: {error}") from error
+
+
+def card_license(folder: Path) -> str | None:
+    """The `license` of the card's front matter (README.md), if there is one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    matter = re.match(r"\A---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(matter[1]) if matter else None
+    except yaml.YAMLError:
+        return None
+    license_ = found.get("license") if isinstance(found, dict) else None
+    return license_ if isinstance(license_, str) else None

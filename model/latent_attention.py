@@ -1,0 +1,118 @@
+"""The latent-attention pooler (paper, section 3.1), plain and folded.
+
+`LatentAttention` is the published formula, parameter for parameter: for training and as the
+referee. `FoldedLatentAttention` is what serves: the latents are constants after training, so
+per head `Wq` and the keys collapse into one matrix, the values and `Wo` into another. It is
+exact algebra; 34 M parameters instead of 537 M at the official size.
+
+Shapes: P pooled rows, N sequences, D width, L latents, H cross heads, C cross head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import NVEmbedConfig
+from model.packing import Segments
+
+LAYER_NORM_EPS = 1e-5
+FEED_FORWARD_FACTOR = 4
+
+
+def segment_mean(x: Tensor, segments: Segments) -> Tensor:
+    """x [P, …] -> float32 [N, …]: the mean of each segment's rows."""
+    if x.device.type == "cpu":  # segment_reduce is a scalar loop there
+        means = [part.mean(0, dtype=torch.float32) for part in x.split(segments.lengths)]
+        return torch.stack(means)
+    lengths = segments.cu_seqlens.diff()
+    return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0, unsafe=True)
+
+
+class PooledFeedForward(nn.Module):
+    """mean over rows of `W2(value * gelu(gate)) + h`, (value, gate) = W1·LayerNorm(h) + b1.
+
+    The mean commutes with W2, so it comes first: W2 runs once per sequence. Exact (erf) GELU.
+    """
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, FEED_FORWARD_FACTOR * config.hidden_size
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.up_proj = nn.Linear(width, 2 * inner)
+        self.down_proj = nn.Linear(inner, width)
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D]."""
+        value, gate = self.up_proj(self.norm(h)).chunk(2, dim=-1)
+        mean = segment_mean(value * F.gelu(gate), pooled)
+        return self.down_proj(mean.to(h.dtype)).float() + segment_mean(h, pooled)  # type: ignore[no-any-return]
+
+
+class LatentAttention(nn.Module):
+    """The plain pooler: cross-attention from tokens to latents, feed-forward, mean."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
+        self.num_heads = config.num_cross_heads
+        self.latents = nn.Parameter(torch.empty(config.num_latents, width))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm_context = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+        self.feed_forward = PooledFeedForward(config)
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D], not yet normalised."""
+        keys, values = self.to_kv(self.norm_context(self.latents)).chunk(2, dim=-1)
+        q, k, v = (  # [H, rows, C]
+            x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+            for x in (self.to_q(self.norm(h)), keys, values)
+        )
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        h = self.to_out(attended.transpose(0, 1).flatten(1)) + h
+        return self.feed_forward(h, pooled)  # type: ignore[no-any-return]
+
+
+class FoldedLatentAttention(nn.Module):
+    """The same function with the latents' keys and values folded into the projections."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        width, slots = config.hidden_size, config.num_cross_heads * config.num_latents
+        self.num_heads = config.num_cross_heads
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.to_latents = nn.Linear(width, slots, bias=False)  # D -> H·L
+        self.from_latents = nn.Linear(slots, width, bias=False)  # H·L -> D
+        self.feed_forward = PooledFeedForward(config)
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D], not yet normalised."""
+        scores = self.to_latents(self.norm(h)).unflatten(-1, (self.num_heads, -1))
+        h = self.from_latents(scores.softmax(dim=-1).flatten(1)) + h
+        return self.feed_forward(h, pooled)  # type: ignore[no-any-return]
+
+
+def normed_latents(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What keys and values are made of, in float32: LayerNorm(latents) [L, D]."""
+    width = latents.shape[-1]
+    return F.layer_norm(
+        latents.float(), (width,), weight.float(), bias.float(), eps=LAYER_NORM_EPS
+    )
+
+
+def fold_keys(context: Tensor, to_k: Tensor, to_q: Tensor) -> Tensor:
+    """One head: context [L, D], to_k [C, D], to_q [C, D] -> rows of `to_latents` [L, D].
+
+    q·k / sqrt(C) = (Wq·x)·(Wk·c) / sqrt(C) = ((Wk·c)·Wq / sqrt(C))·x. In float32.
+    """
+    scale = to_q.shape[0] ** -0.5
+    return (context @ to_k.float().T) @ to_q.float() * scale
+
+
+def fold_values(context: Tensor, to_v: Tensor, to_out: Tensor) -> Tensor:
+    """One head: context [L, D], to_v [C, D], to_out [D, C] -> columns of `from_latents` [D, L]."""
+    return to_out.float() @ (context @ to_v.float().T).T

@@ -1,0 +1,310 @@
+"""Official safetensors -> NVEmbed on a device. Fusing, folding and quantizing happen here.
+
+One table, `tensor_table`, names every tensor of the official layout (v1 and v2: 304 of them),
+its shape and the parameter that it goes to. Shards are mapped, never read whole: beside the
+weights that are kept, only one parameter's worth of memory is in use at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model import quantization
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError
+from model.latent_attention import (
+    FEED_FORWARD_FACTOR,
+    LatentAttention,
+    fold_keys,
+    fold_values,
+    normed_latents,
+)
+from model.nv_embed import NVEmbed
+
+_LATENT = "latent_attention_model."
+_CROSS = _LATENT + "cross_attend_blocks.0."
+_FEED_FORWARD = _LATENT + "cross_attend_blocks.1."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One tensor of the checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
+    """Parameter of NVEmbed -> the checkpoint tensors that are stacked (dim 0) to make it.
+
+    The two folded parameters of the pooler are not here: see `folded_sources`.
+    """
+    width, inter = config.hidden_size, config.intermediate_size
+    table: dict[str, list[Source]] = {}
+
+    def add(parameter: str, *sources: tuple[str, tuple[int, ...]]) -> None:
+        table[parameter] = [Source(*source) for source in sources]
+
+    add(
+        "backbone.embed_tokens.weight",
+        ("embedding_model.embed_tokens.weight", (config.vocab_size, width)),
+    )
+    for index in range(config.num_hidden_layers):
+        ours = f"backbone.layers.{index}."
+        theirs = f"embedding_model.layers.{index}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            add(f"{ours}{norm}.weight", (f"{theirs}{norm}.weight", (width,)))
+        q = (theirs + "self_attn.q_proj.weight", (config.q_size, width))
+        k = (theirs + "self_attn.k_proj.weight", (config.kv_size, width))
+        v = (theirs + "self_attn.v_proj.weight", (config.kv_size, width))
+        if index < config.num_hidden_layers - 1:
+            add(ours + "self_attn.qkv_proj.weight", q, k, v)
+        else:
+            add(ours + "self_attn.q_proj.weight", q)
+            add(ours + "self_attn.kv_proj.weight", k, v)
+        add(
+            ours + "self_attn.o_proj.weight",
+            (theirs + "self_attn.o_proj.weight", (width, config.q_size)),
+        )
+        add(
+            ours + "mlp.gate_up_proj.weight",
+            (theirs + "mlp.gate_proj.weight", (inter, width)),
+            (theirs + "mlp.up_proj.weight", (inter, width)),
+        )
+        add(
+            ours + "mlp.down_proj.weight",
+            (theirs + "mlp.down_proj.weight", (width, inter)),
+        )
+    add("backbone.norm.weight", ("embedding_model.norm.weight", (width,)))
+
+    inner = FEED_FORWARD_FACTOR * width
+    for ours, theirs, shape in (
+        ("norm.weight", _CROSS + "norm.weight", (width,)),
+        ("norm.bias", _CROSS + "norm.bias", (width,)),
+        ("feed_forward.norm.weight", _FEED_FORWARD + "norm.weight", (width,)),
+        ("feed_forward.norm.bias", _FEED_FORWARD + "norm.bias", (width,)),
+        ("feed_forward.up_proj.weight", _FEED_FORWARD + "fn.net.0.weight", (2 * inner, width)),
+        ("feed_forward.up_proj.bias", _FEED_FORWARD + "fn.net.0.bias", (2 * inner,)),
+        ("feed_forward.down_proj.weight", _FEED_FORWARD + "fn.net.2.weight", (width, inner)),
+        ("feed_forward.down_proj.bias", _FEED_FORWARD + "fn.net.2.bias", (width,)),
+    ):
+        add("pooler." + ours, (theirs, shape))
+    return table
+
+
+def folded_sources(config: NVEmbedConfig) -> dict[str, Source]:
+    """Parameter of the plain LatentAttention -> the tensor that only the fold reads."""
+    width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
+    return {
+        "latents": Source(_LATENT + "latents", (config.num_latents, width)),
+        "norm_context.weight": Source(_CROSS + "norm_context.weight", (width,)),
+        "norm_context.bias": Source(_CROSS + "norm_context.bias", (width,)),
+        "to_q.weight": Source(_CROSS + "fn.to_q.weight", (inner, width)),
+        "to_kv.weight": Source(_CROSS + "fn.to_kv.weight", (2 * inner, width)),  # keys, values
+        "to_out.weight": Source(_CROSS + "fn.to_out.weight", (width, inner)),
+    }
+
+
+def expected_shapes(config: NVEmbedConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that an official checkpoint of this config holds: name -> shape."""
+    sources = [s for stack in tensor_table(config).values() for s in stack]
+    sources += folded_sources(config).values()
+    return {source.name: source.shape for source in sources}
+
+
+class Checkpoint:
+    """The mapped shards of one folder: names, shapes, and rows of tensors on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in _shards(folder):
+            try:
+                shard = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            self._files.update(dict.fromkeys(shard.keys(), shard))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._files.items()
+        }
+
+    def check(self, config: NVEmbedConfig) -> None:
+        """Raise CheckpointError naming what is missing, surplus or of another shape."""
+        expected, found = expected_shapes(config), self.shapes()
+        problems = []
+        if missing := expected.keys() - found.keys():
+            problems.append(f"missing: {_list(missing)}")
+        if surplus := found.keys() - expected.keys():
+            problems.append(f"surplus: {_list(surplus)}")
+        problems += [
+            f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if expected[name] != found[name]
+        ][:10]
+        if problems:
+            raise CheckpointError(
+                "the tensors are not those of an NV-Embed of this config: " + "; ".join(problems)
+            )
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype."""
+        if start == 0 and stop is None:
+            return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
+        return self._files[name].get_slice(name)[start:stop]  # type: ignore[no-any-return]
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        return self._files[name].get_slice(name)[:, start:stop]  # type: ignore[no-any-return]
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(
+                f"{folder} has neither model.safetensors.index.json nor model.safetensors "
+                "(other weight formats are not read)"
+            )
+        return [single]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} names files outside its folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; is the download complete?")
+    return [folder / name for name in names]
+
+
+def _list(names: set[str]) -> str:
+    shown = sorted(names)[:10]
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(shown) + more
+
+
+def load_model(
+    folder: Path,
+    config: NVEmbedConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str = "none",
+) -> NVEmbed:
+    """Load a checkpoint folder for inference.
+
+    Raises CheckpointError when the tensors are not exactly those of `config`, UnsupportedError
+    when `quantize` cannot be had.
+    """
+    quantization.check(quantize)
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(config)
+    model = empty_model(config, quantize=quantize)
+    parameters = _parameters(checkpoint, config, model, device, dtype)
+    for name, parameter in tqdm(
+        parameters, "Loading weights", len(dict(model.named_parameters())), disable=None
+    ):
+        _set(model, name, parameter)
+    return model
+
+
+def empty_model(
+    config: NVEmbedConfig, *, quantize: str = "none", dtype: torch.dtype | None = None
+) -> NVEmbed:
+    """The served module on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        model = NVEmbed(config)
+        if dtype is not None:
+            model.to(dtype)
+        if quantize == "int8":
+            quantization.replace_linears(model.backbone)
+    return model.eval().requires_grad_(False)
+
+
+def _parameters(
+    checkpoint: Checkpoint,
+    config: NVEmbedConfig,
+    model: NVEmbed,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, sources in tensor_table(config).items():
+        quantized = quantization.is_quantized(model.get_submodule(name.rpartition(".")[0]))
+        shape = (sum(s.shape[0] for s in sources), *sources[0].shape[1:])
+        where = (torch.device("cpu"), torch.float16) if quantized else (device, dtype)
+        stacked = torch.empty(shape, device=where[0], dtype=where[1])
+        start = 0
+        for source in sources:
+            stacked[start : start + source.shape[0]].copy_(checkpoint.rows(source.name))
+            start += source.shape[0]
+        if quantized:
+            yield name, quantization.quantize(stacked, device)
+        else:
+            yield name, nn.Parameter(stacked, requires_grad=False)
+    to_latents, from_latents = _fold(checkpoint, config, device, dtype)
+    yield "pooler.to_latents.weight", nn.Parameter(to_latents, requires_grad=False)
+    yield "pooler.from_latents.weight", nn.Parameter(from_latents, requires_grad=False)
+
+
+def _fold(
+    checkpoint: Checkpoint, config: NVEmbedConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`to_latents` [H·L, D] and `from_latents` [D, H·L], folded in float32 head by head."""
+    names = {ours: source.name for ours, source in folded_sources(config).items()}
+    heads, width = config.num_cross_heads, config.hidden_size
+    latents, cross = config.num_latents, config.cross_dim_head
+    to_latents = torch.empty(heads * latents, width, device=device, dtype=dtype)
+    from_latents = torch.empty(width, heads * latents, device=device, dtype=dtype)
+    context = normed_latents(
+        *(
+            checkpoint.rows(names[part]).to(device)
+            for part in ("latents", "norm_context.weight", "norm_context.bias")
+        )
+    )
+    for head in range(heads):
+        ours = slice(head * latents, (head + 1) * latents)
+        start, stop = head * cross, (head + 1) * cross
+        to_q = checkpoint.rows(names["to_q.weight"], start, stop)
+        to_k = checkpoint.rows(names["to_kv.weight"], start, stop)
+        value_at = heads * cross
+        to_v = checkpoint.rows(names["to_kv.weight"], value_at + start, value_at + stop)
+        to_out = checkpoint.columns(names["to_out.weight"], start, stop)
+        to_latents[ours] = fold_keys(context, to_k.to(device), to_q.to(device)).to(dtype)
+        from_latents[:, ours] = fold_values(context, to_v.to(device), to_out.to(device)).to(dtype)
+    return to_latents, from_latents
+
+
+def load_plain_pooler(
+    folder: Path, config: NVEmbedConfig, *, device: torch.device, dtype: torch.dtype
+) -> LatentAttention:
+    """The unfolded pooler, the referee of the folded one."""
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(config)
+    with torch.device("meta"):
+        pooler = LatentAttention(config)
+    names = {ours: source.name for ours, source in folded_sources(config).items()}
+    for parameter, sources in tensor_table(config).items():
+        if parameter.startswith("pooler."):
+            names[parameter.removeprefix("pooler.")] = sources[0].name
+    for parameter, name in names.items():
+        tensor = checkpoint.rows(name).to(device=device, dtype=dtype, copy=True)
+        _set(pooler, parameter, nn.Parameter(tensor, requires_grad=False))
+    return pooler.eval()
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(owner)
+    assert getattr(parent, leaf).shape == parameter.shape, (name, parameter.shape)
+    setattr(parent, leaf, parameter)

@@ -1,0 +1,166 @@
+"""The bidirectional Mistral backbone on packed tokens (Mistral-7B-v0.1 without its causal mask).
+
+Knows nothing of instructions or pooling, but for one thing: rows that nobody will pool are
+dropped as early as they can be, after the last layer's keys and values.
+
+Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head width.
+`sliding_window` is in the official config and not applied, as in the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import AttentionKernel
+from model.config import NVEmbedConfig
+from model.packing import PackedBatch
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension; statistics in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_tables(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, E] for rotary embeddings, computed in float32."""
+    device = positions.device
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angles = positions.float()[:, None] * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, heads, E]: pairs are (i, i + E/2)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with q, k and v in one product.
+
+    In the last layer (`split_q`) q stands apart, since it is needed on the pooled rows only.
+    """
+
+    def __init__(self, config: NVEmbedConfig, *, split_q: bool) -> None:
+        super().__init__()
+        width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
+        self.head_dim = config.head_dim
+        self.sizes = (q_size, kv_size, kv_size)
+        if split_q:
+            self.q_proj = nn.Linear(width, q_size, bias=False)
+            self.kv_proj = nn.Linear(width, 2 * kv_size, bias=False)
+        else:
+            self.qkv_proj = nn.Linear(width, q_size + 2 * kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        batch: PackedBatch,
+        attend: AttentionKernel,
+    ) -> Tensor:
+        """x [T, D], all rows in, all rows out."""
+        q, k, v = self._heads(self.qkv_proj(x), self.sizes)
+        out = attend(rotate(q, *rotary), rotate(k, *rotary), v, batch.seqs, batch.seqs)
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+    def forward_pooled(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        batch: PackedBatch,
+        attend: AttentionKernel,
+    ) -> Tensor:
+        """x [T, D] -> [P, D]: keys and values of all rows, queries of the pooled rows."""
+        k, v = self._heads(self.kv_proj(x), self.sizes[1:])
+        (q,) = self._heads(self.q_proj(select_rows(x, batch)), self.sizes[:1])
+        cos, sin = rotary
+        q = rotate(q, select_rows(cos, batch), select_rows(sin, batch))
+        out = attend(q, rotate(k, cos, sin), v, batch.pooled, batch.seqs)
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+    def _heads(self, projected: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+        return [x.unflatten(-1, (-1, self.head_dim)) for x in projected.split(sizes, dim=-1)]
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on a normed copy beside the residual."""
+
+    def __init__(self, config: NVEmbedConfig, *, last: bool) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, split_q=last)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.last = last
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        batch: PackedBatch,
+        attend: AttentionKernel,
+    ) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if self.last:
+            attended = self.self_attn.forward_pooled(normed, rotary, batch, attend)
+            hidden_states = select_rows(hidden_states, batch) + attended
+        else:
+            hidden_states = hidden_states + self.self_attn(normed, rotary, batch, attend)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+
+
+class MistralBackbone(nn.Module):
+    """Token ids to final hidden states of the rows that are pooled."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        last = config.num_hidden_layers - 1
+        self.layers = nn.ModuleList(
+            Layer(config, last=index == last) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+
+    def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
+        """-> [P, D], the final norm applied."""
+        hidden_states = self.embed_tokens(batch.input_ids)
+        rotary = rotary_tables(
+            batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotary, batch, attend)
+        return self.norm(hidden_states)  # type: ignore[no-any-return]
+
+
+def select_rows(x: Tensor, batch: PackedBatch) -> Tensor:
+    """The pooled rows of x [T, …], x itself when all are."""
+    return x if batch.pool_rows is None else x.index_select(0, batch.pool_rows)

@@ -1,0 +1,27 @@
+"""NV-Embed whole: backbone, pooler, normalisation. forward(PackedBatch) -> [N, D]."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import AttentionKernel
+from model.config import NVEmbedConfig
+from model.latent_attention import FoldedLatentAttention
+from model.mistral import MistralBackbone
+from model.packing import PackedBatch
+
+
+class NVEmbed(nn.Module):
+    """The served model. Parameters come from `model.loader`, which folds and fuses."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MistralBackbone(config)
+        self.pooler = FoldedLatentAttention(config)
+
+    def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
+        """-> float32 [N, D], each row of length 1."""
+        hidden_states = self.backbone(batch, attend)
+        return F.normalize(self.pooler(hidden_states, batch.pooled), dim=-1)

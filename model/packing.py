@@ -1,0 +1,82 @@
+"""list[Encoding] -> PackedBatch: sequences end to end, no padding, and which rows are pooled.
+
+Shapes: T packed tokens, N sequences, P pooled rows (P <= T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.batch import Encoding
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments:
+    """N runs of rows, end to end: their lengths for the host, their bounds for the kernels."""
+
+    lengths: tuple[int, ...]  # [N]
+    cu_seqlens: Tensor  # [N+1] int32 on the device: 0, lengths[0], lengths[0]+lengths[1], …
+    max_seqlen: int
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """One forward's worth of tokens, on the device."""
+
+    input_ids: Tensor  # [T] int32
+    positions: Tensor  # [T] int32, from 0 at each BOS
+    seqs: Segments  # the N sequences over the T tokens
+    pool_rows: Tensor | None  # [P] int32 rows of the T that are pooled; None: all of them
+    pooled: Segments  # the N sequences over the P pooled rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seqs.num_seqs
+
+
+def pack(encodings: Sequence[Encoding], device: torch.device) -> PackedBatch:
+    """Lay the encodings end to end on `device`, in one upload."""
+    assert encodings, "an empty batch"
+    lengths = np.array([len(e) for e in encodings], dtype=np.int32)
+    starts = np.array([e.pool_start for e in encodings], dtype=np.int32)
+    bounds = _bounds(lengths)
+    positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths)
+    parts = [np.concatenate([e.ids for e in encodings]), positions, bounds]
+    if starts.any():
+        parts += [np.flatnonzero(positions >= np.repeat(starts, lengths)).astype(np.int32)]
+        parts += [_bounds(lengths - starts)]
+    tensors = _upload(parts, device)
+    seqs = _segments(lengths, tensors[2])
+    if not starts.any():
+        return PackedBatch(tensors[0], tensors[1], seqs, pool_rows=None, pooled=seqs)
+    pooled = _segments(lengths - starts, tensors[4])
+    return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], pooled)
+
+
+def _bounds(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _segments(lengths: np.ndarray, cu_seqlens: Tensor) -> Segments:
+    return Segments(tuple(lengths.tolist()), cu_seqlens, int(lengths.max()))
+
+
+def _upload(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """One transfer for all int32 arrays; the results are views of it."""
+    host = torch.from_numpy(np.concatenate(parts))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return list(host.to(device, non_blocking=True).split([len(part) for part in parts]))

@@ -1,0 +1,66 @@
+"""8-bit weights for the backbone's linear layers.
+
+`int8` is bitsandbytes' LLM.int8 (arXiv 2208.07339), row-wise weights, on CUDA and CPU. It halves
+the weights' memory against 16 bit; it is not faster.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.errors import UnsupportedError
+
+QUANTIZATIONS = ("none", "int8")
+
+
+def check(quantization: str) -> None:
+    """Raise UnsupportedError when `quantization` cannot be had here."""
+    if quantization not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise UnsupportedError(f"unknown quantization {quantization!r}; known: {known}")
+    if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedError(
+            "int8 needs bitsandbytes: pip install 'nv-embed-server[int8]'"
+        )
+
+
+def _bitsandbytes() -> Any:
+    # It logs a warning on import about optional CPU kernels for 4 bit, which we don't use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+def replace_linears(module: nn.Module) -> None:
+    """Put an int8 layer in the place of each nn.Linear below `module`, weights not yet set."""
+    linear_class = _bitsandbytes().nn.Linear8bitLt
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                layer = linear_class(
+                    child.in_features,
+                    child.out_features,
+                    bias=child.bias is not None,
+                    has_fp16_weights=False,
+                    device=child.weight.device,
+                )
+                setattr(parent, name, layer)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear8bitLt"
+
+
+def quantize(weight: Tensor, device: torch.device) -> nn.Parameter:
+    """A host weight [out, in] as an int8 parameter on `device`."""
+    parameters = _bitsandbytes().nn.Int8Params
+    parameter: nn.Parameter = parameters(
+        weight.to(torch.float16), requires_grad=False, has_fp16_weights=False
+    ).to(device)
+    return parameter

@@ -1,0 +1,146 @@
+"""ModelRunner: one model on one device. list[Encoding] in, float32 rows out.
+
+Its surface is three methods, so that anything can stand behind the server in its place
+(`--runner module:factory`, a callable that takes RunnerOptions).
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model import host
+from model.attention import choose_kernel
+from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.config import NVEmbedConfig
+from model.errors import UnsupportedError
+from model.loader import expected_shapes, load_model
+from model.packing import pack
+
+logger = logging.getLogger("nv_embed.runner")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Runner(Protocol):
+    """What an engine worker needs of a model."""
+
+    info: RunnerInfo
+
+    def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        """-> [N, D], one row per encoding, in their order. Rows may be non-finite: check."""
+        ...
+
+    def warm_up(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ModelRunner:
+    """The real runner: a checkpoint, loaded onto `options.device`."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        """Raises CheckpointError or UnsupportedError when it cannot run."""
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self._options = options
+        self.config = NVEmbedConfig.from_dir(Path(options.path))
+        self.device = resolve_device(options.device)
+        self.dtype = resolve_dtype(options.dtype, self.device, self.config)
+        kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
+        self.model = load_model(
+            Path(options.path),
+            self.config,
+            device=self.device,
+            dtype=self.dtype,
+            quantize=options.quantization,
+        )
+        self.info = RunnerInfo(
+            device=str(self.device),
+            device_name=_device_name(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            quantization=options.quantization,
+            attention=kernel,
+            width=self.config.hidden_size,
+        )
+
+    @torch.inference_mode()
+    def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        rows = self.model(pack(encodings, self.device), self._attend)
+        return rows.cpu().numpy()  # type: ignore[no-any-return]
+
+    def warm_up(self) -> None:
+        """CUDA: the longest sequence, then a full batch, so that memory is claimed and kernels
+        are chosen before the first request. CPU: one short batch."""
+        if self.device.type != "cuda":
+            self.embed([_ramp(8)])
+            return
+        options = self._options
+        self.embed([_ramp(options.max_input_tokens)])
+        seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
+        self.embed([_ramp(options.max_batch_tokens // seqs)] * seqs)
+        torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        del self.model
+
+
+def _ramp(length: int) -> Encoding:
+    return Encoding(np.ones(length, dtype=np.int32))
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UnsupportedError(f"unknown device {name!r}; known: cpu, cuda, cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UnsupportedError(f"device {name!r} is not supported; known: cpu, cuda, cuda:N")
+    if not torch.cuda.is_available():
+        build = "" if torch.version.cuda else "; this torch is a CPU build"
+        raise UnsupportedError(f"no CUDA device is visible{build}")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise UnsupportedError(f"{name}: only {torch.cuda.device_count()} CUDA device(s) visible")
+    return torch.device("cuda", index)
+
+
+def resolve_dtype(name: str, device: torch.device, config: NVEmbedConfig) -> torch.dtype:
+    """The working dtype. `auto`: bfloat16 on CUDA and on CPUs with AMX, else float32 if it fits."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise UnsupportedError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16
+    if host.has_amx():
+        return torch.bfloat16
+    needed = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
+    free = host.available_memory()
+    if free is not None and needed > free:
+        logger.warning(
+            "float32 weights need %.1f GB and %.1f GB are free: using bfloat16, which is slow on "
+            "this processor",
+            needed / 1e9,
+            free / 1e9,
+        )
+        return torch.bfloat16
+    return torch.float32
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()

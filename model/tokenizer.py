@@ -1,0 +1,162 @@
+"""text + instruction -> Encoding. Owns BOS, EOS, truncation and which positions are pooled.
+
+Torch-free: the front process tokenizes. The rules are the reference's, to the off-by-one
+(the published `encode`): EOS is appended before truncation, truncation keeps the first tokens,
+and the pool leaves out `len(tokenize(instruction))` positions, counted without BOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from model.batch import Encoding
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+
+BOS_ID = 1
+EOS_ID = 2
+MAX_PIECE_CHARS = 16
+"""No piece of the vocabulary stands for more characters than this (checked when loading)."""
+
+
+class Truncation(StrEnum):
+    """What happens to an input that is longer than the limit."""
+
+    NONE = "none"  # refused
+    END = "end"  # the reference's: the first tokens stay, EOS goes
+    START = "start"  # BOS and instruction stay, then the last tokens and EOS
+
+
+class NVEmbedTokenizer:
+    """The checkpoint's tokenizer.json with NV-Embed's conventions around it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        # Texts are data: a literal "</s>" in one is text, not the end of the sequence. (The one
+        # place where we leave the reference; DECISIONS.md.)
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._tokenizer = tokenizer
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        longest = max(len(piece) for piece in vocabulary)
+        if longest > MAX_PIECE_CHARS:
+            raise CheckpointError(
+                f"tokenizer.json has a piece of {longest} characters; the length limit relies on "
+                f"at most {MAX_PIECE_CHARS}, as in NV-Embed's tokenizer"
+            )
+        if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
+            raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
+        if tokenizer.encode("x").ids[0] != BOS_ID:
+            raise CheckpointError("tokenizer.json does not put BOS in front")
+        self._pool_start = lru_cache(maxsize=1024)(self._count_pool_start)
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> NVEmbedTokenizer:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return cls(tokenizer)
+
+    def pool_start(self, instruction: str) -> int:
+        """Number of leading positions that `instruction` takes out of the pool."""
+        return self._pool_start(instruction) if instruction else 0
+
+    def _count_pool_start(self, instruction: str) -> int:
+        # BOS is not counted, as in the reference. Because the official prefix ends with a space,
+        # whose lone "▁" piece merges into the first word, this is BOS and just the instruction.
+        return len(self._tokenizer.encode(instruction, add_special_tokens=False).ids)
+
+    def encode(
+        self,
+        text: str,
+        instruction: str = "",
+        *,
+        max_tokens: int,
+        truncate: Truncation = Truncation.NONE,
+    ) -> Encoding:
+        """Tokenize one text.
+
+        Raises InputTooLongError when it has more than `max_tokens` ids and `truncate` is NONE,
+        EmptyPoolError when truncation leaves nothing to pool.
+        """
+        prompt = self._clip(instruction + text, instruction, max_tokens, truncate)
+        ids = self._tokenizer.encode(prompt).ids
+        return self._finish(ids, self.pool_start(instruction), max_tokens, truncate)
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        instruction: str = "",
+        *,
+        max_tokens: int,
+        truncate: Truncation = Truncation.NONE,
+    ) -> list[Encoding | InputTooLongError | EmptyPoolError]:
+        """Tokenize many texts on the library's threads; a refused one gives its error in place."""
+        results: list[Encoding | InputTooLongError | EmptyPoolError] = []
+        prompts: list[str | InputTooLongError] = []
+        for text in texts:
+            try:
+                prompts.append(self._clip(instruction + text, instruction, max_tokens, truncate))
+            except InputTooLongError as error:
+                prompts.append(error)
+        encoded = iter(
+            self._tokenizer.encode_batch_fast([p for p in prompts if isinstance(p, str)])
+        )
+        start = self.pool_start(instruction)
+        for prompt in prompts:
+            try:
+                if isinstance(prompt, InputTooLongError):
+                    raise prompt
+                results.append(self._finish(next(encoded).ids, start, max_tokens, truncate))
+            except (InputTooLongError, EmptyPoolError) as error:
+                results.append(error)
+        return results
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The pieces that ids stand for (for `/tokenize`)."""
+        return [self._tokenizer.id_to_token(i) or "" for i in ids]
+
+    @staticmethod
+    def _clip(prompt: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
+        """Refuse or shorten what cannot fit, by characters: tokenizing 8 MB takes 16 seconds.
+
+        A cut is made at a space, where no piece reaches across, so the ids that truncation
+        keeps are those of the whole text.
+        """
+        most = MAX_PIECE_CHARS * max_tokens
+        if len(prompt) <= most:
+            return prompt
+        if truncate is Truncation.NONE:
+            raise InputTooLongError(None, max_tokens)
+        if truncate is Truncation.END:
+            # The first space past what can be kept; without one (a wall of text) a margin has
+            # to do, since merges reach only a few pieces back.
+            end = prompt.find(" ", most)
+            return prompt[: end if 0 <= end <= 2 * most else 2 * most]
+        start = prompt.rfind(" ", len(instruction), len(prompt) - most)
+        start = start if start >= len(prompt) - 2 * most else len(prompt) - 2 * most
+        return instruction + prompt[max(start, len(instruction)) :]
+
+    @staticmethod
+    def _finish(ids: list[int], start: int, max_tokens: int, truncate: Truncation) -> Encoding:
+        """Append EOS, truncate, and check that something is left to pool."""
+        ids.append(EOS_ID)
+        if len(ids) > max_tokens:
+            if truncate is Truncation.NONE:
+                raise InputTooLongError(len(ids), max_tokens)
+            head = max(start, 1) if truncate is Truncation.START else max_tokens
+            head = min(head, max_tokens)
+            ids = ids[:head] + ids[len(ids) - (max_tokens - head) :]
+        if start >= len(ids):
+            raise EmptyPoolError(start, max_tokens)
+        return Encoding(np.array(ids, dtype=np.int32), start)

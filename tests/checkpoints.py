@@ -1,0 +1,178 @@
+"""Checkpoints for the tests, rebuilt from a recipe: no binary file in the repository.
+
+The golden checkpoint is the one that the authors' own code ran to give tests/golden/golden.json
+(the published modeling_nvembed.py under transformers 4.42.4, float32 on a CPU, each text alone).
+Its weights are random, drawn per tensor name; its tokenizer is the official one, remade from
+the identical pieces in mistral-common's tokenizer.model.v1.
+
+    python -m tests.checkpoints DIR [--size golden|wide]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from model.config import NVEmbedConfig
+from model.loader import expected_shapes
+
+GOLDEN_CASES = Path(__file__).parent / "golden" / "golden.json"
+
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "golden": {
+        "text": {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 160,
+        },
+        "latent": {"num_latents_value": 32, "num_cross_heads": 4, "cross_dim_head": 48},
+    },
+    "wide": {
+        "text": {
+            "hidden_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "intermediate_size": 1536,
+        },
+        "latent": {"num_latents_value": 64, "num_cross_heads": 8, "cross_dim_head": 512},
+    },
+}
+
+
+def config_json(size: str = "golden") -> dict[str, Any]:
+    """An official config.json with the sizes of one of SIZES."""
+    text, latent = SIZES[size]["text"], SIZES[size]["latent"]
+    width = text["hidden_size"]
+    return {
+        "architectures": ["NVEmbedModel"],
+        "model_type": "nvembed",
+        "hidden_size": width,
+        "add_eos": True,
+        "add_pad_token": True,
+        "is_mask_instruction": True,
+        "mask_type": "b",
+        "padding_side": "right",
+        "torch_dtype": "float16",
+        "latent_attention_config": {
+            "model_type": "latent_attention",
+            "hidden_dim": width,
+            "latent_dim": width,
+            "output_normalize": True,
+            **latent,
+        },
+        "text_config": {
+            "model_type": "bidir_mistral",
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "rope_theta": 10000.0,
+            "sliding_window": 16,
+            "rms_norm_eps": 1e-05,
+            **text,
+        },
+    }
+
+
+def recipe_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The golden recipe's values of one tensor, float16."""
+    x = np.random.default_rng([7, zlib.crc32(name.encode())]).standard_normal(shape)
+    if "norm" in name and name.endswith("weight"):
+        x = 1 + 0.3 * x
+    elif name.endswith("bias"):
+        x = 0.2 * x
+    elif not name.endswith(("embed_tokens.weight", "latents")):
+        x = x / np.sqrt(shape[1])
+        if name.endswith(("q_proj.weight", "k_proj.weight", "to_q.weight")):
+            x = 1.6 * x
+    return x.astype(np.float16)
+
+
+def write_checkpoint(folder: Path, size: str = "golden", shards: int = 2) -> Path:
+    """Write a whole checkpoint folder in the official layout; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = config_json(size)
+    (folder / "config.json").write_text(json.dumps(raw, indent=1))
+    shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
+    weight_map = {}
+    names = sorted(shapes)
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        save_file({name: recipe_tensor(name, shapes[name]) for name in part}, folder / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    official_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def official_tokenizer() -> Tokenizer:
+    """NV-Embed's tokenizer.json, remade from the sentencepiece model of Mistral's v1 tokenizer."""
+    import sentencepiece
+
+    file = files("mistral_common") / "data" / "tokenizer.model.v1"
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    # A sentencepiece BPE joins the pair whose result has the best score, and ids are in the order
+    # of scores. So the merges are all splits of each piece into two pieces, by the piece's id.
+    merges = []
+    for piece in pieces:
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")]
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    """The authors' outputs: see shape and meaning in tests/golden/README.md."""
+    cases: list[dict[str, Any]] = json.loads(GOLDEN_CASES.read_text())
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a random checkpoint in official layout.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="golden")
+    arguments = parser.parse_args()
+    folder = write_checkpoint(arguments.folder, arguments.size)
+    print(f"Random weights, official layout: {folder} (its vectors mean nothing)")
+
+
+if __name__ == "__main__":
+    main()
