@@ -1,8 +1,10 @@
 """Offline API: texts in, vectors out, without a server.
 
     from model.encoder import Encoder
+    from model.tokenizer import query_prefix
     encoder = Encoder("nvidia/NV-Embed-v2")
-    queries = encoder.encode(["why is the sky blue?"], instruction=encoder.query_prefix("..."))
+    prefix = query_prefix("Given a question, retrieve passages that answer the question")
+    queries = encoder.encode(["why is the sky blue?"], instruction=prefix)
 """
 
 from __future__ import annotations
@@ -22,11 +24,6 @@ from model.tokenizer import NVEmbedTokenizer, Truncation
 
 _WINDOW = 16_384
 """Texts that are tokenized and sorted by length together."""
-
-
-def query_prefix(task: str) -> str:
-    """The prefix of a query: what the reference writes before the text."""
-    return f"Instruct: {task}\nQuery: "
 
 
 class Encoder:

@@ -7,7 +7,7 @@ and the pool leaves out `len(tokenize(instruction))` positions, counted without 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,11 @@ BOS_ID = 1
 EOS_ID = 2
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
+
+
+def query_prefix(task: str) -> str:
+    """What the reference writes before the text of a query; passages get nothing."""
+    return f"Instruct: {task}\nQuery: "
 
 
 class Truncation(StrEnum):
@@ -121,10 +126,6 @@ class NVEmbedTokenizer:
             except (InputTooLongError, EmptyPoolError) as error:
                 results.append(error)
         return results
-
-    def decode(self, ids: Iterable[int]) -> list[str]:
-        """The pieces that ids stand for (for `/tokenize`)."""
-        return [self._tokenizer.id_to_token(i) or "" for i in ids]
 
     @staticmethod
     def _clip(prompt: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
