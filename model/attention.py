@@ -8,6 +8,7 @@ Letters: Tq query rows, Tk key rows, H heads, K kv heads, E head width, N sequen
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -34,9 +35,7 @@ class AttentionKernel(Protocol):
         ...
 
 
-def sdpa_per_sequence(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
-) -> Tensor:
+def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """scaled_dot_product_attention on views, one call for each run of equally long sequences.
 
     The CPU's kernel: it has no variable-length one. Runs on every device and dtype.
@@ -48,9 +47,9 @@ def sdpa_per_sequence(
         count = sum(1 for _ in run)
         q_end, k_end = q_at + count * q_len, k_at + count * k_len
         out = F.scaled_dot_product_attention(
-            q[q_at:q_end].unflatten(0, (count, q_len)).transpose(1, 2),
-            k[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
-            v[k_at:k_end].unflatten(0, (count, k_len)).transpose(1, 2),
+            torch.unflatten(q[q_at:q_end], 0, (count, q_len)).transpose(1, 2),
+            torch.unflatten(k[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
+            torch.unflatten(v[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
             enable_gqa=q.shape[1] != k.shape[1],
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -85,15 +84,12 @@ def _pad(x: Tensor, segments: Segments) -> Tensor:
     """[T, heads, E] -> [N, heads, max_seqlen, E], zeros after each sequence."""
     shape = (segments.num_seqs * segments.max_seqlen, *x.shape[1:])
     padded = x.new_zeros(shape).index_copy_(0, _padded_rows(segments), x)
-    return padded.unflatten(0, (segments.num_seqs, segments.max_seqlen)).transpose(1, 2)
+    return torch.unflatten(padded, 0, (segments.num_seqs, segments.max_seqlen)).transpose(1, 2)
 
 
-def _varlen_kernel() -> AttentionKernel:
-    """torch.nn.attention.varlen's FlashAttention; its signature changes between releases."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    attend: Callable[..., Tensor] = varlen_attn
-    native_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+def varlen_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
+    """A kernel around torch's `varlen_attn`, whose signature changes between releases."""
+    native_gqa = "enable_gqa" in inspect.signature(attend).parameters
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
         options: dict[str, Any] = {}
@@ -117,12 +113,11 @@ def _varlen_kernel() -> AttentionKernel:
     return varlen
 
 
-def _flash_attn_kernel() -> AttentionKernel:
-    """The flash-attn package (an extra: it is compiled from source, for an hour)."""
-    from flash_attn import flash_attn_varlen_func
+def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
+    """A kernel around `flash_attn_varlen_func` of the flash-attn package."""
 
     def flash_attn(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(
+        return attend(
             q,
             k,
             v,
@@ -132,9 +127,17 @@ def _flash_attn_kernel() -> AttentionKernel:
             keys.max_seqlen,
             causal=False,
         )
-        return out
 
     return flash_attn
+
+
+def _load_varlen() -> AttentionKernel:
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    return varlen_kernel(varlen.varlen_attn)
+
+
+def _load_flash_attn() -> AttentionKernel:
+    return flash_attn_kernel(importlib.import_module("flash_attn").flash_attn_varlen_func)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +175,8 @@ def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 _KERNELS = {
-    "flash-attn": _Kernel(_flash_attn_kernel, _flash_attn_refusal),
-    "varlen": _Kernel(_varlen_kernel, _varlen_refusal),
+    "flash-attn": _Kernel(_load_flash_attn, _flash_attn_refusal),
+    "varlen": _Kernel(_load_varlen, _varlen_refusal),
     "padded": _Kernel(lambda: sdpa_padded, _always),
     "sdpa": _Kernel(lambda: sdpa_per_sequence, _always),
 }

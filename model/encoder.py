@@ -1,23 +1,23 @@
 """Offline API: texts in, vectors out, without a server.
 
-    from model.encoder import Encoder
-    from model.tokenizer import query_prefix
-    encoder = Encoder("nvidia/NV-Embed-v2")
-    prefix = query_prefix("Given a question, retrieve passages that answer the question")
-    queries = encoder.encode(["why is the sky blue?"], instruction=prefix)
+from model.encoder import Encoder
+from model.tokenizer import query_prefix
+encoder = Encoder("nvidia/NV-Embed-v2")
+prefix = query_prefix("Given a question, retrieve passages that answer the question")
+queries = encoder.encode(["why is the sky blue?"], instruction=prefix)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.batch import BatchLimits, Encoding, RunnerOptions
-from model.errors import InputTooLongError, NonFiniteError
+from model.errors import NonFiniteError
 from model.hub import locate
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
@@ -30,23 +30,38 @@ class Encoder:
     """A tokenizer and a runner in this process. Vectors are float32 [N, D], of length 1."""
 
     def __init__(
-        self, model: str, *, revision: str | None = None, offline: bool = False, **options: object
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        offline: bool = False,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantization: str = "none",
+        attention: str = "auto",
+        threads: int | None = None,
+        max_batch_tokens: int | None = None,
+        max_batch_seqs: int = 256,
     ) -> None:
-        """Load `model`, a folder or a hub id. `options` are RunnerOptions' other fields.
+        """Load `model`, a folder or a hub id. The options are the server's (README.md).
 
         Raises CheckpointError or UnsupportedError.
         """
-        source = locate(model, revision=revision, offline=offline)
-        runner_options = replace(
-            RunnerOptions(path=str(source.path), device="auto"),
-            **options,  # type: ignore[arg-type]
+        source = locate(str(model), revision=revision, offline=offline)
+        tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        runner = ModelRunner(
+            RunnerOptions(
+                path=str(source.path),
+                device=device,
+                dtype=dtype,
+                quantization=quantization,
+                attention=attention,
+                threads=threads,
+            )
         )
-        runner = ModelRunner(runner_options)
-        if runner.device.type == "cuda" and "max_batch_tokens" not in options:
-            runner_options = replace(runner_options, max_batch_tokens=8192)
-        limits = BatchLimits(runner_options.max_batch_tokens, runner_options.max_batch_seqs)
-        self._setup(NVEmbedTokenizer.from_dir(source.path), runner, limits)
-        self.max_tokens = min(runner.config.max_input_tokens, runner_options.max_input_tokens)
+        default_tokens = 8192 if runner.device.type == "cuda" else 1024
+        limits = BatchLimits(max_batch_tokens or default_tokens, max_batch_seqs)
+        self._setup(tokenizer, runner, limits, runner.config.max_input_tokens)
 
     @classmethod
     def of(
@@ -54,13 +69,14 @@ class Encoder:
     ) -> Encoder:
         """An Encoder around parts that exist already."""
         encoder = cls.__new__(cls)
-        encoder._setup(tokenizer, runner, limits)
-        encoder.max_tokens = max_tokens
+        encoder._setup(tokenizer, runner, limits, max_tokens)
         return encoder
 
-    def _setup(self, tokenizer: NVEmbedTokenizer, runner: Runner, limits: BatchLimits) -> None:
+    def _setup(
+        self, tokenizer: NVEmbedTokenizer, runner: Runner, limits: BatchLimits, max_tokens: int
+    ) -> None:
         self.tokenizer, self.runner, self.limits = tokenizer, runner, limits
-        self.max_tokens = 0
+        self.max_tokens = max_tokens
 
     def encode(
         self,

@@ -10,6 +10,8 @@ Shapes: P pooled rows, N sequences, D width, L latents, H cross heads, C cross h
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,9 @@ FEED_FORWARD_FACTOR = 4
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """x [P, …] -> float32 [N, …]: the mean of each segment's rows."""
     if x.device.type == "cpu":  # segment_reduce is a scalar loop there
-        means = [part.mean(0, dtype=torch.float32) for part in x.split(segments.lengths)]
+        means = [
+            part.mean(0, dtype=torch.float32) for part in torch.split(x, list(segments.lengths))
+        ]
         return torch.stack(means)
     lengths = segments.cu_seqlens.diff()
     return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0, unsafe=True)
@@ -99,9 +103,7 @@ class FoldedLatentAttention(nn.Module):
 def normed_latents(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What keys and values are made of, in float32: LayerNorm(latents) [L, D]."""
     width = latents.shape[-1]
-    return F.layer_norm(
-        latents.float(), (width,), weight.float(), bias.float(), eps=LAYER_NORM_EPS
-    )
+    return F.layer_norm(latents.float(), (width,), weight.float(), bias.float(), eps=LAYER_NORM_EPS)
 
 
 def fold_keys(context: Tensor, to_k: Tensor, to_q: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def fold_keys(context: Tensor, to_k: Tensor, to_q: Tensor) -> Tensor:
 
     q·k / sqrt(C) = (Wq·x)·(Wk·c) / sqrt(C) = ((Wk·c)·Wq / sqrt(C))·x. In float32.
     """
-    scale = to_q.shape[0] ** -0.5
+    scale = 1 / math.sqrt(to_q.shape[0])
     return (context @ to_k.float().T) @ to_q.float() * scale
 
 

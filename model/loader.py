@@ -131,7 +131,7 @@ class Checkpoint:
                 shard = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-            self._files.update(dict.fromkeys(shard.keys(), shard))
+            self._files |= dict.fromkeys(shard.keys(), shard)  # type: ignore[no-untyped-call]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {

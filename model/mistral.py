@@ -94,7 +94,8 @@ class SelfAttention(nn.Module):
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def _heads(self, projected: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-        return [x.unflatten(-1, (-1, self.head_dim)) for x in projected.split(sizes, dim=-1)]
+        parts = torch.split(projected, list(sizes), dim=-1)
+        return [torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts]
 
 
 class MLP(nn.Module):
@@ -153,9 +154,7 @@ class MistralBackbone(nn.Module):
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> [P, D], the final norm applied."""
         hidden_states = self.embed_tokens(batch.input_ids)
-        rotary = rotary_tables(
-            batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype
-        )
+        rotary = rotary_tables(batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states, rotary, batch, attend)
         return self.norm(hidden_states)  # type: ignore[no-any-return]

@@ -75,8 +75,13 @@ def _segments(lengths: np.ndarray, cu_seqlens: Tensor) -> Segments:
 
 
 def _upload(parts: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """One transfer for all int32 arrays; the results are views of it."""
+    """One transfer for all int32 arrays."""
     host = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
         host = host.pin_memory()
-    return list(host.to(device, non_blocking=True).split([len(part) for part in parts]))
+    return place(host, [len(part) for part in parts], device)
+
+
+def place(host: Tensor, sizes: list[int], device: torch.device) -> list[Tensor]:
+    """Move `host` to `device` and cut it into views of `sizes`."""
+    return list(torch.split(host.to(device, non_blocking=True), sizes))

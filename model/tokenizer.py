@@ -95,8 +95,8 @@ class NVEmbedTokenizer:
         EmptyPoolError when truncation leaves nothing to pool.
         """
         prompt = self._clip(instruction + text, instruction, max_tokens, truncate)
-        ids = self._tokenizer.encode(prompt).ids
-        return self._finish(ids, self.pool_start(instruction), max_tokens, truncate)
+        ids = [*self._tokenizer.encode(prompt).ids, EOS_ID]
+        return to_encoding(ids, self.pool_start(instruction), max_tokens, truncate)
 
     def encode_batch(
         self,
@@ -122,7 +122,8 @@ class NVEmbedTokenizer:
             try:
                 if isinstance(prompt, InputTooLongError):
                     raise prompt
-                results.append(self._finish(next(encoded).ids, start, max_tokens, truncate))
+                ids = [*next(encoded).ids, EOS_ID]
+                results.append(to_encoding(ids, start, max_tokens, truncate))
             except (InputTooLongError, EmptyPoolError) as error:
                 results.append(error)
         return results
@@ -131,8 +132,10 @@ class NVEmbedTokenizer:
     def _clip(prompt: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
         """Refuse or shorten what cannot fit, by characters: tokenizing 8 MB takes 16 seconds.
 
-        A cut is made at a space, where no piece reaches across, so the ids that truncation
-        keeps are those of the whole text.
+        A cut is made where a run of spaces begins, and no piece reaches across, so the ids that
+        truncation keeps are those of the whole text. Where there is no space for long (a wall
+        of text), a margin has to do: merges reach only a few pieces back, except in endless
+        repetitions, whose last ids may then differ under START.
         """
         most = MAX_PIECE_CHARS * max_tokens
         if len(prompt) <= most:
@@ -140,24 +143,31 @@ class NVEmbedTokenizer:
         if truncate is Truncation.NONE:
             raise InputTooLongError(None, max_tokens)
         if truncate is Truncation.END:
-            # The first space past what can be kept; without one (a wall of text) a margin has
-            # to do, since merges reach only a few pieces back.
             end = prompt.find(" ", most)
             return prompt[: end if 0 <= end <= 2 * most else 2 * most]
-        start = prompt.rfind(" ", len(instruction), len(prompt) - most)
-        start = start if start >= len(prompt) - 2 * most else len(prompt) - 2 * most
-        return instruction + prompt[max(start, len(instruction)) :]
+        # What follows the instruction decides how its last piece merges: the text's first word
+        # stays too.
+        head = prompt.find(" ", len(instruction), len(prompt) - 2 * most)
+        head = len(instruction) if head < 0 else head
+        start = max(prompt.rfind(" ", head, len(prompt) - most), head)
+        start = len(prompt[:start].rstrip(" ▁"))  # "▁" is what spaces become
+        start = max(start, len(prompt) - 2 * most, head)
+        return prompt[:head] + prompt[start:]
 
-    @staticmethod
-    def _finish(ids: list[int], start: int, max_tokens: int, truncate: Truncation) -> Encoding:
-        """Append EOS, truncate, and check that something is left to pool."""
-        ids.append(EOS_ID)
-        if len(ids) > max_tokens:
-            if truncate is Truncation.NONE:
-                raise InputTooLongError(len(ids), max_tokens)
-            head = max(start, 1) if truncate is Truncation.START else max_tokens
-            head = min(head, max_tokens)
-            ids = ids[:head] + ids[len(ids) - (max_tokens - head) :]
-        if start >= len(ids):
-            raise EmptyPoolError(start, max_tokens)
-        return Encoding(np.array(ids, dtype=np.int32), start)
+
+def to_encoding(
+    ids: list[int], pool_start: int, max_tokens: int, truncate: Truncation = Truncation.NONE
+) -> Encoding:
+    """Ids from BOS to EOS as an Encoding of at most `max_tokens`.
+
+    Raises InputTooLongError or EmptyPoolError.
+    """
+    if len(ids) > max_tokens:
+        if truncate is Truncation.NONE:
+            raise InputTooLongError(len(ids), max_tokens)
+        head = max(pool_start, 1) if truncate is Truncation.START else max_tokens
+        head = min(head, max_tokens)
+        ids = ids[:head] + ids[len(ids) - (max_tokens - head) :]
+    if pool_start >= len(ids):
+        raise EmptyPoolError(pool_start, max_tokens)
+    return Encoding(np.array(ids, dtype=np.int32), pool_start)

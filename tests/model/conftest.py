@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.config import NVEmbedConfig
+from model.encoder import Encoder
+from model.tokenizer import NVEmbedTokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer(golden_checkpoint: Path) -> NVEmbedTokenizer:
+    return NVEmbedTokenizer.from_dir(golden_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def golden_config(golden_checkpoint: Path) -> NVEmbedConfig:
+    return NVEmbedConfig.from_dir(golden_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def golden_encoder(golden_checkpoint: Path) -> Encoder:
+    return Encoder(golden_checkpoint, device="cpu", dtype="float32")

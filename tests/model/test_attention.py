@@ -1,0 +1,236 @@
+"""The kernels against each other, and the CUDA branch as far as a machine without one can go.
+
+Meta tensors run it whole (shapes, dtypes); FakeTensorMode with device="cuda" checks placement
+around the attention front only: a CPU build refuses more. Numbers on a GPU: `make gpu-check`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.varlen import varlen_attn
+
+from model.attention import (
+    KERNEL_NAMES,
+    AttentionKernel,
+    available_kernels,
+    choose_kernel,
+    flash_attn_kernel,
+    sdpa_padded,
+    sdpa_per_sequence,
+    varlen_kernel,
+)
+from model.errors import UnsupportedError
+from model.packing import Segments
+
+CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
+
+
+def segments(lengths: list[int], device: torch.device = CPU) -> Segments:
+    bounds = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    if device.type != "cpu":
+        bounds = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
+    return Segments(tuple(lengths), bounds, max(lengths))
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """softmax(q·kᵀ / sqrt(E))·v, head by head and sequence by sequence, in float64."""
+    out, q_at, k_at = torch.empty_like(q), 0, 0
+    for q_len, k_len in zip(queries.lengths, keys.lengths, strict=True):
+        for head in range(q.shape[1]):
+            group = head // (q.shape[1] // k.shape[1])
+            q_rows = q[q_at : q_at + q_len, head].double()
+            k_rows = k[k_at : k_at + k_len, group].double()
+            v_rows = v[k_at : k_at + k_len, group].double()
+            weights = (q_rows @ k_rows.T / math.sqrt(q.shape[-1])).softmax(-1)
+            out[q_at : q_at + q_len, head] = weights @ v_rows
+        q_at, k_at = q_at + q_len, k_at + k_len
+    return out
+
+
+def fake_flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = True,  # not flash-attn's default: that ours says False must show
+) -> Tensor:
+    """flash_attn_varlen_func's parameters, the naive sum."""
+    assert not causal
+    queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
+    return naive(q, k, v, segments(queries), segments(keys))
+
+
+def new_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """torch 2.11's parameters: grouped queries have to be asked for."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=False)
+
+
+def old_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> Tensor:
+    """torch 2.10's parameters: as many key heads as query heads."""
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=is_causal)
+
+
+KERNELS = {
+    "sdpa": sdpa_per_sequence,
+    "padded": sdpa_padded,
+    "flash-attn": flash_attn_kernel(fake_flash),
+    "varlen": varlen_kernel(new_varlen),
+    "varlen, older torch": varlen_kernel(old_varlen),
+}
+
+
+def random_heads(
+    heads: int, kv_heads: int, queries: Segments, keys: Segments, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(sum(queries.lengths), heads, 8, generator=generator)
+    k, v = torch.randn(2, sum(keys.lengths), kv_heads, 8, generator=generator)
+    return q, k, v
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "lengths",
+    [[1], [7], [5, 5, 5], [3, 3, 9, 1, 1, 4], [1, 30, 2, 30]],
+    ids=str,
+)
+def test_every_kernel_computes_the_same(
+    kernel: AttentionKernel, kv_heads: int, lengths: list[int]
+) -> None:
+    seqs = segments(lengths)
+    q, k, v = random_heads(4, kv_heads, seqs, seqs)
+    out = kernel(q, k, v, seqs, seqs)
+    torch.testing.assert_close(out, naive(q, k, v, seqs, seqs), rtol=0, atol=2e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 19)), min_size=1, max_size=12),
+    kv_heads=st.sampled_from([1, 2, 4]),
+)
+def test_every_kernel_on_any_pooled_subset(lengths: list[tuple[int, int]], kv_heads: int) -> None:
+    """As in the last layer: the queries are the rows after each sequence's instruction."""
+    keys = segments([length for length, _ in lengths])
+    queries = segments([length - min(start, length - 1) for length, start in lengths])
+    q, k, v = random_heads(4, kv_heads, queries, keys)
+    expected = naive(q, k, v, queries, keys)
+    for name, kernel in KERNELS.items():
+        out = kernel(q, k, v, queries, keys)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+def test_sequences_do_not_see_each_other(kernel: AttentionKernel) -> None:
+    seqs = segments([4, 6])
+    q, k, v = random_heads(4, 2, seqs, seqs)
+    before = kernel(q, k, v, seqs, seqs)[:4]
+    k[4:], v[4:] = 9.0, float("inf")
+    after = kernel(q, k, v, seqs, seqs)[:4]
+    if kernel is sdpa_per_sequence:
+        assert torch.equal(before, after)
+    assert torch.isfinite(after).all()
+
+
+# -- the CUDA branch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["varlen", "padded", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cuda_branch_on_meta_tensors(name: str, dtype: torch.dtype) -> None:
+    queries, keys = segments([10, 22], META), segments([28, 40], META)
+    q = torch.empty(32, 32, 128, dtype=dtype, device=META)
+    k, v = torch.empty(2, 68, 8, 128, dtype=dtype, device=META)
+    chosen, kernel = choose_kernel(name, META, dtype)
+    out = kernel(q, k, v, queries, keys)
+    assert chosen == name
+    assert (out.shape, out.dtype, out.device.type) == ((32, 32, 128), dtype, "meta")
+
+
+def test_the_varlen_front_stays_on_the_gpu() -> None:
+    kernel = varlen_kernel(varlen_attn)
+    with FakeTensorMode():
+        seqs = segments([28, 40], CUDA)
+        q = torch.empty(68, 32, 128, dtype=torch.bfloat16, device=CUDA)
+        k = torch.empty(68, 8, 128, dtype=torch.bfloat16, device=CUDA)
+        out = kernel(q, k, k.clone(), seqs, seqs)
+    assert (out.shape, out.dtype, out.device) == ((68, 32, 128), torch.bfloat16, CUDA)
+
+
+# -- the choice ------------------------------------------------------------------------------
+
+
+def test_auto() -> None:
+    assert choose_kernel("auto", CPU, torch.float32) == ("sdpa", sdpa_per_sequence)
+    assert choose_kernel("auto", CPU, torch.bfloat16) == ("sdpa", sdpa_per_sequence)
+    # A CUDA device in float32: no varlen kernel takes it.
+    assert choose_kernel("auto", META, torch.float32) == ("padded", sdpa_padded)
+    assert choose_kernel("auto", META, torch.bfloat16)[0] in ("flash-attn", "varlen")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "reason"),
+    [
+        ("varlen", META, torch.float32, "needs float16 or bfloat16, not float32"),
+        ("varlen", CPU, torch.bfloat16, "runs on CUDA only"),
+        ("fast", CPU, torch.float32, "known: auto, flash-attn, varlen, padded, sdpa"),
+    ],
+)
+def test_a_kernel_that_cannot_run_says_why(
+    name: str, device: torch.device, dtype: torch.dtype, reason: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        choose_kernel(name, device, dtype)
+
+
+def test_an_old_gpu_gets_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert available_kernels(CUDA, torch.float16) == ["padded", "sdpa"]
+    with pytest.raises(UnsupportedError, match=r"8\.0 \(Ampere\)"):
+        choose_kernel("varlen", CUDA, torch.float16)
+
+
+def test_what_runs_here() -> None:
+    assert available_kernels(CPU, torch.float32) == ["padded", "sdpa"]
+    assert set(KERNEL_NAMES) == {"flash-attn", "varlen", "padded", "sdpa"}
+
+
+def test_the_naive_sum_is_scaled_dot_product_attention() -> None:
+    seqs = segments([6])
+    q, k, v = random_heads(4, 4, seqs, seqs)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)))
+    torch.testing.assert_close(naive(q, k, v, seqs, seqs), theirs.transpose(0, 1))

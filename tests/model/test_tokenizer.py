@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import random
+import string
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from model.batch import Encoding
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
+from tests.checkpoints import official_tokenizer
+
+PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
+LONG = 1_000_000  # tokens: no limit for these tests' texts
+
+
+def whole_ids(tokenizer: NVEmbedTokenizer, text: str, instruction: str = "") -> list[int]:
+    """The ids of the untruncated input: its limit is too high for the character clip."""
+    ids: list[int] = tokenizer.encode(text, instruction, max_tokens=LONG).ids.tolist()
+    return ids
+
+
+def prose(words: int, seed: int = 0) -> str:
+    rng = random.Random(seed)
+    letters = string.ascii_lowercase * 3 + "éß,.-"
+    return " ".join(
+        "".join(rng.choices(letters, k=rng.randint(1, 9))) + " " * rng.choice([0, 0, 0, 3])
+        for _ in range(words)
+    )
+
+
+def cjk(chars: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices("東京都は日本の首都です。人口約千四百万人", k=chars))
+
+
+def wall(chars: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices(string.ascii_letters + string.digits, k=chars))
+
+
+def test_the_known_example(tokenizer: NVEmbedTokenizer) -> None:
+    encoding = tokenizer.encode("are judo throws allowed in wrestling?", PREFIX, max_tokens=4096)
+    assert (len(encoding), encoding.pool_start) == (28, 18)
+    assert encoding.ids[:4].tolist() == [BOS_ID, 560, 1356, 28747]
+    assert encoding.ids[-1] == EOS_ID
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer: NVEmbedTokenizer) -> None:
+    for literal in ("</s>", "<s>", "<unk>"):
+        ids = tokenizer.encode(f"before {literal} after", max_tokens=64).ids.tolist()
+        assert ids[0] == BOS_ID
+        assert ids[-1] == EOS_ID
+        assert not {0, BOS_ID, EOS_ID} & set(ids[1:-1])
+    # "▁a", "▁</", "s", ">", "▁b": pieces like any others
+    ids = tokenizer.encode("a </s> b", max_tokens=64).ids.tolist()
+    assert ids == [BOS_ID, 264, 1867, 28713, 28767, 287, EOS_ID]
+
+
+def test_a_prefix_without_trailing_space_leaves_its_last_piece_in_the_pool(
+    tokenizer: NVEmbedTokenizer,
+) -> None:
+    # The reference counts the instruction without BOS and compares with positions that have it.
+    assert tokenizer.pool_start("") == 0
+    encoding = tokenizer.encode("x", "Query:", max_tokens=9)
+    assert encoding.ids.tolist() == [BOS_ID, 16580, 28747, 28744, EOS_ID]  # ▁Query, :, x
+    assert encoding.pool_start == 2
+
+
+def test_without_truncation_a_long_input_is_refused(tokenizer: NVEmbedTokenizer) -> None:
+    with pytest.raises(InputTooLongError, match="has 5 tokens, the limit is 4") as refusal:
+        tokenizer.encode("one two three", max_tokens=4)
+    assert (refusal.value.num_tokens, refusal.value.max_tokens) == (5, 4)
+    assert len(tokenizer.encode("one two three", max_tokens=5)) == 5
+
+
+def test_truncation_at_the_end_loses_eos(tokenizer: NVEmbedTokenizer) -> None:
+    whole = whole_ids(tokenizer, "one two three four five")
+    encoding = tokenizer.encode("one two three four five", max_tokens=4, truncate=Truncation.END)
+    assert encoding.ids.tolist() == whole[:4]
+
+
+def test_truncation_at_the_start_keeps_instruction_and_eos(tokenizer: NVEmbedTokenizer) -> None:
+    text = "one two three four five six seven eight"
+    whole = whole_ids(tokenizer, text, PREFIX)
+    encoding = tokenizer.encode(text, PREFIX, max_tokens=22, truncate=Truncation.START)
+    assert encoding.ids.tolist() == whole[:18] + whole[-4:]
+    assert encoding.pool_start == 18
+    bare = tokenizer.encode(text, max_tokens=4, truncate=Truncation.START)
+    assert bare.ids.tolist() == [BOS_ID, *whole[-3:-1], EOS_ID]
+
+
+@pytest.mark.parametrize("truncate", [Truncation.END, Truncation.START])
+def test_nothing_left_to_pool(tokenizer: NVEmbedTokenizer, truncate: Truncation) -> None:
+    with pytest.raises(EmptyPoolError, match="instruction takes 18 tokens"):
+        tokenizer.encode("a question", PREFIX, max_tokens=18, truncate=truncate)
+    assert len(tokenizer.encode("a question", PREFIX, max_tokens=19, truncate=truncate)) == 19
+
+
+@pytest.mark.parametrize("instruction", ["", PREFIX, "Query:"], ids=["none", "official", "bare"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        prose(6_000),
+        cjk(20_000),
+        wall(20_000),
+        (" " * 70).join(prose(1_000)),
+        "x" + "\n" * 20_000,
+        wall(3_000) + " " + prose(2_000) + " " + wall(3_000),
+    ],
+    ids=["prose", "cjk", "wall", "spaces", "newlines", "walls around prose"],
+)
+def test_the_character_clip_changes_no_id(
+    tokenizer: NVEmbedTokenizer, text: str, instruction: str
+) -> None:
+    whole = whole_ids(tokenizer, text, instruction)
+    start = tokenizer.pool_start(instruction)
+    for max_tokens in (start + 5, start + 64, start + 400):
+        assert len(text) > 16 * max_tokens, "this text would not be clipped"
+        end = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.END)
+        assert end.ids.tolist() == whole[:max_tokens]
+        head = max(start, 1)
+        tail = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.START)
+        assert tail.ids.tolist() == whole[:head] + whole[head - max_tokens :]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    words=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=9),
+    spaces=st.integers(1, 20),
+    instruction=st.sampled_from(["", "Query:", "Instruct: x\nQuery: "]),
+    max_tokens=st.integers(14, 24),
+)
+def test_the_character_clip_on_any_words(
+    tokenizer: NVEmbedTokenizer,
+    words: list[str],
+    spaces: int,
+    instruction: str,
+    max_tokens: int,
+) -> None:
+    text = (" " * spaces).join(words)
+    whole = whole_ids(tokenizer, text, instruction)
+    if len(whole) <= max_tokens:
+        return
+    start = tokenizer.pool_start(instruction)
+    end = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.END)
+    assert end.ids.tolist() == whole[:max_tokens]
+    head = max(start, 1)
+    tail = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.START)
+    assert tail.ids.tolist() == whole[:head] + whole[head - max_tokens :]
+
+
+def test_a_huge_text_is_refused_or_cut_without_tokenizing_it(tokenizer: NVEmbedTokenizer) -> None:
+    huge = prose(1_000) * 1_500  # more than 8 MB: 16 seconds to tokenize
+    assert len(huge) > 8_000_000
+    begun = time.perf_counter()
+    with pytest.raises(InputTooLongError, match="more than 4096 tokens"):
+        tokenizer.encode(huge, max_tokens=4096)
+    (refused,) = tokenizer.encode_batch([huge], max_tokens=4096)
+    assert isinstance(refused, InputTooLongError)
+    assert refused.num_tokens is None
+    for truncate in (Truncation.END, Truncation.START):
+        assert len(tokenizer.encode(huge, PREFIX, max_tokens=512, truncate=truncate)) == 512
+    assert time.perf_counter() - begun < 3
+
+
+@pytest.mark.parametrize("truncate", list(Truncation))
+@pytest.mark.parametrize("instruction", ["", PREFIX])
+def test_batch_equals_one_by_one(
+    tokenizer: NVEmbedTokenizer, truncate: Truncation, instruction: str
+) -> None:
+    texts = ["", "x", "naïve café", "a </s> b", prose(200), "  two", wall(900), "🙂"]
+    results = tokenizer.encode_batch(texts, instruction, max_tokens=24, truncate=truncate)
+    assert len(results) == len(texts)
+    for text, result in zip(texts, results, strict=True):
+        if isinstance(result, Encoding):
+            alone = tokenizer.encode(text, instruction, max_tokens=24, truncate=truncate)
+            assert result.ids.tolist() == alone.ids.tolist()
+            assert result.pool_start == alone.pool_start
+        else:
+            with pytest.raises(InputTooLongError) as refusal:
+                tokenizer.encode(text, instruction, max_tokens=24, truncate=truncate)
+            assert str(result) == str(refusal.value)
+
+
+def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        NVEmbedTokenizer.from_dir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        NVEmbedTokenizer.from_dir(tmp_path)
+    without_bos = Tokenizer(official_tokenizer().model)
+    with pytest.raises(CheckpointError, match="BOS"):
+        NVEmbedTokenizer(without_bos)
+    with_long_piece = official_tokenizer()
+    with_long_piece.add_tokens(["a piece of more than sixteen characters"])
+    with pytest.raises(CheckpointError, match="at most 16"):
+        NVEmbedTokenizer(with_long_piece)
