@@ -1,0 +1,120 @@
+"""The pooler, plain and folded, against the published formula written out naively."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import NVEmbedConfig
+from model.latent_attention import segment_mean
+from model.loader import expected_shapes, load_model, load_plain_pooler
+from model.packing import Segments
+from tests.checkpoints import recipe_tensor
+
+CPU = torch.device("cpu")
+LENGTHS = (1, 20, 7, 7, 130)
+
+
+def segments(lengths: tuple[int, ...]) -> Segments:
+    bounds = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+    return Segments(lengths, bounds, max(lengths))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def published_pooler(h: Tensor, config: NVEmbedConfig) -> Tensor:
+    """One sequence, [T, D] -> [D], step by step in float64, from the checkpoint's own tensors:
+    cross-attention, feed-forward, and the mean last."""
+
+    def tensor(name: str) -> Tensor:
+        full = f"latent_attention_model.{name}"
+        return torch.from_numpy(recipe_tensor(full, expected_shapes(config)[full])).double()
+
+    cross, feed = "cross_attend_blocks.0.", "cross_attend_blocks.1."
+    h = h.double()
+    normed = layer_norm(h, tensor(cross + "norm.weight"), tensor(cross + "norm.bias"))
+    context = layer_norm(
+        tensor("latents"),
+        tensor(cross + "norm_context.weight"),
+        tensor(cross + "norm_context.bias"),
+    )
+    queries = normed @ tensor(cross + "fn.to_q.weight").T
+    to_k, to_v = tensor(cross + "fn.to_kv.weight").chunk(2)
+    keys, values = context @ to_k.T, context @ to_v.T
+    width = config.cross_dim_head
+    heads = []
+    for head in range(config.num_cross_heads):
+        mine = slice(head * width, (head + 1) * width)
+        weights = (queries[:, mine] @ keys[:, mine].T / math.sqrt(width)).softmax(-1)
+        heads.append(weights @ values[:, mine])
+    h = torch.cat(heads, -1) @ tensor(cross + "fn.to_out.weight").T + h
+
+    normed = layer_norm(h, tensor(feed + "norm.weight"), tensor(feed + "norm.bias"))
+    first = normed @ tensor(feed + "fn.net.0.weight").T + tensor(feed + "fn.net.0.bias")
+    value, gate = first.chunk(2, -1)
+    gelu = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))
+    h = (value * gelu) @ tensor(feed + "fn.net.2.weight").T + tensor(feed + "fn.net.2.bias") + h
+    return h.mean(0)
+
+
+def hidden_states(config: NVEmbedConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(sum(LENGTHS), config.hidden_size, generator=generator)
+
+
+@pytest.fixture(scope="module", params=["golden", "wide"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{request.param}_checkpoint")
+    return folder
+
+
+def test_plain_and_folded_equal_the_published_formula(checkpoint: Path) -> None:
+    config = NVEmbedConfig.from_dir(checkpoint)
+    h = hidden_states(config)
+    expected = F.normalize(
+        torch.stack([published_pooler(part, config) for part in h.split(list(LENGTHS))]), dim=-1
+    ).float()
+    plain = load_plain_pooler(checkpoint, config, device=CPU, dtype=torch.float32)
+    folded = load_model(checkpoint, config, device=CPU, dtype=torch.float32).pooler
+    for pooler in (plain, folded):
+        with torch.inference_mode():
+            vectors = pooler(h, segments(LENGTHS))
+        assert vectors.dtype == torch.float32
+        torch.testing.assert_close(F.normalize(vectors, dim=-1), expected, rtol=0, atol=1e-5)
+
+
+def test_folded_equals_plain_in_bfloat16(checkpoint: Path) -> None:
+    config = NVEmbedConfig.from_dir(checkpoint)
+    h = hidden_states(config).bfloat16()
+    plain = load_plain_pooler(checkpoint, config, device=CPU, dtype=torch.bfloat16)
+    folded = load_model(checkpoint, config, device=CPU, dtype=torch.bfloat16).pooler
+    with torch.inference_mode():
+        cosines = F.cosine_similarity(plain(h, segments(LENGTHS)), folded(h, segments(LENGTHS)))
+    assert cosines.min() >= 0.9999, cosines
+
+
+def test_means_of_segments() -> None:
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]).bfloat16()
+    means = segment_mean(x, segments((2, 1)))
+    assert means.tolist() == [[2.0, 3.0], [5.0, 6.0]]
+    assert means.dtype == torch.float32
+
+
+def test_the_gpus_way_to_take_means_on_meta_and_on_values() -> None:
+    meta = segment_mean(
+        torch.empty(5, 8, device="meta", dtype=torch.bfloat16),
+        Segments((2, 3), torch.empty(3, device="meta", dtype=torch.int32), 3),
+    )
+    assert (meta.shape, meta.dtype) == ((2, 8), torch.float32)
+    x, lengths = torch.randn(sum(LENGTHS), 4), segments(LENGTHS).cu_seqlens.diff()
+    by_reduce = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)
+    torch.testing.assert_close(by_reduce, segment_mean(x, segments(LENGTHS)))

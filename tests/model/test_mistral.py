@@ -1,0 +1,138 @@
+"""The backbone against transformers' MistralModel under a full mask, on random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import MistralConfig, MistralModel
+
+from model.attention import AttentionKernel, sdpa_padded, sdpa_per_sequence
+from model.batch import Encoding
+from model.config import NVEmbedConfig
+from model.loader import tensor_table
+from model.mistral import MistralBackbone
+from model.packing import pack
+
+CPU = torch.device("cpu")
+CONFIG = NVEmbedConfig(
+    vocab_size=300,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=12,  # not width / heads
+    intermediate_size=72,
+    max_position_embeddings=32768,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    num_latents=8,
+    num_cross_heads=2,
+    cross_dim_head=16,
+)
+
+
+def referee(config: NVEmbedConfig, *, sliding_window: int | None = None) -> MistralModel:
+    """transformers' model with random weights of a size that makes attention matter."""
+    torch.manual_seed(0)
+    theirs = MistralModel(
+        MistralConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            sliding_window=sliding_window,
+            initializer_range=0.25,
+            attn_implementation="sdpa",
+        )
+    )
+    for name, parameter in theirs.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return theirs.eval().requires_grad_(False)
+
+
+def referee_states(theirs: MistralModel, ids: np.ndarray) -> Tensor:
+    """-> [T, D]; the mask is given whole (0 everywhere), so that no causal one is made."""
+    full = torch.zeros(1, 1, len(ids), len(ids))
+    input_ids = torch.from_numpy(ids).long()[None]
+    states: Tensor = theirs(input_ids, attention_mask=full, use_cache=False).last_hidden_state[0]
+    return states
+
+
+def ours_from(theirs: MistralModel, config: NVEmbedConfig) -> MistralBackbone:
+    """The same weights, through the loader's table of names."""
+    backbone = MistralBackbone(config)
+    weights = {f"embedding_model.{name}": value for name, value in theirs.state_dict().items()}
+    fused = {
+        name.removeprefix("backbone."): torch.cat([weights.pop(s.name) for s in sources])
+        for name, sources in tensor_table(config).items()
+        if name.startswith("backbone.")
+    }
+    assert not weights, f"not in the table: {sorted(weights)}"
+    backbone.load_state_dict(fused)
+    return backbone.eval().requires_grad_(False)
+
+
+def encoding(length: int, pool_start: int = 0, seed: int = 0) -> Encoding:
+    ids = np.random.default_rng([length, seed]).integers(0, CONFIG.vocab_size, length)
+    return Encoding(ids.astype(np.int32), pool_start)
+
+
+def test_the_referee_is_bidirectional() -> None:
+    theirs = referee(CONFIG, sliding_window=4)
+    ids = encoding(40).ids
+    changed = ids.copy()
+    changed[-1] = (changed[-1] + 1) % CONFIG.vocab_size
+    moved = (referee_states(theirs, ids) - referee_states(theirs, changed)).abs().amax(-1)
+    assert (moved > 1e-4).all(), "a causal or sliding mask was applied"
+
+
+@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+def test_equals_transformers_on_mixed_lengths(kernel: AttentionKernel) -> None:
+    theirs = referee(CONFIG)
+    ours = ours_from(theirs, CONFIG)
+    encodings = [encoding(n, seed=i) for i, n in enumerate([1, 17, 5, 64, 5, 130, 2])]
+    states = ours(pack(encodings, CPU), kernel)
+    expected = torch.cat([referee_states(theirs, e.ids) for e in encodings])
+    assert states.shape == (sum(map(len, encodings)), CONFIG.hidden_size)
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+def test_equals_transformers_on_the_pooled_rows(kernel: AttentionKernel) -> None:
+    theirs = referee(CONFIG)
+    ours = ours_from(theirs, CONFIG)
+    encodings = [encoding(40, 18), encoding(9, 8), encoding(30, 0), encoding(40, 18, seed=1)]
+    states = ours(pack(encodings, CPU), kernel)
+    expected = torch.cat([referee_states(theirs, e.ids)[e.pool_start :] for e in encodings])
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool_start", [0, 4000])
+def test_equals_transformers_at_4096_tokens(pool_start: int) -> None:
+    config = replace(CONFIG, num_hidden_layers=2)
+    theirs = referee(config)
+    ours = ours_from(theirs, config)
+    long = encoding(4096, pool_start)
+    states = ours(pack([long, encoding(3)], CPU), sdpa_per_sequence)
+    expected = referee_states(theirs, long.ids)[pool_start:]
+    torch.testing.assert_close(states[:-3], expected, rtol=0, atol=1e-5)
+
+
+def test_one_layer_is_both_the_first_and_the_last() -> None:
+    config = replace(CONFIG, num_hidden_layers=1)
+    theirs = referee(config)
+    short = encoding(11, 4)
+    states = ours_from(theirs, config)(pack([short], CPU), sdpa_per_sequence)
+    expected = referee_states(theirs, short.ids)[4:]
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
