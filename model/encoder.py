@@ -103,8 +103,10 @@ class Encoder:
                 encodings = self._tokenize(window, first, instruction, max_tokens, truncate)
                 for batch in batches_by_length(encodings, self.limits):
                     rows = self.runner.embed([encodings[i] for i in batch])
-                    if not np.isfinite(rows).all():
-                        raise NonFiniteError([first + i for i in batch])
+                    finite = np.isfinite(rows).all(axis=1)
+                    if not finite.all():
+                        bad = [first + i for i, ok in zip(batch, finite, strict=True) if not ok]
+                        raise NonFiniteError(bad)
                     vectors[[first + i for i in batch]] = rows
                     bar.update(len(batch))
         return vectors

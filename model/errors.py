@@ -49,7 +49,7 @@ class EmptyPoolError(ModelError):
 
 
 class NonFiniteError(ModelError):
-    """Some vectors of a batch hold NaN or infinity; `rows` are their places in the batch."""
+    """Some vectors of a batch hold NaN or infinity; `rows` are their places in the input."""
 
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows = tuple(rows)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from model.errors import UnsupportedError
 
 QUANTIZATIONS = ("none", "int8")
+OUTLIER_THRESHOLD = 6.0
+"""Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
 
 
 def check(quantization: str) -> None:
@@ -36,7 +38,7 @@ def _bitsandbytes() -> Any:
 
 
 def replace_linears(module: nn.Module) -> None:
-    """Put an int8 layer in the place of each nn.Linear below `module`, weights not yet set."""
+    """Put an int8 layer in the place of each nn.Linear below `module`, values not yet set."""
     linear_class = _bitsandbytes().nn.Linear8bitLt
     for parent in list(module.modules()):
         for name, child in parent.named_children():
@@ -46,8 +48,10 @@ def replace_linears(module: nn.Module) -> None:
                     child.out_features,
                     bias=child.bias is not None,
                     has_fp16_weights=False,
+                    threshold=OUTLIER_THRESHOLD,
                     device=child.weight.device,
                 )
+                layer.weight = quantize(child.weight, child.weight.device)
                 setattr(parent, name, layer)
 
 
@@ -56,9 +60,11 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def quantize(weight: Tensor, device: torch.device) -> nn.Parameter:
-    """A host weight [out, in] as an int8 parameter on `device`."""
-    parameters = _bitsandbytes().nn.Int8Params
-    parameter: nn.Parameter = parameters(
-        weight.to(torch.float16), requires_grad=False, has_fp16_weights=False
-    ).to(device)
+    """A weight [out, in] as an int8 parameter on `device`, with one scale for each row."""
+    bitsandbytes = _bitsandbytes()
+    half = weight.detach().to(device=device, dtype=torch.float16)
+    rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+    parameter: nn.Parameter = bitsandbytes.nn.Int8Params(
+        rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales
+    )
     return parameter
