@@ -1,0 +1,115 @@
+"""`nv-embed encode`: a file of texts to a file of vectors, without a server.
+
+Reads text or JSON lines a chunk at a time; writes to a temporary file that is renamed when whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from model.errors import ModelError
+from model.tokenizer import Truncation
+
+if TYPE_CHECKING:
+    from model.encoder import Encoder
+
+_CHUNK = 4096
+"""Texts in memory at once."""
+
+
+class InputFileError(Exception):
+    """A line of the input cannot be used; the message holds its number."""
+
+
+def is_json_lines(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".ndjson", ".json")
+
+
+def read_texts(path: Path, field: str) -> Iterator[str]:
+    """The texts of a file: one a line, or `field` of each JSON line (or a JSON string).
+
+    Raises InputFileError with the number of a bad line.
+    """
+    json_lines = is_json_lines(path)
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = _json_text(raw, field) if json_lines else raw.decode().rstrip("\r\n")
+            except (ValueError, KeyError) as error:
+                raise InputFileError(f"{path}, line {number}: {_reason(error, field)}") from None
+            if not text:
+                raise InputFileError(f"{path}, line {number}: the text is empty")
+            yield text
+
+
+def _json_text(raw: bytes, field: str) -> str:
+    value = orjson.loads(raw)
+    text = value[field] if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError(f"expected a string or an object with a string in {field!r}")
+    return text
+
+
+def _reason(error: Exception, field: str) -> str:
+    return f"no field {field!r} (--field names it)" if isinstance(error, KeyError) else f"{error}"
+
+
+def encode_file(
+    encoder: Encoder,
+    source: Path,
+    target: Path,
+    *,
+    field: str,
+    instruction: str,
+    truncate: Truncation,
+) -> int:
+    """Embed every text of `source` into `target` (.npy, or JSON lines); returns how many."""
+    count = sum(1 for _ in read_texts(source, field))
+    texts = read_texts(source, field)
+    width = encoder.runner.info.width
+    with (
+        _replacing(target) as file,
+        tqdm(total=count, desc="Embedding", unit=" texts", disable=None) as bar,
+    ):
+        if target.suffix == ".npy":
+            header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        done = 0
+        while chunk := list(islice(texts, _CHUNK)):
+            try:
+                vectors = encoder.encode(chunk, instruction, truncate=truncate, progress=False)
+            except ModelError as error:
+                where = "; ".join(getattr(error, "__notes__", []))
+                raise InputFileError(
+                    f"{source}, lines {done + 1} to {done + len(chunk)}: {error} {where}"
+                ) from None
+            if target.suffix == ".npy":
+                file.write(vectors.astype("<f4").tobytes())
+            else:
+                for index, vector in enumerate(vectors, done):
+                    line = {"index": index, "embedding": vector}
+                    file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+            done += len(chunk)
+            bar.update(len(chunk))
+    return count
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """A file that takes the target's name when the block ends well, and vanishes otherwise."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""The command `nv-embed`: serve, encode, verify, openapi. Arguments and messages, no more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from model.errors import ModelError
+from server import logs, settings
+from server.errors import SettingsError
+
+_NO_MODEL = """no model was named, and none ships with this version yet.
+  nv-embed serve --model nvidia/NV-Embed-v2     from the hub (15.7 GB; CC-BY-NC-4.0)
+  nv-embed serve --model /path/to/checkpoint    a folder in the official layout
+With make: make serve MODEL=/path/to/checkpoint. To see the server work without weights:
+make tiny-model && make serve MODEL=build/tiny-nv-embed (random weights, meaningless vectors)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (SettingsError, ModelError) as error:
+        print(f"nv-embed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nv-embed",
+        description="Serve NV-Embed behind OpenAI's embeddings API, or use it from files.",
+    )
+    from importlib.metadata import version
+
+    parser.add_argument("--version", action="version", version=version("nv-embed-server"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start the server",
+        description="Start the server. Every option is also an environment variable (in brackets) "
+        "and a line of the --config file; a flag wins over the environment, that over the file.",
+        epilog="Example: nv-embed serve --model nvidia/NV-Embed-v2 --port 8000",
+    )
+    settings.add_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    encode = commands.add_parser(
+        "encode",
+        help="embed a file of texts",
+        description="Embed each line of a text file, or a field of each JSON line, without a "
+        "server. The output holds one vector per line, in order.",
+        epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
+    )
+    _add_encode_arguments(encode)
+    encode.set_defaults(run=_encode)
+
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a checkpoint gives the authors' vectors here",
+        description="Check a checkpoint on this machine against the values published with it, and "
+        "measure. Prints a table and, last, a line of JSON; exit status 1 outside tolerance.",
+    )
+    _add_model_arguments(verify)
+    verify.add_argument(
+        "--golden",
+        type=Path,
+        help="JSON of the authors' outputs (default: golden.json in the checkpoint's folder)",
+    )
+    verify.set_defaults(run=_verify)
+
+    openapi = commands.add_parser("openapi", help="print the OpenAPI document as YAML")
+    openapi.set_defaults(run=_openapi)
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    given = {k: v for k, v in vars(arguments).items() if k != "run"}
+    options = settings.load(given, os.environ)
+    logs.configure(options.log_format, options.log_level)
+    if options.model is None:
+        raise SettingsError(_NO_MODEL)
+    from model.hub import locate
+    from server import lifecycle
+
+    source = locate(options.model, revision=options.revision, offline=options.offline)
+    return lifecycle.run(options, source)
+
+
+def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
+    from model.tokenizer import Truncation
+
+    parser.add_argument("file", type=Path, metavar="FILE", help="text, or JSON lines (.jsonl)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="FILE.npy or .jsonl (default: FILE with .npy)"
+    )
+    parser.add_argument("--field", default="text", help="of JSON lines (default: %(default)s)")
+    prefix = parser.add_mutually_exclusive_group()
+    prefix.add_argument("--prompt", help="prefix of each text, verbatim")
+    prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
+    prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
+    parser.add_argument(
+        "--input-type", default="query", choices=("query", "passage"), help="the side of --task"
+    )
+    parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
+    parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
+    _add_model_arguments(parser)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it runs: for the commands without a server."""
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
+    parser.add_argument("--offline", action="store_true", help="use the local cache only")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--quantization", default="none", help="none or int8")
+    parser.add_argument("--attention", default="auto", help="auto or a kernel's name")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    logs.configure("text", "info")
+    from server import bulk
+
+    output = arguments.output or arguments.file.with_suffix(".npy")
+    if output.suffix not in (".npy", ".jsonl"):
+        raise SettingsError(f"--output {output}: write to .npy or .jsonl")
+    if not arguments.file.is_file():
+        raise SettingsError(f"there is no file {arguments.file}")
+    if not output.parent.is_dir():
+        raise SettingsError(f"--output: there is no folder {output.parent}")
+    prefix = _encode_prefix(arguments)
+    from model.encoder import Encoder
+
+    options = {
+        name: getattr(arguments, name)
+        for name in (
+            "device",
+            "dtype",
+            "quantization",
+            "attention",
+            "threads",
+            "max_batch_tokens",
+        )
+        if getattr(arguments, name) is not None
+    }
+    encoder = Encoder(
+        arguments.model, revision=arguments.revision, offline=arguments.offline, **options
+    )
+    try:
+        count = bulk.encode_file(
+            encoder,
+            arguments.file,
+            output,
+            field=arguments.field,
+            instruction=prefix or "",
+            truncate=arguments.truncate,
+        )
+    except bulk.InputFileError as error:
+        print(f"nv-embed encode: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} vectors of {encoder.runner.info.width} dimensions in {output}")
+    return 0
+
+
+def _encode_prefix(arguments: argparse.Namespace) -> str | None:
+    from server import instructions
+    from server.errors import InvalidRequestError
+
+    try:
+        return instructions.choose_prefix(
+            instructions.Defaults(query_instruction=""),
+            prompt=arguments.prompt,
+            instruction=arguments.instruction,
+            task=arguments.task,
+            input_type=arguments.input_type if arguments.task else None,
+        )
+    except InvalidRequestError as error:
+        raise SettingsError(error.message) from None
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from model import verify
+
+    return verify.run(arguments)
+
+
+def _openapi(arguments: argparse.Namespace) -> int:
+    import orjson
+    import yaml
+
+    from server.app import openapi_document
+
+    document = orjson.loads(orjson.dumps(openapi_document()))  # without YAML's aliases
+    yaml.safe_dump(document, sys.stdout, sort_keys=False, allow_unicode=True, width=100)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

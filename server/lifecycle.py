@@ -1,0 +1,152 @@
+"""One server process from start to end: listen, start the workers, serve, drain, stop.
+
+Owns the signals. The first SIGINT or SIGTERM drains, a second one ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from model.hub import ModelSource
+from server.app import create_app
+from server.engine import EmbeddingEngine
+from server.errors import SettingsError, StartError
+from server.settings import Settings
+
+logger = logging.getLogger("nv_embed")
+
+_BACKLOG = 2048
+_CLOSE_S = 5.0
+"""How long open connections may take to finish their last answer once all is answered."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handling, which would re-raise the signal when it is done."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        raise AssertionError("signals are handled in server.lifecycle")
+
+
+def run(settings: Settings, source: ModelSource) -> int:
+    """Serve until a signal or a failure to start. Returns the exit status.
+
+    Raises SettingsError or CheckpointError before anything listens.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(settings, source))
+
+
+async def _serve(settings: Settings, source: ModelSource) -> int:
+    engine = EmbeddingEngine(settings, source)
+    app = create_app(settings, engine)
+    listener, address = _listen(settings)
+    server = _Uvicorn(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http="httptools",
+            lifespan="off",
+            root_path=settings.root_path,
+            timeout_graceful_shutdown=int(_CLOSE_S),
+            backlog=_BACKLOG,
+        )
+    )
+    stop = _Signals()
+    logger.info("listening on %s; the model is loading", address)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    engine.start()
+    failing = asyncio.create_task(engine.failed())
+    stopping = asyncio.create_task(stop.first.wait())
+    try:
+        await asyncio.wait({serving, failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            failing.result()
+        if stop.first.is_set():
+            await _drain(engine, stop, settings.drain_timeout)
+        return 0
+    except StartError as error:
+        logger.error("cannot start: %s", error)
+        return 1
+    finally:
+        stopping.cancel()
+        failing.cancel()
+        server.force_exit = stop.second.is_set()
+        server.should_exit = True
+        await serving
+        await engine.stop()
+        if settings.uds:
+            with contextlib.suppress(FileNotFoundError):
+                _unlink_socket(settings.uds)
+        logger.info("stopped")
+
+
+async def _drain(engine: EmbeddingEngine, stop: _Signals, timeout: float) -> None:  # noqa: ASYNC109
+    logger.info("draining: new requests get a 503; again to stop at once")
+    draining = asyncio.create_task(engine.drain(timeout))
+    hurry = asyncio.create_task(stop.second.wait())
+    await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (draining, hurry):
+        task.cancel()
+
+
+class _Signals:
+    """SIGINT and SIGTERM as two events."""
+
+    def __init__(self) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self._arrived)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+def _listen(settings: Settings) -> tuple[socket.socket, str]:
+    """A bound socket and how to reach it. Raises SettingsError when the address is taken."""
+    if settings.uds:
+        listener = socket.socket(socket.AF_UNIX)
+        address = f"unix:{settings.uds}"
+        target: str | tuple[str, int] = settings.uds
+    else:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        target = (settings.host, settings.port)
+    try:
+        if settings.uds:
+            _unlink_socket(settings.uds)
+        listener.bind(target)
+    except OSError as error:
+        listener.close()
+        option = "--uds" if settings.uds else "--host or --port"
+        raise SettingsError(f"cannot listen on {target}: {error.strerror} ({option})") from None
+    if not settings.uds:
+        host, port = listener.getsockname()[:2]
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return listener, address
+
+
+def _unlink_socket(path: str) -> None:
+    """Remove the socket file that an earlier server left; never another kind of file."""
+    import os
+    import stat
+
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)

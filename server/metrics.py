@@ -1,0 +1,93 @@
+"""Prometheus metric objects and their buckets, nothing else. Units stand in the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+_LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROUTES = ("embeddings", "tokenize", "models", "instructions", "info", "health", "metrics", "other")
+STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 499, 500, 503, 504)
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own, all present at zero."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each, which nobody reads
+        self.registry = CollectorRegistry()
+        PlatformCollector(self.registry)
+        ProcessCollector(registry=self.registry)
+        self.requests = self._counter(
+            "nv_embed_requests", "HTTP requests answered", ("route", "status")
+        )
+        for status in STATUSES:
+            self.requests.labels("embeddings", str(status))
+        self.request_seconds = self._histogram(
+            "nv_embed_request_duration_seconds",
+            "From the first byte of an embeddings request to its answer",
+            _LATENCY,
+        )
+        self.inputs = self._counter("nv_embed_inputs", "Inputs embedded")
+        self.tokens = self._counter("nv_embed_tokens", "Tokens embedded")
+        self.queue_seconds = self._histogram(
+            "nv_embed_queue_wait_seconds",
+            "From admission to the batch that takes an input",
+            _LATENCY,
+        )
+        self.batch_seconds = self._histogram(
+            "nv_embed_batch_duration_seconds", "From handing a batch over to its rows", _LATENCY
+        )
+        self.batch_tokens = self._histogram("nv_embed_batch_tokens", "Tokens in a batch", _TOKENS)
+        self.batch_inputs = self._histogram("nv_embed_batch_inputs", "Inputs in a batch", _SEQS)
+        self.cancelled = self._counter(
+            "nv_embed_cancelled_requests", "Requests whose client went away"
+        )
+        self.expired = self._counter(
+            "nv_embed_expired_requests", "Requests whose deadline passed while they waited"
+        )
+        self.rejected = self._counter(
+            "nv_embed_rejected_requests", "Requests refused because the queue was full"
+        )
+        self.worker_deaths = self._counter(
+            "nv_embed_worker_deaths", "Engine workers that died and were replaced"
+        )
+
+    def watch(
+        self,
+        *,
+        waiting_requests: Callable[[], float],
+        running_requests: Callable[[], float],
+        queued_inputs: Callable[[], float],
+        queued_tokens: Callable[[], float],
+        workers_ready: Callable[[], float],
+    ) -> None:
+        """Gauges that are read when they are scraped."""
+        for name, text, read in (
+            ("nv_embed_waiting_requests", "Requests with inputs in the queue", waiting_requests),
+            ("nv_embed_running_requests", "Requests being worked on", running_requests),
+            ("nv_embed_queued_inputs", "Inputs waiting for a batch", queued_inputs),
+            ("nv_embed_queued_tokens", "Tokens waiting for a batch", queued_tokens),
+            ("nv_embed_workers_ready", "Engine workers that are ready", workers_ready),
+            # The names that existing autoscaling recipes watch.
+            ("vllm:num_requests_waiting", "As nv_embed_waiting_requests", waiting_requests),
+            ("vllm:num_requests_running", "As nv_embed_running_requests", running_requests),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, registry=self.registry, buckets=buckets)

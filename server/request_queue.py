@@ -1,0 +1,150 @@
+"""The waiting inputs, and which of them make the next batch.
+
+Pure: no clock, event loop, torch or metrics; a time is an argument. Requests take turns, an input
+at a time, so that one query never waits behind a request of 2,048 inputs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from model.batch import BatchLimits, Encoding
+
+_LOOK_AHEAD = 32
+"""How many requests whose next input does not fit are passed over before a batch is closed."""
+
+Waiter = TypeVar("Waiter")
+"""What stands for the answer of a request; the queue carries it and never looks at it."""
+
+
+@dataclass(slots=True, eq=False)
+class Entry(Generic[Waiter]):
+    """One input of a request, waiting or in a batch."""
+
+    encoding: Encoding
+    index: int  # its place in the request
+    request: QueuedRequest[Waiter]
+    attempts: int = 0  # how often it was handed to a worker that then died
+
+    def __len__(self) -> int:
+        return len(self.encoding)
+
+
+@dataclass(slots=True, eq=False)
+class QueuedRequest(Generic[Waiter]):
+    """The inputs of one HTTP request that are still waiting, and what is known of its client."""
+
+    waiter: Waiter
+    deadline: float = float("inf")  # on the caller's clock
+    arrived: float = 0.0  # on the caller's clock
+    waiting: deque[Entry[Waiter]] = field(default_factory=deque)
+    queued: bool = False  # whether the queue holds it
+
+    @classmethod
+    def of(
+        cls,
+        encodings: Sequence[Encoding],
+        waiter: Waiter,
+        *,
+        deadline: float = float("inf"),
+        arrived: float = 0.0,
+    ) -> QueuedRequest[Waiter]:
+        request = cls(waiter, deadline, arrived)
+        request.waiting.extend(Entry(e, i, request) for i, e in enumerate(encodings))
+        return request
+
+
+class RequestQueue(Generic[Waiter]):
+    """Requests in the order of their turns."""
+
+    def __init__(self) -> None:
+        self._turns: deque[QueuedRequest[Waiter]] = deque()
+        self.num_tokens = 0
+        self.num_entries = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"RequestQueue({len(self._turns)} requests, {self.num_entries} entries, "
+            f"{self.num_tokens} tokens)"
+        )
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._turns)
+
+    def append(self, request: QueuedRequest[Waiter]) -> None:
+        """Admit all entries of a request, at the end of the turns."""
+        assert request.waiting, request
+        assert not request.queued, request
+        request.queued = True
+        self._turns.append(request)
+        self._count(request.waiting, 1)
+
+    def put_back(self, entries: Iterable[Entry[Waiter]]) -> None:
+        """Return entries of a batch that was lost to the front, in their order."""
+        for entry in reversed(list(entries)):
+            request = entry.request
+            request.waiting.appendleft(entry)
+            self._count((entry,), 1)
+            if not request.queued:
+                request.queued = True
+                self._turns.appendleft(request)
+
+    def discard(self, request: QueuedRequest[Waiter]) -> None:
+        """Drop what still waits of a request; harmless when nothing does."""
+        if request.queued:
+            self._turns.remove(request)
+            self._drop(request)
+
+    def is_full(self, limits: BatchLimits) -> bool:
+        """Whether what waits fills a batch: it reaches the token or the sequence limit."""
+        return self.num_tokens >= limits.max_tokens or self.num_entries >= limits.max_seqs
+
+    def next_batch(
+        self, limits: BatchLimits, now: float
+    ) -> tuple[list[Entry[Waiter]], list[QueuedRequest[Waiter]]]:
+        """Take the entries of one batch; also returns the requests whose deadline has passed,
+        which are dropped.
+
+        One entry of each request in turn, while they fit. A request whose next entry does not
+        fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
+        than a whole batch runs alone.
+        """
+        batch: list[Entry[Waiter]] = []
+        expired: list[QueuedRequest[Waiter]] = []
+        passed_over: list[QueuedRequest[Waiter]] = []
+        tokens = 0
+        while self._turns and len(batch) < limits.max_seqs and tokens < limits.max_tokens:
+            request = self._turns.popleft()
+            if request.deadline <= now:
+                self._drop(request)
+                expired.append(request)
+                continue
+            if batch and tokens + len(request.waiting[0]) > limits.max_tokens:
+                passed_over.append(request)
+                if len(passed_over) == _LOOK_AHEAD:
+                    break
+                continue
+            entry = request.waiting.popleft()
+            batch.append(entry)
+            tokens += len(entry)
+            if request.waiting:
+                self._turns.append(request)
+            else:
+                request.queued = False
+        self._turns.extendleft(reversed(passed_over))
+        self._count(batch, -1)
+        return batch, expired
+
+    def _drop(self, request: QueuedRequest[Waiter]) -> None:
+        self._count(request.waiting, -1)
+        request.waiting.clear()
+        request.queued = False
+
+    def _count(self, entries: Iterable[Entry[Waiter]], sign: int) -> None:
+        for entry in entries:
+            self.num_tokens += sign * len(entry)
+            self.num_entries += sign

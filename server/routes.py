@@ -1,0 +1,350 @@
+"""The HTTP endpoints: bytes to wire types, wire types to the engine, answers to bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from model.tokenizer import Truncation
+from server import instructions, schemas, serialize
+from server.engine import EmbeddingEngine, Tokenization
+from server.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    UnavailableError,
+    UnsupportedMediaTypeError,
+)
+from server.names import ServedNames
+from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
+
+DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+"""Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
+
+_Responses = dict[int | str, dict[str, Any]]
+_ERRORS: _Responses = {
+    status: {"model": schemas.ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request is malformed, or an input is too long; `param` names the field.",
+        401: "No or a wrong API key.",
+        404: "Unknown model or route.",
+        405: "Wrong method.",
+        408: "The request did not arrive in time.",
+        413: "The body is too large.",
+        415: "The body is not application/json.",
+        429: "The queue is full; `Retry-After` says when to come back.",
+        431: "The headers are too large.",
+        500: "The server failed; the message holds the request id.",
+        503: "No worker is ready, or the server is shutting down; see `Retry-After`.",
+        504: "The client's deadline passed before its inputs ran.",
+    }.items()
+}
+_READ_ERRORS: _Responses = {status: _ERRORS[status] for status in (401, 405, 408, 431, 500)}
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer."""
+
+
+def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
+    """All endpoints over one engine."""
+    router = APIRouter()
+    names = ServedNames(engine.source.model_id, settings.served_model_name)
+    defaults = instructions.Defaults.of(settings.query_instruction, settings.default_input_type)
+    created = int(time.time())
+
+    async def read(request: Request, wire: type[schemas.W]) -> schemas.W:
+        return schemas.parse_body(wire, await _read_body(request, settings.max_body_bytes))
+
+    def tokenization(wire: schemas.InstructedInput, model: str | None) -> Tokenization:
+        prefix = instructions.choose_prefix(
+            defaults,
+            prompt=wire.prompt,
+            instruction=wire.instruction,
+            task=wire.task,
+            input_type=wire.input_type,
+            model_side=names.side(model) if model is not None else None,
+        )
+        if wire.truncate_prompt_tokens is not None:
+            return Tokenization(prefix, Truncation.START, wire.truncate_prompt_tokens)
+        return Tokenization(prefix, wire.truncate)
+
+    async def create_embeddings(request: Request) -> Response:
+        """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
+        arrived = time.monotonic()
+        wire = await read(request, schemas.EmbeddingsRequest)
+        how = tokenization(wire, wire.model)
+        inputs = schemas.parse_inputs(wire.input)
+        _check_dimensions(
+            wire.dimensions, engine.config.hidden_size, settings.allow_truncated_dimensions
+        )
+        async with _cancelled_on_disconnect(request):
+            vectors, tokens = await engine.embed(inputs, how, deadline=arrived + _patience(request))
+        request.scope["log"].update(inputs=len(inputs), tokens=tokens)
+        body = serialize.embeddings_body(
+            vectors,
+            model=wire.model,
+            tokens=tokens,
+            base64=wire.encoding_format == "base64",
+            dimensions=wire.dimensions,
+        )
+        return Response(body, media_type="application/json")
+
+    for path in ("/v1/embeddings", "/embeddings"):
+        router.add_api_route(
+            path,
+            create_embeddings,
+            methods=["POST"],
+            tags=["embeddings"],
+            include_in_schema=path == "/v1/embeddings",
+            operation_id="create_embeddings" if path == "/v1/embeddings" else None,
+            openapi_extra=_body_schema("EmbeddingsRequest"),
+            responses={200: {"model": schemas.EmbeddingsResponse}, **_ERRORS},
+        )
+
+    @router.post(
+        "/tokenize",
+        tags=["embeddings"],
+        operation_id="tokenize",
+        openapi_extra=_body_schema("TokenizeRequest"),
+        responses={
+            200: {"model": schemas.TokenizeResponse},
+            **{status: _ERRORS[status] for status in (400, 401, 404, 405, 408, 413, 415, 431, 500)},
+        },
+    )
+    async def tokenize(request: Request) -> Response:
+        """The ids that would run for the same inputs and fields, and what the prefix adds."""
+        wire = await read(request, schemas.TokenizeRequest)
+        how = tokenization(wire, wire.model)
+        encodings = await engine.tokenize(schemas.parse_inputs(wire.input), how)
+        data = [
+            {
+                "index": index,
+                "ids": encoding.ids.tolist(),
+                "count": len(encoding),
+                "instruction_tokens": encoding.pool_start,
+            }
+            for index, encoding in enumerate(encodings)
+        ]
+        return _json(
+            {
+                "object": "list",
+                "prefix": how.prefix or "",
+                "data": data,
+                "max_input_tokens": engine.max_input_tokens,
+            }
+        )
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "nv-embed-server"}
+
+    @router.get(
+        "/v1/models",
+        tags=["models"],
+        operation_id="list_models",
+        responses={200: {"model": schemas.ModelList}, **_READ_ERRORS},
+    )
+    async def list_models() -> Response:
+        """The model, and its -query and -passage aliases."""
+        return _json({"object": "list", "data": [card(name) for name in names.listed()]})
+
+    @router.get(
+        "/v1/models/{model_id:path}",
+        tags=["models"],
+        operation_id="retrieve_model",
+        responses={200: {"model": schemas.ModelCard}, **_READ_ERRORS, 404: _ERRORS[404]},
+    )
+    async def retrieve_model(model_id: str) -> Response:
+        """One model by its id or alias."""
+        names.side(model_id)
+        return _json(card(model_id))
+
+    @router.get(
+        "/v1/instructions",
+        tags=["models"],
+        operation_id="list_instructions",
+        responses={200: {"model": schemas.InstructionList}, **_READ_ERRORS},
+    )
+    async def list_instructions() -> Response:
+        """The named tasks, and what the server does when a request does not say."""
+        data = [
+            {"task": name, "query": task.query, "passage": task.passage, "source": task.source}
+            for name, task in instructions.TASKS.items()
+        ]
+        return _json(
+            {
+                "object": "list",
+                "data": data,
+                "query_instruction": defaults.query_instruction,
+                "default_input_type": defaults.input_type or "none",
+            }
+        )
+
+    @router.get(
+        "/info",
+        tags=["server"],
+        operation_id="info",
+        responses={200: {"model": schemas.Info}, **_READ_ERRORS},
+    )
+    async def info() -> Response:
+        """What runs here: model, licence, devices, limits, version."""
+        return _json(
+            {
+                "version": version("nv-embed-server"),
+                "model": names.names[0],
+                "revision": engine.source.revision,
+                "license": engine.source.license,
+                "dimensions": engine.config.hidden_size,
+                "devices": [
+                    {
+                        "device": runner.device,
+                        "device_name": runner.device_name,
+                        "dtype": runner.dtype,
+                        "quantization": runner.quantization,
+                        "attention": runner.attention,
+                    }
+                    for runner in engine.runners
+                ],
+                "limits": {
+                    "max_input_tokens": engine.max_input_tokens,
+                    "max_request_inputs": MAX_REQUEST_INPUTS,
+                    "max_request_tokens": MAX_REQUEST_TOKENS,
+                    "max_batch_tokens": [o.max_batch_tokens for o in engine.worker_options],
+                    "max_batch_seqs": settings.max_batch_seqs,
+                    "max_queued_tokens": engine.max_queued_tokens,
+                    "max_body_bytes": settings.max_body_bytes,
+                },
+            }
+        )
+
+    @router.get(
+        "/livez",
+        tags=["server"],
+        operation_id="livez",
+        responses={200: {"model": schemas.Health}, **_READ_ERRORS},
+    )
+    async def livez() -> Response:
+        """The process answers."""
+        return _json({"status": "ok"})
+
+    async def readyz() -> Response:
+        """Ready to serve: a worker is up, and the server is not shutting down."""
+        if reason := engine.not_ready:
+            raise UnavailableError(f"not ready: {reason}", retry_after=2)
+        return _json({"status": "ok"})
+
+    for path in ("/readyz", "/health"):
+        router.add_api_route(
+            path,
+            readyz,
+            methods=["GET"],
+            tags=["server"],
+            operation_id=path.strip("/"),
+            responses={200: {"model": schemas.Health}, **_READ_ERRORS, 503: _ERRORS[503]},
+        )
+
+    @router.get(
+        "/metrics",
+        tags=["server"],
+        operation_id="metrics",
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **_READ_ERRORS,
+        },
+    )
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(engine.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _body_schema(name: str) -> dict[str, Any]:
+    reference = {"$ref": f"#/components/schemas/{name}"}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
+
+
+def _json(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises UnsupportedMediaTypeError or BodyTooLargeError."""
+    content_type = request.headers.get("content-type", "application/json")
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(
+            "The body must be JSON: send the header Content-Type: application/json"
+        )
+    too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
+    length = request.headers.get("content-length", "0")
+    if length.isascii() and length.isdigit() and int(length) > limit:
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise too_large
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:
+    if dimensions is None or dimensions == width or (dimensions < width and allow_fewer):
+        return
+    hint = (
+        ""
+        if dimensions > width
+        else " (the server was started without --allow-truncated-dimensions)"
+    )
+    raise InvalidRequestError(
+        f"This model has {width} dimensions, {dimensions} cannot be had{hint}", param="dimensions"
+    )
+
+
+def _patience(request: Request) -> float:
+    """Seconds that the client waits for its answer, by the SDKs' headers; else for ever."""
+    for header in DEADLINE_HEADERS:
+        try:
+            seconds = float(request.headers.get(header, ""))
+        except ValueError:
+            continue
+        if math.isfinite(seconds) and seconds > 0:
+            return seconds
+    return math.inf
+
+
+@asynccontextmanager
+async def _cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
+    """Cancel the block when the client goes away, and raise ClientGoneError in its place."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and not task.uncancel():
+            raise ClientGoneError from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,203 @@
+"""The engine worker process, and the wire format between it and the front.
+
+Both ends import this module, so it imports torch nowhere: only the runner does, in the child.
+A worker is a fresh interpreter (`python -P -m server.worker FD`) that is joined to the front by
+one Unix socket. It does one batch after another and ends when the socket closes.
+
+A frame is a header (kind, batch id, rows, spare, payload bytes; five little-endian uint32) and a
+payload:
+
+START   front → worker  JSON: RunnerOptions, the runner's name, log settings
+HELLO   worker → front  JSON: RunnerInfo; warmed up and ready
+REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
+BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
+ROWS    worker → front  float32 [N, D], then the int32 indices of rows that are not finite
+FAILED  worker → front  the error's text, for the log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import logging
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from model.batch import Encoding, RunnerOptions
+from model.errors import ModelError
+from server import logs
+
+if TYPE_CHECKING:
+    from model.runner import Runner
+
+logger = logging.getLogger("nv_embed.worker")
+
+HEADER = struct.Struct("<5I")
+MODEL_RUNNER = "model.runner:ModelRunner"
+CPU_NICENESS = 5
+"""CPU workers yield to the front, which has little to do and must do it at once."""
+_POISONED = 70
+"""Exit status after a CUDA fault: the process cannot use its device any more."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Kind(IntEnum):
+    START = 1
+    HELLO = 2
+    REFUSED = 3
+    BATCH = 4
+    ROWS = 5
+    FAILED = 6
+
+
+def frame(
+    kind: Kind, payload: bytes = b"", *, batch_id: int = 0, rows: int = 0, bad: int = 0
+) -> bytes:
+    return HEADER.pack(kind, batch_id, rows, bad, len(payload)) + payload
+
+
+def batch_frame(batch_id: int, encodings: Sequence[Encoding]) -> bytes:
+    lengths = np.array([len(e) for e in encodings], dtype="<i4")
+    starts = np.array([e.pool_start for e in encodings], dtype="<i4")
+    payload = b"".join([lengths.tobytes(), starts.tobytes(), *(e.ids.tobytes() for e in encodings)])
+    return frame(Kind.BATCH, payload, batch_id=batch_id, rows=len(encodings))
+
+
+def read_batch(rows: int, payload: bytes) -> list[Encoding]:
+    numbers = np.frombuffer(payload, dtype="<i4")
+    lengths, starts, ids = np.split(numbers, [rows, 2 * rows])
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    return [Encoding(part, int(start)) for part, start in zip(parts, starts, strict=True)]
+
+
+def rows_frame(batch_id: int, rows: NDArray[np.float32]) -> bytes:
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1)).astype("<i4")
+    payload = np.ascontiguousarray(rows, dtype="<f4").tobytes() + bad.tobytes()
+    return frame(Kind.ROWS, payload, batch_id=batch_id, rows=len(rows), bad=len(bad))
+
+
+def read_rows(rows: int, bad: int, payload: bytes) -> tuple[NDArray[np.float32], list[int]]:
+    """-> (float32 [N, D], indices of the rows that are not finite)."""
+    values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - bad)
+    indices = np.frombuffer(payload, dtype="<i4", offset=values.nbytes)
+    return values.reshape(rows, -1), indices.tolist()
+
+
+def start_frame(options: RunnerOptions, runner: str | None, log_format: str, level: str) -> bytes:
+    start = {
+        "options": dataclasses.asdict(options),
+        "runner": runner or MODEL_RUNNER,
+        "log_format": log_format,
+        "log_level": level,
+    }
+    return frame(Kind.START, orjson.dumps(start))
+
+
+def load_factory(name: str) -> Callable[[RunnerOptions], Runner]:
+    """The callable behind `module:attribute`."""
+    module, _, attribute = name.partition(":")
+    factory: Callable[[RunnerOptions], Runner] = getattr(importlib.import_module(module), attribute)
+    return factory
+
+
+class _Connection:
+    """Blocking frames over the worker's socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._stream = sock.makefile("rb", buffering=1 << 16)
+        self._socket = sock
+
+    def receive(self) -> tuple[Kind, int, int, bytes]:
+        """-> (kind, batch id, rows, payload). Raises EOFError when the front has gone."""
+        kind, batch_id, rows, _, size = HEADER.unpack(self._read(HEADER.size))
+        return Kind(kind), batch_id, rows, self._read(size)
+
+    def send(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def _read(self, size: int) -> bytes:
+        data: bytes = self._stream.read(size)
+        if len(data) < size:
+            raise EOFError
+        return data
+
+
+def main(fd: int) -> int:
+    """Serve batches until the socket closes; returns the exit status."""
+    _outlive_nobody()
+    connection = _Connection(socket.socket(fileno=fd))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _, _, _, payload = connection.receive()
+        start = orjson.loads(payload)
+        logs.configure(start["log_format"], start["log_level"])
+        runner = _start_runner(connection, start)
+        if runner is None:
+            return 1
+        try:
+            return _serve(connection, runner)
+        finally:
+            runner.close()
+    return 0
+
+
+def _outlive_nobody() -> None:
+    """Stop signals are the front's business; when the front dies, so does this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | None:
+    options = RunnerOptions(**start["options"])
+    if options.device == "cpu":
+        os.nice(CPU_NICENESS)
+    try:
+        runner = load_factory(start["runner"])(options)
+        runner.warm_up()
+    except Exception as error:
+        final = isinstance(error, ModelError)  # a checkpoint or an option: the same next time
+        if not final:
+            logger.exception("the worker cannot start")
+        why = {"message": f"{error}" if final else repr(error), "final": final}
+        connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
+        return None
+    connection.send(frame(Kind.HELLO, orjson.dumps(dataclasses.asdict(runner.info))))
+    return runner
+
+
+def _serve(connection: _Connection, runner: Runner) -> int:
+    while True:
+        kind, batch_id, count, payload = connection.receive()
+        assert kind is Kind.BATCH, kind
+        try:
+            rows = runner.embed(read_batch(count, payload))
+            assert len(rows) == count, (rows.shape, count)
+            answer = rows_frame(batch_id, rows)
+        except Exception as error:
+            logger.exception("a batch of %d inputs failed", count)
+            if _poisons_device(error):
+                return _POISONED
+            answer = frame(Kind.FAILED, repr(error).encode(), batch_id=batch_id)
+        connection.send(answer)
+
+
+def _poisons_device(error: Exception) -> bool:
+    """A CUDA fault (illegal address, device assert …) leaves the process useless for good."""
+    return type(error).__name__ == "AcceleratorError"
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
