@@ -103,10 +103,9 @@ class Encoder:
                 encodings = self._tokenize(window, first, instruction, max_tokens, truncate)
                 for batch in batches_by_length(encodings, self.limits):
                     rows = self.runner.embed([encodings[i] for i in batch])
-                    finite = np.isfinite(rows).all(axis=1)
-                    if not finite.all():
-                        bad = [first + i for i, ok in zip(batch, finite, strict=True) if not ok]
-                        raise NonFiniteError(bad)
+                    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+                    if bad.size:
+                        raise NonFiniteError([first + batch[row] for row in bad])
                     vectors[[first + i for i in batch]] = rows
                     bar.update(len(batch))
         return vectors

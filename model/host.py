@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
+from typing import Self
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -61,3 +63,32 @@ def anonymous_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("no RssAnon in /proc/self/status")
+
+
+class PeakMemory:
+    """`with PeakMemory() as peak: …`, then `peak.bytes`: the most RssAnon seen in between.
+
+    The kernel keeps a high-water mark for all resident memory only, mapped shards included; so
+    a thread samples.
+    """
+
+    def __init__(self, interval: float = 0.002) -> None:
+        self.bytes = 0
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, anonymous_memory())
+            if self._stop.wait(self._interval):
+                return
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = max(self.bytes, anonymous_memory())

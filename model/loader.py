@@ -178,8 +178,9 @@ def _shards(folder: Path) -> list[Path]:
             )
         return [single]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}") from error
     if any(Path(name).name != name for name in names):
         raise CheckpointError(f"{index} names files outside its folder")
@@ -242,16 +243,16 @@ def _parameters(
     for name, sources in tensor_table(config).items():
         quantized = quantization.is_quantized(model.get_submodule(name.rpartition(".")[0]))
         shape = (sum(s.shape[0] for s in sources), *sources[0].shape[1:])
-        where = (torch.device("cpu"), torch.float16) if quantized else (device, dtype)
-        stacked = torch.empty(shape, device=where[0], dtype=where[1])
-        start = 0
-        for source in sources:
-            stacked[start : start + source.shape[0]].copy_(checkpoint.rows(source.name))
-            start += source.shape[0]
+        parts = (checkpoint.rows(source.name) for source in sources)
         if quantized:
-            yield name, quantization.quantize(stacked, device)
-        else:
-            yield name, nn.Parameter(stacked, requires_grad=False)
+            yield name, quantization.quantize(parts, shape[0], device)
+            continue
+        stacked = torch.empty(shape, device=device, dtype=dtype)
+        start = 0
+        for part in parts:
+            stacked[start : start + len(part)].copy_(part)
+            start += len(part)
+        yield name, nn.Parameter(stacked, requires_grad=False)
     to_latents, from_latents = _fold(checkpoint, config, device, dtype)
     yield "pooler.to_latents.weight", nn.Parameter(to_latents, requires_grad=False)
     yield "pooler.from_latents.weight", nn.Parameter(from_latents, requires_grad=False)

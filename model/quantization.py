@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from model.errors import UnsupportedError
 
 QUANTIZATIONS = ("none", "int8")
+_CHUNK = 1 << 20  # weights that are quantized at a time
 OUTLIER_THRESHOLD = 6.0
 """Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
 
@@ -51,7 +53,9 @@ def replace_linears(module: nn.Module) -> None:
                     threshold=OUTLIER_THRESHOLD,
                     device=child.weight.device,
                 )
-                layer.weight = quantize(child.weight, child.weight.device)
+                layer.weight = quantize(
+                    [child.weight.detach()], child.out_features, child.weight.device
+                )
                 setattr(parent, name, layer)
 
 
@@ -59,12 +63,24 @@ def is_quantized(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear8bitLt"
 
 
-def quantize(weight: Tensor, device: torch.device) -> nn.Parameter:
-    """A weight [out, in] as an int8 parameter on `device`, with one scale for each row."""
+def quantize(parts: Iterable[Tensor], out_features: int, device: torch.device) -> nn.Parameter:
+    """`parts` [rows, in], stacked to [out_features, in], as an int8 parameter on `device`.
+
+    Each row has its own scale, so it goes a few rows at a time, and what it needs beside the
+    result stays small.
+    """
     bitsandbytes = _bitsandbytes()
-    half = weight.detach().to(device=device, dtype=torch.float16)
-    rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+    values, scales, row = torch.empty(0), torch.empty(out_features, device=device), 0
+    for part in parts:
+        if not row:
+            values = torch.empty(out_features, part.shape[1], dtype=torch.int8, device=device)
+        for chunk in torch.split(part, max(1, _CHUNK // part.shape[1])):
+            half = chunk.to(device=device, dtype=torch.float16)
+            rows = slice(row, row + len(chunk))
+            values[rows], scales[rows], _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+            row = rows.stop
+    assert row == out_features, (row, out_features)
     parameter: nn.Parameter = bitsandbytes.nn.Int8Params(
-        rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales
+        values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
     )
     return parameter

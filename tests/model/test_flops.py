@@ -1,0 +1,116 @@
+"""The arithmetic of one forward at the official size, counted on meta tensors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention import choose_kernel
+from model.batch import Encoding
+from model.config import NVEmbedConfig
+from model.loader import empty_model, expected_shapes
+from model.packing import pack
+from tests.model.test_config import OFFICIAL
+
+META = torch.device("meta")
+CONFIG = NVEmbedConfig.from_dict(OFFICIAL)
+D, INTER, Q, KV, LAYERS = 4096, 14336, 4096, 1024, 32
+SLOTS, FF = 8 * 512, 16384  # the folded pooler's heads·latents, the feed-forward's width
+
+
+def count(encodings: list[Encoding], kernel: str) -> tuple[int, dict[str, int]]:
+    """Floating-point operations: (all, by module)."""
+    model = empty_model(CONFIG, dtype=torch.bfloat16)
+    _, attend = choose_kernel(kernel, META, torch.bfloat16)
+    counter = FlopCounterMode(display=False, depth=8)
+    with counter, torch.inference_mode():
+        model(pack(encodings, META), attend)
+    by_module = {
+        module.removeprefix("NVEmbed."): sum(flops.values())
+        for module, flops in counter.get_flop_counts().items()
+    }
+    return counter.get_total_flops(), by_module
+
+
+def linear(rows: int, inputs: int, outputs: int) -> int:
+    return 2 * rows * inputs * outputs
+
+
+def attention(seqs: int, queries: int, keys: int) -> int:
+    """q·kᵀ and weights·v of all heads."""
+    return seqs * 2 * 2 * queries * keys * Q
+
+
+def layer(rows: int, pooled: int) -> int:
+    """The products of one layer, attention proper aside: keys and values of all rows, the rest
+    of the `pooled` ones."""
+    return (
+        linear(rows, D, 2 * KV)
+        + linear(pooled, D, Q)
+        + linear(pooled, Q, D)
+        + linear(pooled, D, 2 * INTER)
+        + linear(pooled, INTER, D)
+    )
+
+
+def folded_pooler(rows: int) -> int:
+    """Per token: to the latents, back, and the feed-forward's first linear."""
+    return linear(rows, D, SLOTS) + linear(rows, SLOTS, D) + linear(rows, D, 2 * FF)
+
+
+def encodings(count: int, length: int, pool_start: int) -> list[Encoding]:
+    return [Encoding(np.ones(length, dtype=np.int32), pool_start) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_short_passages(kernel: str) -> None:
+    """64 passages of 20 tokens: the last linear runs once for each, nothing runs twice."""
+    total, _ = count(encodings(64, 20, 0), kernel)
+    rows = 64 * 20
+    expected = (
+        LAYERS * (layer(rows, rows) + attention(64, 20, 20))
+        + folded_pooler(rows)
+        + linear(64, FF, D)
+    )
+    assert expected <= total <= 1.02 * expected
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_instructed_queries(kernel: str) -> None:
+    """64 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each."""
+    total, modules = count(encodings(64, 40, 18), kernel)
+    rows, pooled = 64 * 40, 64 * 22
+    last = f"backbone.layers.{LAYERS - 1}."
+    assert modules[last + "self_attn.kv_proj"] == linear(rows, D, 2 * KV)
+    assert modules[last + "self_attn.q_proj"] == linear(pooled, D, Q)
+    assert modules[last + "self_attn.o_proj"] == linear(pooled, Q, D)
+    assert modules[last + "mlp"] == linear(pooled, D, 2 * INTER) + linear(pooled, INTER, D)
+    assert modules["pooler"] == folded_pooler(pooled) + linear(64, FF, D)
+    expected = (
+        (LAYERS - 1) * (layer(rows, rows) + attention(64, 40, 40))
+        + layer(rows, pooled)
+        + attention(64, 22, 40)
+        + folded_pooler(pooled)
+        + linear(64, FF, D)
+    )
+    assert total == expected
+
+
+def test_the_official_checkpoint_has_304_tensors_of_7_851_016_192_parameters() -> None:
+    shapes = expected_shapes(CONFIG)
+    assert len(shapes) == 304
+    assert sum(math.prod(shape) for shape in shapes.values()) == 7_851_016_192
+    pooler = "latent_attention_model.cross_attend_blocks.0.fn."
+    assert shapes[pooler + "to_q.weight"] == (32768, 4096)
+    assert shapes[pooler + "to_kv.weight"] == (65536, 4096)
+    assert shapes[pooler + "to_out.weight"] == (4096, 32768)
+    assert shapes["embedding_model.layers.31.self_attn.k_proj.weight"] == (1024, 4096)
+    assert shapes["embedding_model.layers.31.mlp.down_proj.weight"] == (4096, 14336)
+    folded = {"to_latents": (4096, 4096), "from_latents": (4096, 4096)}
+    parameters = dict(empty_model(CONFIG).named_parameters())
+    for name, shape in folded.items():
+        assert parameters[f"pooler.{name}.weight"].shape == shape

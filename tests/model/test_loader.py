@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError
+from model.loader import Checkpoint, expected_shapes, load_model
+from tests.checkpoints import config_json, recipe_tensor
+
+INDEX = "model.safetensors.index.json"
+K_PROJ = "embedding_model.layers.1.self_attn.k_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, golden_checkpoint: Path) -> Path:
+    """A copy of the golden checkpoint to break."""
+    return Path(shutil.copytree(golden_checkpoint, tmp_path / "copy"))
+
+
+def load(folder: Path) -> None:
+    config = NVEmbedConfig.from_dir(folder)
+    load_model(folder, config, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def edit(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Change the tensors of the shard that holds K_PROJ."""
+    index = json.loads((folder / INDEX).read_text())
+    shard = folder / index["weight_map"][K_PROJ]
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+
+
+def test_missing_and_surplus_tensors_are_named(folder: Path) -> None:
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        tensors["k_proj.lora_A"] = tensors.pop(K_PROJ)
+
+    edit(folder, rename)
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    assert f"missing: {K_PROJ}" in str(error.value)
+    assert "surplus: k_proj.lora_A" in str(error.value)
+
+
+def test_a_wrong_shape_is_named(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.update({K_PROJ: tensors[K_PROJ][:16].copy()}))
+    with pytest.raises(CheckpointError, match="k_proj") as error:
+        load(folder)
+    assert "[16, 64]" in str(error.value) or "(16, 64)" in str(error.value)
+    assert "[32, 64]" in str(error.value) or "(32, 64)" in str(error.value)
+
+
+def test_an_incomplete_download(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors"):
+        load(folder)
+
+
+def test_a_truncated_shard(folder: Path) -> None:
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_that_points_outside(folder: Path, name: str) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {K_PROJ: name}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+)
+def test_a_malformed_index(folder: Path, content: str) -> None:
+    (folder / INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match=r"index\.json cannot be read|lacks 1"):
+        load(folder)
+
+
+def test_no_weights_or_pickles_only(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(CheckpointError, match="other weight formats are not read"):
+        load(folder)
+
+
+def test_a_single_file_gives_the_same_parameters(folder: Path, golden_checkpoint: Path) -> None:
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (folder / INDEX).unlink()
+    save_file(tensors, folder / "model.safetensors")
+    config = NVEmbedConfig.from_dir(folder)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    single = load_model(folder, config, **options).state_dict()
+    sharded = load_model(golden_checkpoint, config, **options).state_dict()
+    assert single.keys() == sharded.keys()
+    assert all(torch.equal(single[name], sharded[name]) for name in single)
+
+
+def test_every_parameter_is_loaded(golden_checkpoint: Path, golden_config: NVEmbedConfig) -> None:
+    model = load_model(
+        golden_checkpoint, golden_config, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    for name, parameter in model.named_parameters():
+        assert (parameter.device.type, parameter.dtype) == ("cpu", torch.bfloat16), name
+        assert not parameter.requires_grad
+
+
+def test_the_fused_projections_keep_their_order(
+    golden_checkpoint: Path, golden_config: NVEmbedConfig
+) -> None:
+    model = load_model(
+        golden_checkpoint, golden_config, device=torch.device("cpu"), dtype=torch.float32
+    )
+    fused = model.backbone.layers[0].self_attn.qkv_proj.weight
+    shapes = expected_shapes(golden_config)
+    names = [f"embedding_model.layers.0.self_attn.{x}_proj.weight" for x in "qkv"]
+    parts = [recipe_tensor(name, shapes[name]) for name in names]
+    np.testing.assert_array_equal(fused.numpy(), np.concatenate(parts).astype(np.float32))
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from model import host, quantization
+from model.config import NVEmbedConfig
+from model.loader import empty_model, load_model
+folder, dtype, quantize = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+if quantize == "int8":
+    quantization.quantize([torch.zeros(8, 8)], 8, torch.device("cpu"))  # bitsandbytes' own memory
+config = NVEmbedConfig.from_dir(folder)
+empty_model(config)  # torch imports 70 MB of modules for the first meta tensor
+before = host.anonymous_memory()
+with host.PeakMemory() as peak:
+    model = load_model(
+        folder, config, device=torch.device("cpu"), dtype=dtype, quantize=quantize
+    )
+kept = sum(p.numel() * p.element_size() for p in model.parameters())
+print((peak.bytes - before) / kept, kept)
+"""
+
+
+@pytest.fixture(scope="module")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 300 MB in float16, its parts in the official proportions: no tensor is much of it,
+    and the pooler's cross-attention, which folding drops, is a tenth of it."""
+    folder = tmp_path_factory.mktemp("large")
+    raw = config_json("wide")
+    raw["text_config"] |= {
+        "hidden_size": 1024, "num_hidden_layers": 10, "intermediate_size": 3584,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8000,
+    }  # fmt: skip
+    raw["latent_attention_config"] |= {
+        "hidden_dim": 1024, "latent_dim": 1024, "num_latents_value": 128, "cross_dim_head": 1024,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(raw))
+    shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
+    names = sorted(shapes)
+    noise = np.random.default_rng(0).standard_normal(20_000_000).astype(np.float16)
+    weight_map = {}
+    for shard, part in enumerate((names[::2], names[1::2])):
+        file = f"model-0000{shard + 1}-of-00002.safetensors"
+        tensors = {n: np.resize(noise, shapes[n]) for n in part}
+        save_file(tensors, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8")]
+)
+def test_loading_holds_one_copy(large_checkpoint: Path, dtype: str, quantize: str) -> None:
+    """Peak anonymous memory while loading, beside the weights that are kept."""
+    command = [sys.executable, "-c", MEASURE, str(large_checkpoint), dtype, quantize]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ratio, kept = map(float, output.split())
+    print(f"{dtype}, {quantize}: {ratio:.3f} x {kept / 1e6:.0f} MB")
+    assert kept > 150e6
+    assert 0.9 < ratio <= 1.15, f"{ratio:.3f} x {kept / 1e6:.0f} MB"
+
+
+def test_an_unreadable_tensor_list_is_shortened(folder: Path) -> None:
+    def rename(tensors: dict[str, np.ndarray]) -> None:
+        for name in list(tensors):
+            tensors["theirs." + name] = tensors.pop(name)
+
+    edit(folder, rename)
+    config = NVEmbedConfig.from_dir(folder)
+    with pytest.raises(CheckpointError, match=r"and \d+ more"):
+        Checkpoint(folder).check(config)
