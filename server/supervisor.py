@@ -30,8 +30,8 @@ logger = logging.getLogger("nv_embed.supervisor")
 
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
-_STOP_S = 5.0
-"""How long a worker may take to end after its socket has closed."""
+_STOP_S = 1.0
+"""How long a worker may take to end after its socket has closed; nobody awaits it any more."""
 
 
 class WorkerEvents(Protocol):

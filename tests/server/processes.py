@@ -1,0 +1,101 @@
+"""A real `nv-embed serve` on a real port, for tests."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+START_S = 60.0
+
+
+class ServerProcess:
+    """One server; `url` once it listens. Its log is a file, to be read while it runs."""
+
+    def __init__(
+        self, model: Path, *options: str, log: Path, env: dict[str, str] | None = None
+    ) -> None:
+        self.log_file = log
+        command = [sys.executable, "-m", "server.cli", "serve"]
+        command += ["--model", str(model), "--device", "cpu", "--port", "0", "--dtype", "float32"]
+        # The tests' own runners are found through PYTHONPATH.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [*command, *options], stderr=file, stdout=file, env=environment, cwd=log.parent
+            )
+        self.url = self._wait_for(r"listening on (http://\S+);")
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def _wait_for(self, pattern: str) -> str:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if match := re.search(pattern, self.log):
+                return match[1]
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.02)
+        raise AssertionError(f"no {pattern!r} in the log (exit {self.process.poll()}):\n{self.log}")
+
+    def wait_ready(self) -> ServerProcess:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self.client.get("/readyz").status_code == 200:
+                return self
+            time.sleep(0.02)
+        raise AssertionError(f"not ready after {START_S} s:\n{self.log}")
+
+    def embed(self, **fields: object) -> httpx.Response:
+        """POST /v1/embeddings to the model by its checkpoint folder's name."""
+        return self.client.post("/v1/embeddings", json={"model": "golden-embed", **fields})
+
+    def vectors(self, **fields: object) -> list[list[float]]:
+        answer = self.embed(**fields)
+        assert answer.status_code == 200, answer.text
+        return [item["embedding"] for item in answer.json()["data"]]
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the engine workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def stop(self, signum: int = signal.SIGTERM, timeout: float = 30) -> int:
+        """Send a signal (unless it has ended) and return the exit status."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+@contextmanager
+def serving(
+    model: Path, *options: str, log: Path, env: dict[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """A ready server, stopped at the end; it must have ended well, without a traceback."""
+    server = ServerProcess(model, *options, log=log, env=env)
+    try:
+        yield server.wait_ready()
+    except BaseException:
+        server.process.kill()
+        server.stop()
+        raise
+    assert server.stop() == 0, server.log
+    assert "Traceback" not in server.log, server.log

@@ -1,0 +1,94 @@
+"""Runners that stand in for the model inside a real worker (`--runner tests.server.runners:NAME`).
+
+A vector is computed from its ids, so that a test can tell whether each answer belongs to its
+question. What they shall do besides is in the environment, which workers inherit:
+
+FAKE_BATCH_LOG   a file that gets a line of JSON for each batch: pid, and `key_of` of each input
+FAKE_SECONDS     how long a batch takes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.errors import UnsupportedError
+
+WIDTH = 64
+MARK = 31999
+"""The id on which the troublesome runners make trouble; no text in the tests has it by chance."""
+
+
+def key_of(ids: Sequence[int]) -> int:
+    """A number that identifies an input."""
+    return zlib.crc32(np.asarray(ids, dtype="<i4").tobytes())
+
+
+def vector_of(ids: Sequence[int]) -> np.ndarray:
+    """The vector that stands for these ids, float32 [WIDTH]."""
+    vector = np.random.default_rng(key_of(ids)).standard_normal(WIDTH)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+class Hashing:
+    """The well-behaved one."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", WIDTH)
+        self._seconds = float(os.environ.get("FAKE_SECONDS", "0"))
+        self._log = os.environ.get("FAKE_BATCH_LOG")
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        if self._log is not None:
+            keys = [key_of(encoding.ids) for encoding in encodings]
+            with Path(self._log).open("a") as log:
+                log.write(json.dumps({"pid": os.getpid(), "keys": keys}) + "\n")
+        time.sleep(self._seconds)
+        return np.stack([self.row(encoding) for encoding in encodings])
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        return vector_of(encoding.ids)
+
+    def warm_up(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Failing(Hashing):
+    """A batch with the mark raises."""
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            raise RuntimeError("the mark was seen")
+        return super().row(encoding)
+
+
+class NotANumber(Hashing):
+    """An input with the mark gets NaN."""
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        return super().row(encoding) * (np.nan if MARK in encoding.ids else 1)
+
+
+class Dying(Hashing):
+    """An input with the mark kills the process."""
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().row(encoding)
+
+
+class Refusing(Hashing):
+    """It can never start."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        raise UnsupportedError("this runner refuses to start")

@@ -1,0 +1,223 @@
+"""Start, drain, stop: what a person or an orchestrator does to the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.server.processes import ROOT, ServerProcess
+
+SLOW = ("--runner", "tests.server.runners:Hashing")
+
+
+def run_cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+    )
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains(golden_checkpoint: Path, tmp_path: Path, signum: int) -> None:
+    """What was accepted is answered, new work is refused, the exit status is 0."""
+    server = ServerProcess(
+        golden_checkpoint, *SLOW, log=tmp_path / "log", env={"FAKE_SECONDS": "1"}
+    ).wait_ready()
+    workers = server.worker_pids()
+    accepted: list[int] = []
+    thread = threading.Thread(target=lambda: accepted.append(server.embed(input="x").status_code))
+    thread.start()
+    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
+        time.sleep(0.01)
+    server.process.send_signal(signum)
+    while "draining" not in server.log:
+        time.sleep(0.01)
+    refused = server.client.post("/v1/embeddings", json={"model": "golden-embed", "input": "y"})
+    assert refused.status_code == 503
+    assert refused.headers["connection"] == "close"
+    assert int(refused.headers["retry-after"]) >= 1
+    ready = server.client.get("/readyz")
+    assert ready.status_code == 503
+    assert "shutting down" in ready.json()["error"]["message"]
+    assert server.client.get("/livez").status_code == 200
+    thread.join()
+    assert accepted == [200]
+    assert server.process.wait(10) == 0
+    assert "Traceback" not in server.log
+    assert not any(map(is_running, workers))
+    server.client.close()
+
+
+def test_a_second_signal_ends_at_once(golden_checkpoint: Path, tmp_path: Path) -> None:
+    server = ServerProcess(
+        golden_checkpoint, *SLOW, log=tmp_path / "log", env={"FAKE_SECONDS": "20"}
+    ).wait_ready()
+    threading.Thread(target=lambda: server.embed(input="x")).start()
+    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    while "draining" not in server.log:
+        time.sleep(0.01)
+    started = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(15)
+    assert time.monotonic() - started < 3
+    assert "Traceback" not in server.log
+    server.client.close()
+
+
+def test_the_drain_timeout_bounds_the_wait(golden_checkpoint: Path, tmp_path: Path) -> None:
+    server = ServerProcess(
+        golden_checkpoint,
+        *SLOW,
+        *("--drain-timeout", "0.3"),
+        log=tmp_path / "log",
+        env={"FAKE_SECONDS": "30"},
+    ).wait_ready()
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(server.embed(input="x").status_code))
+    thread.start()
+    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(15) == 0
+    thread.join()
+    assert statuses == [503]
+    assert "Traceback" not in server.log
+    server.client.close()
+
+
+def test_no_worker_outlives_a_killed_server(golden_checkpoint: Path, tmp_path: Path) -> None:
+    server = ServerProcess(
+        golden_checkpoint,
+        *SLOW,
+        "--devices",
+        "cpu,cpu",
+        log=tmp_path / "log",
+        env={"FAKE_SECONDS": "30"},
+    ).wait_ready()
+    workers = server.worker_pids()
+    assert workers
+    server.process.kill()
+    server.process.wait()
+    deadline = time.monotonic() + 2
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, workers))
+    server.client.close()
+
+
+def test_the_front_never_imports_torch(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Mapped files tell: torch is a shared library of hundreds of megabytes."""
+    server = ServerProcess(golden_checkpoint, log=tmp_path / "log").wait_ready()
+    assert server.embed(input="x").status_code == 200
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+    assert "libtorch" in Path(f"/proc/{server.worker_pids()[0]}/maps").read_text()
+    assert server.stop() == 0
+
+
+def test_before_it_is_ready_it_is_alive_and_says_why(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    server = ServerProcess(golden_checkpoint, log=tmp_path / "log")
+    assert server.client.get("/livez").status_code == 200
+    early = server.client.get("/readyz")
+    assert early.status_code == 503
+    assert "loading the model" in early.json()["error"]["message"]
+    refused = server.embed(input="x")
+    assert refused.status_code == 503
+    assert refused.headers["retry-after-ms"]
+    assert server.stop() == 0  # stopping while the model loads is quick and clean
+    assert "Traceback" not in server.log
+
+
+def test_a_runner_that_cannot_start_ends_the_server(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    server = ServerProcess(
+        golden_checkpoint, "--runner", "tests.server.runners:Refusing", log=tmp_path / "log"
+    )
+    assert server.process.wait(30) == 1
+    assert "cannot start: this runner refuses to start" in server.log
+    assert "Traceback" not in server.log
+    server.client.close()
+
+
+def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
+    import httpx
+
+    path = tmp_path / "socket"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "server.cli",
+            "serve",
+            "--model",
+            str(golden_checkpoint),
+            "--uds",
+            str(path),
+            *SLOW,
+        ],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 30
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
+        assert client.get("/livez").status_code == 200
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model was named"),
+        (["--model", "/no/such/folder"], "neither a folder nor a Hugging Face id"),
+        (["--model", "."], "has no config.json"),
+        (["--model", "MODEL", "--max-input-tokens", "40000"], "--max-input-tokens 40000 is more"),
+        (["--model", "MODEL", "--max-queued-tokens", "5"], "--max-queued-tokens 5 is less than"),
+        (["--model", "MODEL", "--port", "many"], "--port: Input should be a valid integer"),
+        (["--model", "MODEL", "--dtype", "float64"], "--dtype: Input should be 'auto', 'float32'"),
+        (["--model", "MODEL", "--config", "/none.yaml"], "--config: /none.yaml cannot be read"),
+        (["--model", "MODEL", "--host", "203.0.113.1"], "cannot listen on ('203.0.113.1', 8000)"),
+    ],
+)
+def test_mistakes_stop_the_start_with_a_message(
+    golden_checkpoint: Path, arguments: list[str], message: str
+) -> None:
+    arguments = [str(golden_checkpoint) if a == "MODEL" else a for a in arguments]
+    result = run_cli("serve", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_environment_variable_stops_the_start() -> None:
+    result = run_cli("serve", env={"NV_EMBED_MAX_BATCH_TOKEN": "5"})
+    assert result.returncode == 2
+    assert "NV_EMBED_MAX_BATCH_TOKEN; did you mean max_batch_tokens?" in result.stderr
