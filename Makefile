@@ -50,6 +50,7 @@ lock: ## renew requirements.lock and requirements-test.lock
 	build/lock/bin/pip install -q $(PIP_FLAGS) '.[test]'
 	build/lock/bin/pip freeze --exclude nv-embed-server | sed -E 's/^torch==([0-9.]+).*/torch==\1/' \
 	    | grep -vE '^(nvidia-|triton|cuda-)' > requirements-test.lock
+	build/lock/bin/pip freeze --all | grep '^setuptools==' >> requirements-test.lock
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info
