@@ -18,6 +18,7 @@ MODEL = [
     "batch",
     "host",
     "config",
+    "card",
     "hub",
     "tokenizer",
     "packing",
@@ -29,6 +30,7 @@ MODEL = [
     "loader",
     "runner",
     "encoder",
+    "checks",
     "verify",
 ]
 SERVER = [

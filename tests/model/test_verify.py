@@ -20,9 +20,10 @@ from torch import Tensor
 from model import verify
 from model.attention import sdpa_per_sequence
 from model.batch import Encoding
+from model.card import read_card
+from model.checks import Check, Measured, Subject
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
-from model.verify import Check, Measured, Subject, read_card
 from tests.checkpoints import GOLDEN_CASES, golden_cases
 
 CARD = """---
