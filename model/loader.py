@@ -129,6 +129,7 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         for path in _shards(folder):
             try:
+                path.open("rb").close()  # safetensors calls a file that it may not read missing
                 shard = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error

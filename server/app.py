@@ -150,7 +150,10 @@ class RequestEnvelope:
             if status == CLIENT_CLOSED_REQUEST:
                 metrics.cancelled.inc()
         if self._log:
-            logger.info(
+            # Probes and scrapers come every few seconds.
+            is_routine = path in OPEN_PATHS and status == HTTPStatus.OK
+            logger.log(
+                logging.DEBUG if is_routine else logging.INFO,
                 "%s %s %d",
                 scope["method"],
                 _loggable(path),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     from model.hub import locate
     from server import lifecycle
 
+    # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
+    # download takes minutes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = locate(options.model, revision=options.revision, offline=options.offline)
     return lifecycle.run(options, source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -149,6 +150,26 @@ def test_before_it_is_ready_it_is_alive_and_says_why(
     assert refused.headers["retry-after-ms"]
     assert server.stop() == 0  # stopping while the model loads is quick and clean
     assert "Traceback" not in server.log
+
+
+def test_sigterm_ends_a_download(tmp_path: Path) -> None:
+    """A container's first process would ignore it; here the hub accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
+            "HF_HOME": str(tmp_path),
+        }
+        command = [sys.executable, "-m", "server.cli", "serve", "--model", "owner/name"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        hub.settimeout(30)
+        connection, _ = hub.accept()
+        with connection:
+            process.terminate()
+            _, errors = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert b"Traceback" not in errors
 
 
 def test_a_runner_that_cannot_start_ends_the_server(
