@@ -36,7 +36,7 @@ fix: $(VENV)/.installed-test ## let ruff mend what it can
 openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 	$(BIN)/nv-embed openapi > openapi.yaml
 
-gpu-check: $(VENV)/.installed ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
+gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
 	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from model.errors import ModelError
+from model.errors import InputError, NonFiniteError
 from model.tokenizer import Truncation
 
 if TYPE_CHECKING:
@@ -87,11 +87,12 @@ def encode_file(
         while chunk := list(islice(texts, _CHUNK)):
             try:
                 vectors = encoder.encode(chunk, instruction, truncate=truncate, progress=False)
-            except ModelError as error:
-                where = "; ".join(getattr(error, "__notes__", []))
-                raise InputFileError(
-                    f"{source}, lines {done + 1} to {done + len(chunk)}: {error} {where}"
-                ) from None
+            except InputError as error:
+                number = done + (error.index or 0) + 1
+                raise InputFileError(f"{source}, line {number}: {error}") from None
+            except NonFiniteError as error:
+                number = done + error.rows[0] + 1
+                raise InputFileError(f"{source}, line {number}: {error}") from None
             if target.suffix == ".npy":
                 file.write(vectors.astype("<f4").tobytes())
             else:

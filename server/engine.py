@@ -227,20 +227,21 @@ class EmbeddingEngine:
         """Inputs to Encodings, each checked; a refusal names the input: input[17]."""
         truncate = self._truncate if how.truncate is None else how.truncate
         max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
-        self._refuse_if_hopeless(inputs, max_tokens)
+        prefix = how.prefix or ""
         texts = [text for text in inputs if isinstance(text, str)]
+        self._refuse_if_hopeless(texts, prefix, max_tokens)
         work = partial(
             self.tokenizer.encode_batch,
             texts,
-            how.prefix or "",
+            prefix,
             max_tokens=max_tokens,
             truncate=truncate,
         )
-        if sum(map(len, texts)) <= _INLINE_CHARS:
+        if len(prefix) * len(texts) + sum(map(len, texts)) <= _INLINE_CHARS:
             results = work()
         else:
             results = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        if how.prefix and len(texts) < len(inputs):
+        if prefix and len(texts) < len(inputs):
             raise InvalidRequestError(
                 'an instruction cannot be put before token ids: send text, or prompt: ""',
                 param="input",
@@ -259,12 +260,16 @@ class EmbeddingEngine:
             raise _too_many_tokens(f"{total}")
         return encodings
 
-    def _refuse_if_hopeless(self, inputs: Sequence[Input], max_tokens: int) -> None:
-        """Before tokenizing: no text has fewer tokens than a sixteenth of its characters."""
-        least = sum(
-            min(len(i) // MAX_PIECE_CHARS, max_tokens) for i in inputs if isinstance(i, str)
-        )
-        if least > MAX_REQUEST_TOKENS:
+    @staticmethod
+    def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
+        """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
+        if len(prefix) > MAX_PIECE_CHARS * max_tokens:
+            raise ContextLengthExceededError(
+                f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
+                param="prompt",
+            )
+        least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
+        if sum(least) > MAX_REQUEST_TOKENS:
             raise _too_many_tokens(f"more than {MAX_REQUEST_TOKENS}")
 
     @staticmethod

@@ -89,10 +89,11 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     finally:
         stopping.cancel()
         failing.cancel()
+        # First the engine, so that whoever still waits gets an answer before the connections end.
+        await engine.stop()
         server.force_exit = stop.second.is_set()
         server.should_exit = True
         await serving
-        await engine.stop()
         if settings.uds:
             with contextlib.suppress(FileNotFoundError):
                 _unlink_socket(settings.uds)

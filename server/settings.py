@@ -45,7 +45,13 @@ def _split(value: object) -> object:
 
 
 def _parts(item: object) -> list[object]:
-    return [p.strip() for p in item.split(",") if p.strip()] if isinstance(item, str) else [item]
+    if not isinstance(item, str):
+        return [item]
+    parts: list[object] = [part.strip() for part in item.split(",")]
+    if not all(parts):
+        # An unset variable in a shell or a compose file: no key would mean no authentication.
+        raise ValueError("a value is empty")
+    return parts
 
 
 Words = Annotated[list[str], BeforeValidator(_split)]
@@ -59,6 +65,7 @@ class Settings(BaseModel):
 
     model: str | None = Field(
         None,
+        min_length=1,
         description="checkpoint: a folder in the official layout, or a Hugging Face id such as "
         "nvidia/NV-Embed-v2",
     )
@@ -162,8 +169,6 @@ class Settings(BaseModel):
                 f"--max-queued-tokens {self.max_queued_tokens} is less than one legal request "
                 f"({MAX_REQUEST_TOKENS:,} tokens): raise it"
             )
-        if not self.devices:
-            raise ValueError("--devices names no device")
         if "auto" in self.devices and len(self.devices) > 1:
             raise ValueError("--devices auto stands alone: name the devices, or only auto")
         if self.revision and self.model is None:
@@ -245,8 +250,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a key
+        where = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
+        raise SettingsError(f"--config: {path}, {where}: {error.problem}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config: {path} cannot be read: {error}") from error
+        raise SettingsError(f"--config: {path} cannot be read: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):

@@ -54,7 +54,7 @@ def test_json_lines_to_json_lines(
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "line 2: no field 'text' (--field names it)"),
         ("a.jsonl", '{"text": 5}\n', "line 1: expected a string"),
         ("a.jsonl", "{\n", "line 1: "),
-        ("a.txt", "ok\n" + "word " * 40_000, "lines 1 to 2: the input has 40003 tokens"),
+        ("a.txt", "ok\n" + "word " * 40_000, "a.txt, line 2: the input has 40003 tokens"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_left_behind(

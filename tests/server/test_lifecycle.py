@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.processes import ROOT, ServerProcess
+from tests.server.processes import ROOT, ServerProcess, serving
 
 SLOW = ("--runner", "tests.server.runners:Hashing")
 
@@ -30,28 +30,27 @@ def run_cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Co
 
 
 def is_running(pid: int) -> bool:
+    """Zombies do not run: a container's first process may not reap them."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
         return False
-    return True
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains(golden_checkpoint: Path, tmp_path: Path, signum: int) -> None:
     """What was accepted is answered, new work is refused, the exit status is 0."""
     server = ServerProcess(
-        golden_checkpoint, *SLOW, log=tmp_path / "log", env={"FAKE_SECONDS": "1"}
+        golden_checkpoint, *SLOW, log=tmp_path / "log", env={"FAKE_SECONDS": "3"}
     ).wait_ready()
     workers = server.worker_pids()
     accepted: list[int] = []
     thread = threading.Thread(target=lambda: accepted.append(server.embed(input="x").status_code))
     thread.start()
-    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
-        time.sleep(0.01)
+    server.wait_for_metric("nv_embed_running_requests", 1)
     server.process.send_signal(signum)
-    while "draining" not in server.log:
-        time.sleep(0.01)
+    server.wait_until(lambda: "draining" in server.log, "draining")
     refused = server.client.post("/v1/embeddings", json={"model": "golden-embed", "input": "y"})
     assert refused.status_code == 503
     assert refused.headers["connection"] == "close"
@@ -73,11 +72,9 @@ def test_a_second_signal_ends_at_once(golden_checkpoint: Path, tmp_path: Path) -
         golden_checkpoint, *SLOW, log=tmp_path / "log", env={"FAKE_SECONDS": "20"}
     ).wait_ready()
     threading.Thread(target=lambda: server.embed(input="x")).start()
-    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
-        time.sleep(0.01)
+    server.wait_for_metric("nv_embed_running_requests", 1)
     server.process.send_signal(signal.SIGTERM)
-    while "draining" not in server.log:
-        time.sleep(0.01)
+    server.wait_until(lambda: "draining" in server.log, "draining")
     started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(15)
@@ -97,8 +94,7 @@ def test_the_drain_timeout_bounds_the_wait(golden_checkpoint: Path, tmp_path: Pa
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(server.embed(input="x").status_code))
     thread.start()
-    while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
-        time.sleep(0.01)
+    server.wait_for_metric("nv_embed_running_requests", 1)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(15) == 0
     thread.join()
@@ -182,6 +178,24 @@ def test_a_runner_that_cannot_start_ends_the_server(
     assert "cannot start: this runner refuses to start" in server.log
     assert "Traceback" not in server.log
     server.client.close()
+
+
+def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Once the server has served, the loss of a device must not end it."""
+    flag = tmp_path / "device-lost"
+    options = ("--runner", "tests.server.runners:LosesItsDevice", "--devices", "cpu,cpu")
+    env = {"FAKE_DEVICE_LOST": str(flag)}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+        flag.touch()
+        os.kill(server.worker_pids()[0], signal.SIGKILL)
+        server.wait_until(lambda: "cannot start: the device is gone" in server.log, "refused")
+        assert server.embed(input="x").status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+        flag.unlink()
+        server.wait_for_metric("nv_embed_workers_ready", 2)
 
 
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_booleans() -> None:
     [
         (["--max-queued-tokens", "299999"], {}, "--max-queued-tokens 299999 is less than"),
         (["--devices", "auto,cpu"], {}, "auto stands alone"),
-        (["--devices", ""], {}, "--devices names no device"),
+        (["--devices", ""], {}, "--devices: a value is empty"),
+        ([], {"NV_EMBED_API_KEY": ""}, "NV_EMBED_API_KEY: a value is empty"),
+        ([], {"NV_EMBED_MODEL": ""}, "NV_EMBED_MODEL: String should have at least 1 character"),
         (["--revision", "abc"], {}, "--revision needs --model"),
         (["--port", "70000"], {}, "--port: Input should be less than or equal to 65535"),
         ([], {"NV_EMBED_PORT": "x"}, "NV_EMBED_PORT: Input should be a valid integer"),
@@ -84,7 +86,7 @@ def test_mistakes_in_a_file(tmp_path: Path) -> None:
         ("prot: 1", "unknown option 'prot'; did you mean port?"),
         ("port: x", f"{file} (port): Input should be a valid integer"),
         ("- port", "must hold options"),
-        ("port: [", "cannot be read"),
+        ("port: [", "o.yaml, line 1: "),
     ):
         file.write_text(text)
         with pytest.raises(SettingsError) as caught:
@@ -100,6 +102,11 @@ def test_keys_come_from_everywhere_and_never_show(tmp_path: Path) -> None:
     assert load({}, {"NV_EMBED_API_KEY": "key-1,key-2"}).api_keys() == [b"key-1", b"key-2"]
     assert "key-1" not in repr(got)
     assert "key-1" not in str(got.model_dump())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text('api_key: "key-1\n')
+    with pytest.raises(SettingsError) as caught:
+        load({"config": str(bad)}, {})
+    assert "key-1" not in str(caught.value)
     file.write_text("\n")
     with pytest.raises(SettingsError, match="holds no key"):
         got.api_keys()
