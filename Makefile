@@ -64,10 +64,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what serving needs into $(VENV); this takes minutes the first time …"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
+	@echo "Installing the test packages into $(VENV) …"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-test.lock
 	@touch $@

@@ -188,7 +188,7 @@ def _varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install nv-embed-server[flash-attn])"
+        return "the flash-attn package is not installed (pip install flash-attn)"
     try:
         importlib.import_module("flash_attn")
     except ImportError as error:  # often: it was compiled for another torch

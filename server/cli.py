@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,9 +23,8 @@ make tiny-model && make serve MODEL=build/tiny-nv-embed (random weights, meaning
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments = _parse(argv)
         status: int = arguments.run(arguments)
     except (SettingsError, ModelError) as error:
         print(f"nv-embed: {error}", file=sys.stderr)
@@ -32,6 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises SettingsError for an unknown flag, with the nearest known one."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[a-z-]+", arguments.parser.format_help())
+        hint = settings.did_you_mean(unknown[0], flags)
+        raise SettingsError(f"unrecognized argument {unknown[0]}{hint}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: nv-embed serve --model nvidia/NV-Embed-v2 --port 8000",
     )
     settings.add_flags(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     encode = commands.add_parser(
         "encode",
@@ -62,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
     )
     _add_encode_arguments(encode)
-    encode.set_defaults(run=_encode)
+    encode.set_defaults(run=_encode, parser=encode)
 
     verify = commands.add_parser(
         "verify",
@@ -76,15 +87,15 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="JSON of the authors' outputs (default: golden.json in the checkpoint's folder)",
     )
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_verify, parser=verify)
 
     openapi = commands.add_parser("openapi", help="print the OpenAPI document as YAML")
-    openapi.set_defaults(run=_openapi)
+    openapi.set_defaults(run=_openapi, parser=openapi)
     return parser
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k != "run"}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
     options = settings.load(given, os.environ)
     logs.configure(options.log_format, options.log_level)
     if options.model is None:
@@ -112,7 +123,9 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
     prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
     parser.add_argument(
-        "--input-type", default="query", choices=("query", "passage"), help="the side of --task"
+        "--input-type",
+        choices=("query", "passage"),
+        help="the side of --task (default: query); alone, query means question answering",
     )
     parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
@@ -142,8 +155,23 @@ def _encode(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"there is no file {arguments.file}")
     if not output.parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.parent}")
+    if output.exists() and output.samefile(arguments.file):
+        raise SettingsError(f"--output {output} is the input file")
     prefix = _encode_prefix(arguments)
+    try:
+        count = bulk.count_texts(arguments.file, arguments.field)
+        width = _encode_texts(arguments, output, prefix or "", count)
+    except bulk.InputFileError as error:
+        print(f"nv-embed encode: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} vectors of {width} dimensions in {output}")
+    return 0
+
+
+def _encode_texts(arguments: argparse.Namespace, output: Path, prefix: str, count: int) -> int:
+    """Load the model and do the work; returns the vectors' width."""
     from model.encoder import Encoder
+    from server import bulk
 
     options = {
         name: getattr(arguments, name)
@@ -160,20 +188,16 @@ def _encode(arguments: argparse.Namespace) -> int:
     encoder = Encoder(
         arguments.model, revision=arguments.revision, offline=arguments.offline, **options
     )
-    try:
-        count = bulk.encode_file(
-            encoder,
-            arguments.file,
-            output,
-            field=arguments.field,
-            instruction=prefix or "",
-            truncate=arguments.truncate,
-        )
-    except bulk.InputFileError as error:
-        print(f"nv-embed encode: {error}", file=sys.stderr)
-        return 1
-    print(f"{count} vectors of {encoder.runner.info.width} dimensions in {output}")
-    return 0
+    bulk.encode_file(
+        encoder,
+        arguments.file,
+        output,
+        count=count,
+        field=arguments.field,
+        instruction=prefix,
+        truncate=arguments.truncate,
+    )
+    return encoder.runner.info.width
 
 
 def _encode_prefix(arguments: argparse.Namespace) -> str | None:
@@ -182,11 +206,11 @@ def _encode_prefix(arguments: argparse.Namespace) -> str | None:
 
     try:
         return instructions.choose_prefix(
-            instructions.Defaults(query_instruction=""),
+            instructions.Defaults(settings.Settings().query_instruction),
             prompt=arguments.prompt,
             instruction=arguments.instruction,
             task=arguments.task,
-            input_type=arguments.input_type if arguments.task else None,
+            input_type=arguments.input_type,
         )
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None

@@ -20,7 +20,7 @@ from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import EmptyPoolError, InputTooLongError, ModelError
-from model.hub import NVIDIA_NOTICE, ModelSource
+from model.hub import NVIDIA_NOTICE, ModelSource, weight_files
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -67,6 +67,7 @@ class EmbeddingEngine:
         self.source = source
         self.config = NVEmbedConfig.from_dir(source.path)
         self.tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens

@@ -8,8 +8,10 @@ malformed values and contradictions stop the start.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -91,8 +93,8 @@ class Settings(BaseModel):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: LLM.int8 weights through bitsandbytes; saves memory, not time"
     )
-    attention: str = Field(
-        "auto", description="attention kernel: auto, flash-attn, varlen, padded or sdpa"
+    attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
+        "auto", description="attention kernel; auto: the best that runs on the device"
     )
     threads: int | None = Field(
         None,
@@ -171,6 +173,9 @@ class Settings(BaseModel):
             )
         if "auto" in self.devices and len(self.devices) > 1:
             raise ValueError("--devices auto stands alone: name the devices, or only auto")
+        for device in self.devices:
+            if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+                raise ValueError(f"--devices {device}: must be auto, cpu, cuda or cuda:N")
         if self.revision and self.model is None:
             raise ValueError("--revision needs --model")
         return self
@@ -223,14 +228,17 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
         if name.startswith(ENV_PREFIX):
             option = name.removeprefix(ENV_PREFIX).lower()
             if option not in fields and option != "config":
-                raise SettingsError(f"unknown environment variable {name}{_hint(option)}")
+                raise SettingsError(
+                    f"unknown environment variable {name}"
+                    + did_you_mean(name, [ENV_PREFIX + field.upper() for field in fields])
+                )
             from_environment[option] = value
     merged = {**from_environment, **flags}
     path = merged.pop("config", None)
     from_file = _read_file(Path(path)) if path else {}
     for name in from_file:
         if name not in fields:
-            raise SettingsError(f"{path}: unknown option {name!r}{_hint(name)}")
+            raise SettingsError(f"{path}: unknown option {name!r}{did_you_mean(name, fields)}")
     try:
         return Settings(**{**from_file, **merged})
     except ValidationError as error:
@@ -262,10 +270,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in raw.items()}
 
 
-def _hint(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -223,6 +223,10 @@ def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
         time.sleep(0.02)
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
         assert client.get("/livez").status_code == 200
+        second = run_cli("serve", "--model", str(golden_checkpoint), "--uds", str(path))
+        assert second.returncode == 2
+        assert f"cannot listen on {path}: Address already in use (--uds)" in second.stderr
+        assert client.get("/livez").status_code == 200
     process.terminate()
     assert process.wait(20) == 0
     assert not path.exists()
@@ -234,12 +238,15 @@ def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
         ([], "no model was named"),
         (["--model", "/no/such/folder"], "neither a folder nor a Hugging Face id"),
         (["--model", "."], "has no config.json"),
+        (["--model", "no/folder", "--offline"], "there is no folder no/folder here"),
+        (["--max-batch-tokns", "5"], "--max-batch-tokns; did you mean --max-batch-tokens?"),
+        (["--model", "MODEL", "--api-key-file", "/none"], "--api-key-file: [Errno 2] No such file"),
         (["--model", "MODEL", "--max-input-tokens", "40000"], "--max-input-tokens 40000 is more"),
         (["--model", "MODEL", "--max-queued-tokens", "5"], "--max-queued-tokens 5 is less than"),
         (["--model", "MODEL", "--port", "many"], "--port: Input should be a valid integer"),
         (["--model", "MODEL", "--dtype", "float64"], "--dtype: Input should be 'auto', 'float32'"),
         (["--model", "MODEL", "--config", "/none.yaml"], "--config: /none.yaml cannot be read"),
-        (["--model", "MODEL", "--host", "203.0.113.1"], "cannot listen on ('203.0.113.1', 8000)"),
+        (["--model", "MODEL", "--host", "203.0.113.1"], "cannot listen on 203.0.113.1:8000"),
     ],
 )
 def test_mistakes_stop_the_start_with_a_message(
@@ -255,4 +262,4 @@ def test_mistakes_stop_the_start_with_a_message(
 def test_an_unknown_environment_variable_stops_the_start() -> None:
     result = run_cli("serve", env={"NV_EMBED_MAX_BATCH_TOKEN": "5"})
     assert result.returncode == 2
-    assert "NV_EMBED_MAX_BATCH_TOKEN; did you mean max_batch_tokens?" in result.stderr
+    assert "did you mean NV_EMBED_MAX_BATCH_TOKENS?" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -62,6 +63,8 @@ def test_booleans() -> None:
     ("flags", "environment", "message"),
     [
         (["--max-queued-tokens", "299999"], {}, "--max-queued-tokens 299999 is less than"),
+        (["--devices", "gpu"], {}, "--devices gpu: must be auto, cpu, cuda or cuda:N"),
+        (["--attention", "flash"], {}, "--attention: Input should be 'auto', 'flash-attn'"),
         (["--devices", "auto,cpu"], {}, "auto stands alone"),
         (["--devices", ""], {}, "--devices: a value is empty"),
         ([], {"NV_EMBED_API_KEY": ""}, "NV_EMBED_API_KEY: a value is empty"),
@@ -69,7 +72,7 @@ def test_booleans() -> None:
         (["--revision", "abc"], {}, "--revision needs --model"),
         (["--port", "70000"], {}, "--port: Input should be less than or equal to 65535"),
         ([], {"NV_EMBED_PORT": "x"}, "NV_EMBED_PORT: Input should be a valid integer"),
-        ([], {"NV_EMBED_PROT": "1"}, "NV_EMBED_PROT; did you mean port?"),
+        ([], {"NV_EMBED_PROT": "1"}, "NV_EMBED_PROT; did you mean NV_EMBED_PORT?"),
     ],
 )
 def test_mistakes_name_the_option(
@@ -110,6 +113,14 @@ def test_keys_come_from_everywhere_and_never_show(tmp_path: Path) -> None:
     file.write_text("\n")
     with pytest.raises(SettingsError, match="holds no key"):
         got.api_keys()
+
+
+def test_every_kernel_can_be_asked_for() -> None:
+    """The front does not import torch, so the names stand in two places."""
+    from model.attention import KERNEL_NAMES
+
+    choices = get_args(Settings.model_fields["attention"].annotation)
+    assert set(choices) == {"auto", *KERNEL_NAMES}
 
 
 def test_help_names_every_option_but_the_hidden(capsys: pytest.CaptureFixture[str]) -> None:
