@@ -72,7 +72,7 @@ class EmbeddingEngine:
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
         self._truncate = settings.truncate
-        self._batcher = Batcher(self.metrics)
+        self._batcher = Batcher(self.metrics, hang_timeout=settings.hang_timeout)
         base = RunnerOptions(
             path=str(source.path),
             dtype=settings.dtype,

@@ -154,6 +154,12 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(
         32 * 1024 * 1024, ge=1024, description="largest request body; beyond it a 413"
     )
+    hang_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="seconds without an answer after which a worker is killed and its batch given "
+        "to another; more when the measured rate says that a batch takes long",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, description="seconds to finish accepted requests after SIGTERM or SIGINT"
     )

@@ -41,6 +41,7 @@ SERVER = [
     "instructions",
     "names",
     "request_queue",
+    "quarantine",
     "worker",
     "supervisor",
     "batcher",
