@@ -22,6 +22,7 @@ from model.hub import ModelSource
 from server.app import create_app
 from server.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
+from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")
@@ -64,7 +65,8 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            http="httptools",
+            http=limited(_protocol_limits(settings), engine.metrics.count_refusal),
+            ws="none",
             lifespan="off",
             root_path=settings.root_path,
             timeout_graceful_shutdown=int(_CLOSE_S),
@@ -99,6 +101,15 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         if settings.uds:
             _unlink_socket(settings.uds)
         logger.info("stopped")
+
+
+def _protocol_limits(settings: Settings) -> ProtocolLimits:
+    return ProtocolLimits(
+        header_timeout=settings.header_timeout,
+        body_timeout=settings.body_timeout,
+        write_timeout=settings.write_timeout,
+        max_connections=settings.max_connections,
+    )
 
 
 async def _drain(engine: EmbeddingEngine, stop: _Signals, timeout: float) -> None:  # noqa: ASYNC109

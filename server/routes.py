@@ -29,6 +29,10 @@ from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
+_DISCARD_FACTOR = 4
+"""Bodies up to so many times the limit are read to their end and dropped before the 413: a client
+that is still sending would see a broken connection instead."""
+
 _Responses = dict[int | str, dict[str, Any]]
 _ERRORS: _Responses = {
     status: {"model": schemas.ErrorResponse, "description": text}
@@ -294,14 +298,17 @@ async def _read_body(request: Request, limit: int) -> bytes:
         )
     too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
     length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > limit:
+    if length.isascii() and length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > limit:
+        if size <= limit:
+            parts.append(part)
+        elif size > _DISCARD_FACTOR * limit:
             raise too_large
-        parts.append(part)
+    if size > limit:
+        raise too_large
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

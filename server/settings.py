@@ -154,6 +154,18 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(
         32 * 1024 * 1024, ge=1024, description="largest request body; beyond it a 413"
     )
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it new ones get a 503"
+    )
+    header_timeout: float = Field(
+        10.0, gt=0, description="seconds in which the headers of a request must arrive"
+    )
+    body_timeout: float = Field(
+        120.0, gt=0, description="seconds in which the body of a request must arrive"
+    )
+    write_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a client that does not read is cut off"
+    )
     hang_timeout: float = Field(
         60.0,
         gt=0,

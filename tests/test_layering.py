@@ -51,6 +51,7 @@ SERVER = [
     "middleware",
     "routes",
     "app",
+    "protocol",
     "lifecycle",
     "bulk",
     "cli",
