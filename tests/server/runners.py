@@ -87,6 +87,24 @@ class Dying(Hashing):
         return super().row(encoding)
 
 
+class Hanging(Hashing):
+    """An input with the mark is never answered."""
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            time.sleep(3600)
+        return super().row(encoding)
+
+
+class Cramped(Hashing):
+    """It has memory for 64 tokens at once."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        if sum(map(len, encodings)) > 64:
+            raise MemoryError
+        return super().embed(encodings)
+
+
 class LosesItsDevice(Hashing):
     """It cannot start while the file FAKE_DEVICE_LOST exists."""
 
