@@ -36,6 +36,8 @@ _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
 _RATE_SMOOTHING = 0.2
 _HANG_FACTOR = 10
+_OVERDUE = 0.5
+"""Of a batch's patience, after which its worker is no sign of readiness any more."""
 
 
 class Answer:
@@ -71,6 +73,7 @@ class _Batch:
     entries: list[Entry[Answer]]
     tokens: int
     handed_over: float
+    patience: float  # seconds until its worker counts as hung
     watch: asyncio.TimerHandle  # kills the worker when no answer comes
 
 
@@ -134,6 +137,14 @@ class Batcher:
         """Requests with an input in a worker's hands."""
         out = (batch for batches in self._out.values() for batch in batches.values())
         return len({id(entry.request) for batch in out for entry in batch.entries})
+
+    def is_stuck(self) -> bool:
+        """Whether no worker has answered lately: each has a batch that is long overdue."""
+        now = time.monotonic()
+        return bool(self._out) and all(
+            any(now - b.handed_over > _OVERDUE * b.patience for b in batches.values())
+            for batches in self._out.values()
+        )
 
     def seconds_of_work(self) -> float:
         """How long the queue will take at the measured rate; 1 before there is one."""
@@ -217,10 +228,9 @@ class Batcher:
             return
         self._batch_ids = (self._batch_ids + 1) % (1 << 32)
         tokens = sum(len(entry) for entry in entries)
-        watch = asyncio.get_running_loop().call_later(
-            self._patience(worker, tokens), self._hung, worker
-        )
-        self._out[worker][self._batch_ids] = _Batch(entries, tokens, now, watch)
+        patience = self._patience(worker, tokens)
+        watch = asyncio.get_running_loop().call_later(patience, self._hung, worker)
+        self._out[worker][self._batch_ids] = _Batch(entries, tokens, now, patience, watch)
         worker.send(self._batch_ids, [entry.encoding for entry in entries])
         for entry in entries:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)

@@ -134,6 +134,8 @@ class EmbeddingEngine:
         if not self._batcher.workers:
             reasons = sorted(set(self._supervisor.trouble.values())) or ["no worker is ready"]
             return "; ".join(reasons)
+        if self._batcher.is_stuck():
+            return "no worker has answered lately"
         return None
 
     @property

@@ -13,13 +13,16 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import Receive, Scope, Send
 
 from model.tokenizer import Truncation
 from server import instructions, schemas, serialize
+from server.byte_budget import ByteBudgetError
 from server.engine import EmbeddingEngine, Tokenization
 from server.errors import (
     BodyTooLargeError,
     InvalidRequestError,
+    OverloadedError,
     UnavailableError,
     UnsupportedMediaTypeError,
 )
@@ -29,6 +32,8 @@ from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
+_BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
+_FLOAT_BYTES = 4 + 13
 _DISCARD_FACTOR = 4
 """Bodies up to so many times the limit are read to their end and dropped before the 413: a client
 that is still sending would see a broken connection instead."""
@@ -95,6 +100,9 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         _check_dimensions(
             wire.dimensions, engine.config.hidden_size, settings.allow_truncated_dimensions
         )
+        as_base64 = wire.encoding_format == "base64"
+        values = len(inputs) * engine.config.hidden_size
+        _hold(request, values * (_BASE64_BYTES if as_base64 else _FLOAT_BYTES))
         async with _cancelled_on_disconnect(request):
             vectors, tokens = await engine.embed(inputs, how, deadline=arrived + _patience(request))
         request.scope["log"].update(inputs=len(inputs), tokens=tokens)
@@ -102,10 +110,10 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
             vectors,
             model=wire.model,
             tokens=tokens,
-            base64=wire.encoding_format == "base64",
+            base64=as_base64,
             dimensions=wire.dimensions,
         )
-        return Response(body, media_type="application/json")
+        return _DrainedResponse(body, media_type="application/json")
 
     for path in ("/v1/embeddings", "/embeddings"):
         router.add_api_route(
@@ -304,12 +312,33 @@ async def _read_body(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         size += len(part)
         if size <= limit:
+            _hold(request, len(part))
             parts.append(part)
         elif size > _DISCARD_FACTOR * limit:
             raise too_large
     if size > limit:
         raise too_large
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _hold(request: Request, size: int) -> None:
+    """Count bytes that this request keeps in memory until it is answered."""
+    try:
+        request.scope["bytes"].add(size)
+    except ByteBudgetError:
+        raise OverloadedError(
+            "too many bytes of requests and answers are in flight", retry_after=1
+        ) from None
+
+
+class _DrainedResponse(Response):
+    """Ends only when the client has taken most of it: uvicorn waits before the second send."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:

@@ -47,6 +47,7 @@ SERVER = [
     "batcher",
     "engine",
     "schemas",
+    "byte_budget",
     "serialize",
     "middleware",
     "routes",
