@@ -54,6 +54,8 @@ SERVER = [
     "app",
     "protocol",
     "lifecycle",
+    "text_files",
+    "vector_files",
     "bulk",
     "cli",
 ]

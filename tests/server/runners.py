@@ -62,6 +62,13 @@ class Hashing:
     def close(self) -> None: ...
 
 
+class Null(Hashing):
+    """It computes nothing."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        return np.zeros((len(encodings), WIDTH), dtype=np.float32)
+
+
 class Failing(Hashing):
     """A batch with the mark raises."""
 
