@@ -9,25 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
-import numpy as np
 import orjson
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.errors import InputError, NonFiniteError
 from model.hub import ModelSource, weight_files
 from model.tokenizer import Truncation
-from server.text_files import InputFileError, read_texts, sha256_of
+from server.text_files import InputFileError, sha256_of
 from server.vector_files import FORMATS, VectorFormat, replacing
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
+
+
+Row = TypeVar("Row")
+Row_contra = TypeVar("Row_contra", contravariant=True)
+
+
+class WriteShard(Protocol[Row_contra]):
+    def __call__(self, file: BinaryIO, rows: Sequence[Row_contra], first: int, /) -> None: ...
 
 
 class ResumeError(Exception):
@@ -65,10 +71,12 @@ class Job:
         return self.parts / f"part-{number:05}{self.format.suffix}"
 
 
-def describe(job: Job, model: ModelSource, how: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    job: Job, model: ModelSource, how: dict[str, Any], rows_of_input: Iterator[Any]
+) -> dict[str, Any]:
     """The manifest of a job: everything that its vectors depend on. Reads the whole input once,
     so a bad row is found before a model is loaded. Raises InputFileError."""
-    rows = sum(1 for _ in read_texts(job.source, job.field))
+    rows = sum(1 for _ in rows_of_input)
     if not rows:
         raise InputFileError(f"{job.source} holds no text")
     return {
@@ -125,33 +133,39 @@ def prepare(job: Job, manifest: dict[str, Any], *, resume: bool) -> bool:
     return True
 
 
-def run(job: Job, manifest: dict[str, Any], encoder: Encoder) -> None:
-    """Embed what is missing, then put the parts together. Raises InputFileError."""
-    rows, shards = manifest["input"]["rows"], manifest["shards"]
-    texts = read_texts(job.source, job.field)
-    with tqdm(total=rows, desc="Embedding", unit=" texts", disable=None) as bar:
+def run(job: Job, manifest: dict[str, Any], rows: Iterator[Row], write: WriteShard[Row]) -> None:
+    """Write what is missing of the shards, then put them together.
+
+    rows: of the input, from its beginning; write: makes a shard of some of them.
+    """
+    count, shards = manifest["input"]["rows"], manifest["shards"]
+    with tqdm(total=count, desc="Embedding", unit=" rows", disable=None) as bar:
         for number in range(shards):
-            chunk = list(islice(texts, job.shard_size))
+            chunk = list(islice(rows, job.shard_size))
             if not job.shard(number).exists():
-                first = number * job.shard_size
                 with replacing(job.shard(number)) as file:
-                    job.format.write(file, _embed(job, encoder, chunk, first), first)
+                    write(file, chunk, number * job.shard_size)
             bar.update(len(chunk))
     if not job.is_folder:
         with replacing(job.target) as file:
-            paths = [job.shard(number) for number in range(shards)]
-            job.format.join(file, paths, rows, encoder.runner.info.width)
+            job.format.join(file, [job.shard(number) for number in range(shards)], count)
     _write_manifest(job.manifest, {**manifest, "complete": True})
     if not job.is_folder:
         shutil.rmtree(job.parts)
 
 
-def _embed(job: Job, encoder: Encoder, texts: Sequence[str], first: int) -> NDArray[np.float32]:
-    try:
-        return encoder.encode(texts, job.prefix, truncate=job.truncate, progress=False)
-    except (InputError, NonFiniteError) as error:
-        index = error.rows[0] if isinstance(error, NonFiniteError) else error.index or 0
-        raise InputFileError(f"{job.source}, line {first + index + 1}: {error}") from None
+def text_shards(job: Job, encoder: Encoder) -> WriteShard[str]:
+    """Makes shards of texts. It raises InputFileError for a text that cannot be embedded."""
+
+    def write(file: BinaryIO, texts: Sequence[str], first: int) -> None:
+        try:
+            vectors = encoder.encode(texts, job.prefix, truncate=job.truncate, progress=False)
+        except (InputError, NonFiniteError) as error:
+            index = error.rows[0] if isinstance(error, NonFiniteError) else error.index or 0
+            raise InputFileError(f"{job.source}, line {first + index + 1}: {error}") from None
+        job.format.write(file, vectors, first)
+
+    return write
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

@@ -7,9 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model.errors import ModelError
 from server import logs, settings
@@ -17,7 +17,9 @@ from server.errors import SettingsError
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
+    from model.hub import ModelSource
     from server import bulk
+    from server.batch_files import BatchAnswers
 
 _NO_MODEL = """no model was named, and none ships with this version yet.
   nv-embed serve --model nvidia/NV-Embed-v2     from the hub (15.7 GB; CC-BY-NC-4.0)
@@ -127,6 +129,11 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file (.npy, .jsonl or .parquet), or a folder for shards (default: FILE.npy)",
     )
     parser.add_argument(
+        "--openai-batch",
+        action="store_true",
+        help="FILE is an OpenAI batch file: requests to /v1/embeddings, each with a custom_id",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on where an earlier run of the same was ended"
     )
     parser.add_argument(
@@ -179,17 +186,47 @@ def _encode(arguments: argparse.Namespace) -> int:
     model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
     how = {name: getattr(arguments, name) for name in ("dtype", "quantization")}
     try:
-        manifest = bulk.describe(job, model, how)
+        manifest = bulk.describe(job, model, how, _rows(arguments))
         if bulk.prepare(job, manifest, resume=arguments.resume):
-            bulk.run(job, manifest, _encoder(arguments))
+            encoder = _encoder(arguments)
+            if arguments.openai_batch:
+                answers = _batch_answers(arguments, encoder, model)
+                bulk.run(job, manifest, _rows(arguments), answers.write)
+            else:
+                bulk.run(job, manifest, _rows(arguments), bulk.text_shards(job, encoder))
     except (InputFileError, bulk.ResumeError) as error:
         print(f"nv-embed encode: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nnv-embed encode: interrupted; the same command with --resume goes on")
         return 130
-    print(f"{manifest['input']['rows']} vectors in {job.target}")
+    print(f"{manifest['input']['rows']} rows in {job.target}")
     return 0
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The rows of the input, from its beginning."""
+    from server import batch_files, text_files
+
+    if arguments.openai_batch:
+        return batch_files.read_requests(arguments.file)
+    return text_files.read_texts(arguments.file, arguments.field)
+
+
+def _batch_answers(
+    arguments: argparse.Namespace, encoder: Encoder, model: ModelSource
+) -> BatchAnswers:
+    from server.batch_files import BatchAnswers
+    from server.inputs import InputTokenizer
+    from server.instructions import Defaults
+    from server.names import ServedNames
+
+    return BatchAnswers(
+        encoder,
+        InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
+        ServedNames(model.model_id),
+        Defaults(settings.Settings().query_instruction),
+    )
 
 
 def _encode_job(arguments: argparse.Namespace) -> bulk.Job:
@@ -198,7 +235,11 @@ def _encode_job(arguments: argparse.Namespace) -> bulk.Job:
 
     source: Path = arguments.file
     target: Path = arguments.output or source.with_suffix(".npy")
+    if arguments.openai_batch and arguments.output is None:
+        target = source.with_name(f"{source.stem}.answers.jsonl")
     suffix = target.suffix or f".{arguments.format}"
+    if arguments.openai_batch and suffix != ".jsonl":
+        raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
     if suffix not in FORMATS:
         known = ", ".join(FORMATS)
         raise SettingsError(f"--output {target}: write to {known}, or to a folder")

@@ -15,10 +15,9 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
-from model.tokenizer import Truncation
 from server import instructions, schemas, serialize
 from server.byte_budget import ByteBudgetError
-from server.engine import EmbeddingEngine, Tokenization
+from server.engine import EmbeddingEngine
 from server.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -26,6 +25,7 @@ from server.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
+from server.inputs import Tokenization, tokenization_of
 from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
@@ -74,22 +74,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         return schemas.parse_body(wire, await _read_body(request, settings.max_body_bytes))
 
     def tokenization(wire: schemas.InstructedInput, model: str | None) -> Tokenization:
-        prefix = instructions.choose_prefix(
-            defaults,
-            prompt=wire.prompt,
-            instruction=wire.instruction,
-            task=wire.task,
-            input_type=wire.input_type,
-            model_side=names.side(model) if model is not None else None,
-        )
-        if (tokens := wire.truncate_prompt_tokens) is not None:
-            if tokens in (0, 1):
-                raise InvalidRequestError(
-                    "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
-                    param="truncate_prompt_tokens",
-                )
-            return Tokenization(prefix, Truncation.START, None if tokens < 0 else tokens)
-        return Tokenization(prefix, wire.truncate)
+        return tokenization_of(wire, model, names, defaults)
 
     async def create_embeddings(request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""

@@ -43,7 +43,7 @@ class VectorFormat(ABC):
         """vectors [N, D] of the rows first, first+1, …"""
 
     @abstractmethod
-    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int, width: int) -> None:
+    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
         """All shards, in order, as one file of `rows` rows."""
 
 
@@ -55,7 +55,8 @@ class Npy(VectorFormat):
     def write(self, file: BinaryIO, vectors: NDArray[np.float32], first: int) -> None:
         np.save(file, vectors.astype("<f4"))
 
-    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int, width: int) -> None:
+    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
+        width = np.load(shards[0], mmap_mode="r").shape[1]
         header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
         np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
         for shard in shards:
@@ -72,7 +73,7 @@ class JsonLines(VectorFormat):
             line = {"index": index, "embedding": vector}
             file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
-    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int, width: int) -> None:
+    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
         for shard in shards:
             file.write(shard.read_bytes())
 
@@ -93,7 +94,7 @@ class Parquet(VectorFormat):
         )
         parquet.write_table(table, file)
 
-    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int, width: int) -> None:
+    def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
         parquet = import_parquet()
         with parquet.ParquetWriter(file, parquet.read_schema(shards[0])) as writer:
             for shard in shards:

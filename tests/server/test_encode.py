@@ -75,6 +75,48 @@ def test_an_unknown_column_is_named(
     assert "has no column 'text' (--field names it); it has body" in capsys.readouterr().err
 
 
+def test_an_openai_batch_file(golden_checkpoint: Path, tmp_path: Path) -> None:
+    queries, passages = CASES["readme queries"], CASES["passages"]
+    bodies = [
+        {"model": "golden-embed-query", "input": queries["texts"][0]},
+        {"model": "golden-embed", "input": passages["texts"], "encoding_format": "float"},
+        {"model": "golden-embed", "input": passages["token_ids"]},
+        {"model": "another", "input": "x"},
+        {"model": "golden-embed", "input": ""},
+    ]
+    file = tmp_path / "batch.jsonl"
+    common = {"method": "POST", "url": "/v1/embeddings"}
+    lines = [{"custom_id": f"c{i}", **common, "body": body} for i, body in enumerate(bodies)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encode(golden_checkpoint, file, "--openai-batch", "--shard-size", "2") == 0
+    raw = (tmp_path / "batch.answers.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in raw]
+    assert [answer["custom_id"] for answer in answers] == ["c0", "c1", "c2", "c3", "c4"]
+    statuses = [answer["response"]["status_code"] for answer in answers]
+    assert statuses == [200, 200, 200, 404, 400]
+    got = [
+        [item["embedding"] for item in answer["response"]["body"]["data"]] for answer in answers[:3]
+    ]
+    np.testing.assert_allclose(got[0][0], queries["embeddings"][0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got[1], passages["embeddings"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got[2], passages["embeddings"], rtol=0, atol=1e-5)
+    assert answers[3]["response"]["body"]["error"]["code"] == "model_not_found"
+    usage = answers[1]["response"]["body"]["usage"]
+    assert usage["prompt_tokens"] == sum(map(len, passages["token_ids"]))
+
+
+def test_a_line_that_is_no_batch_request_is_named(
+    golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line, message in (
+        ({"url": "/v1/embeddings"}, "line 1: no custom_id"),
+        ({"custom_id": "a", "url": "/v1/chat"}, "only /v1/embeddings is served"),
+    ):
+        (tmp_path / "b.jsonl").write_text(json.dumps(line))
+        assert encode(golden_checkpoint, tmp_path / "b.jsonl", "--openai-batch") == 1
+        assert message in capsys.readouterr().err
+
+
 def test_resume_goes_on_with_the_same_only(
     golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
