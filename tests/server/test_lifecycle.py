@@ -199,6 +199,11 @@ def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
         server.wait_for_metric("nv_embed_workers_ready", 2)
 
 
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     options = ["serve", "--model", str(golden_checkpoint), "--uds", str(path), *SLOW]
@@ -208,9 +213,11 @@ def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    # The name appears a moment before anybody listens.
-    transport = httpx.HTTPTransport(uds=str(path), retries=8)
     try:
+        deadline = time.monotonic() + 30
+        while not listens(path) and time.monotonic() < deadline:
+            time.sleep(0.02)  # the name appears a moment before anybody listens
+        transport = httpx.HTTPTransport(uds=str(path))
         with httpx.Client(transport=transport, base_url="http://x", timeout=30) as client:
             assert client.get("/livez").status_code == 200
             second = run_cli("serve", "--model", str(golden_checkpoint), "--uds", str(path))
