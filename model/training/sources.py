@@ -383,8 +383,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for pair in pairs:
-            row_ = {"query": pair.query, "positive": pair.positive, "task": pair.task,
-                    "source": pair.source}
+            row_ = {
+                "query": pair.query,
+                "positive": pair.positive,
+                "task": pair.task,
+                "symmetric": pair.task == TASK_STS,
+                "source": pair.source,
+            }
             file.write(json.dumps(row_, ensure_ascii=False) + "\n")
     with (arguments.out / "texts.jsonl").open("w", encoding="utf-8") as file:
         for text, source in texts.items():
