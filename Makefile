@@ -42,14 +42,17 @@ gpu-check: $(VENV)/.installed ## prove parity and measure on this GPU (MODEL=nvi
 tiny-model: $(VENV)/.installed-test ## write a random checkpoint to build/tiny-nv-embed
 	$(BIN)/python -m tests.checkpoints build/tiny-nv-embed
 
+# Without torch's own nvidia-* pins; the runtime's versions are those that the tests ran with.
+FREEZE = freeze --all --exclude nv-embed-server --exclude pip \
+    | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | grep -vE '^(nvidia-|triton|cuda-)'
+
 lock: ## renew requirements.lock and requirements-test.lock
-	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/pip install -q $(PIP_FLAGS) torch==2.13.0 .
-	build/lock/bin/pip freeze --exclude nv-embed-server | sed -E 's/^torch==([0-9.]+).*/torch==\1/' \
-	    | grep -vE '^(nvidia-|triton|cuda-)' > requirements.lock
-	build/lock/bin/pip install -q $(PIP_FLAGS) '.[test]'
-	build/lock/bin/pip freeze --exclude nv-embed-server | sed -E 's/^torch==([0-9.]+).*/torch==\1/' \
-	    | grep -vE '^(nvidia-|triton|cuda-)' > requirements-test.lock
+	rm -rf build/lock-test build/lock && mkdir -p build
+	$(PYTHON) -m venv build/lock-test && $(PYTHON) -m venv --without-pip build/lock
+	build/lock-test/bin/pip install -q $(PIP_FLAGS) torch==2.13.0 '.[test]'
+	build/lock-test/bin/pip $(FREEZE) > requirements-test.lock
+	build/lock-test/bin/pip --python build/lock install -q $(PIP_FLAGS) -c requirements-test.lock .
+	build/lock-test/bin/pip --python build/lock $(FREEZE) > requirements.lock
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info

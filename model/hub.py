@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from model.card import card_license
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 
@@ -88,18 +87,3 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
         raise CheckpointError(f"{model} is not in the local cache and {why}") from error
     except OSError as error:
         raise CheckpointError(f"downloading {model} failed: {error}") from error
-
-
-def card_license(folder: Path) -> str | None:
-    """The `license` of the card's front matter (README.md), if there is one."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    matter = re.match(r"\A---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    try:
-        found = yaml.safe_load(matter[1]) if matter else None
-    except yaml.YAMLError:
-        return None
-    license_ = found.get("license") if isinstance(found, dict) else None
-    return license_ if isinstance(license_, str) else None

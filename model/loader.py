@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from model.latent_attention import (
     fold_values,
     normed_latents,
 )
+from model.mistral import MistralBackbone
 from model.nv_embed import NVEmbed
 
 _LATENT = "latent_attention_model."
@@ -242,20 +243,28 @@ def _parameters(
 ) -> Iterator[tuple[str, nn.Parameter]]:
     for name, sources in tensor_table(config).items():
         quantized = quantization.is_quantized(model.get_submodule(name.rpartition(".")[0]))
-        shape = (sum(s.shape[0] for s in sources), *sources[0].shape[1:])
-        parts = (checkpoint.rows(source.name) for source in sources)
         if quantized:
-            yield name, quantization.quantize(parts, shape[0], device)
-            continue
-        stacked = torch.empty(shape, device=device, dtype=dtype)
-        start = 0
-        for part in parts:
-            stacked[start : start + len(part)].copy_(part)
-            start += len(part)
-        yield name, nn.Parameter(stacked, requires_grad=False)
+            parts = (checkpoint.rows(source.name) for source in sources)
+            rows = sum(source.shape[0] for source in sources)
+            yield name, quantization.quantize(parts, rows, device)
+        else:
+            yield name, _stack(checkpoint, sources, device, dtype)
     to_latents, from_latents = _fold(checkpoint, config, device, dtype)
     yield "pooler.to_latents.weight", nn.Parameter(to_latents, requires_grad=False)
     yield "pooler.from_latents.weight", nn.Parameter(from_latents, requires_grad=False)
+
+
+def _stack(
+    checkpoint: Checkpoint, sources: list[Source], device: torch.device, dtype: torch.dtype
+) -> nn.Parameter:
+    """`sources` stacked along dim 0, each copied to its place once."""
+    rows = sum(source.shape[0] for source in sources)
+    stacked = torch.empty(rows, *sources[0].shape[1:], device=device, dtype=dtype)
+    start = 0
+    for source in sources:
+        stacked[start : start + source.shape[0]].copy_(checkpoint.rows(source.name))
+        start += source.shape[0]
+    return nn.Parameter(stacked, requires_grad=False)
 
 
 def _fold(
@@ -284,6 +293,27 @@ def _fold(
         to_latents[ours] = fold_keys(context, to_k.to(device), to_q.to(device)).to(dtype)
         from_latents[:, ours] = fold_values(context, to_v.to(device), to_out.to(device)).to(dtype)
     return to_latents, from_latents
+
+
+def load_backbone(
+    folder: Path, config: NVEmbedConfig, *, layers: int, device: torch.device, dtype: torch.dtype
+) -> tuple[MistralBackbone, dict[str, Tensor]]:
+    """The first `layers` layers and the final norm; and the same tensors as they are on disk, in
+    the names of transformers' MistralModel, for a referee."""
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(config)
+    config = replace(config, num_hidden_layers=layers)
+    with torch.device("meta"):
+        backbone = MistralBackbone(config)
+    theirs = {}
+    for parameter, sources in tensor_table(config).items():
+        owner, _, name = parameter.partition(".")
+        if owner == "backbone":
+            _set(backbone, name, _stack(checkpoint, sources, device, dtype))
+            for source in sources:
+                tensor = checkpoint.rows(source.name)
+                theirs[source.name.removeprefix("embedding_model.")] = tensor
+    return backbone.eval(), theirs
 
 
 def load_plain_pooler(

@@ -64,7 +64,7 @@ class ModelRunner:
         )
         self.info = RunnerInfo(
             device=str(self.device),
-            device_name=_device_name(self.device),
+            device_name=device_name(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             quantization=options.quantization,
             attention=kernel,
@@ -140,7 +140,7 @@ def resolve_dtype(name: str, device: torch.device, config: NVEmbedConfig) -> tor
     return torch.float32
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

@@ -25,6 +25,9 @@ from server.settings import Settings
 logger = logging.getLogger("nv_embed")
 
 _BACKLOG = 2048
+_KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections (httpx: 5 s), so that they close first: a connection
+that the server closes while a request is on its way is an error to the client."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -63,6 +66,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
             lifespan="off",
             root_path=settings.root_path,
             timeout_graceful_shutdown=int(_CLOSE_S),
+            timeout_keep_alive=_KEEP_ALIVE_S,
             backlog=_BACKLOG,
         )
     )

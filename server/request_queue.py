@@ -89,9 +89,10 @@ class RequestQueue(Generic[Waiter]):
             request = entry.request
             request.waiting.appendleft(entry)
             self._count((entry,), 1)
-            if not request.queued:
-                request.queued = True
-                self._turns.appendleft(request)
+            if request.queued:
+                self._turns.remove(request)
+            request.queued = True
+            self._turns.appendleft(request)
 
     def discard(self, request: QueuedRequest[Waiter]) -> None:
         """Drop what still waits of a request; harmless when nothing does."""

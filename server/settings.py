@@ -11,7 +11,7 @@ import argparse
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -149,7 +149,9 @@ class Settings(BaseModel):
         30.0, ge=0, description="seconds to finish accepted requests after SIGTERM or SIGINT"
     )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or JSON")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
     access_log: bool = Field(True, description="one line per request, without its texts")
     runner: str | None = Field(None, description="hidden: module:factory of another runner")
 
@@ -196,7 +198,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif _is_list(field):
             options |= {"action": "append", "metavar": name.upper()}
         else:
-            options["metavar"] = name.upper()
+            options["metavar"] = _choices(field) or name.upper()
         options["help"] = argparse.SUPPRESS if name in HIDDEN else _help(name, field)
         parser.add_argument(*flags, **options)
     parser.add_argument(
@@ -261,6 +263,14 @@ def _hint(name: str) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _choices(field: FieldInfo) -> str | None:
+    """The values of an option that has only a few: {none,int8}."""
+    values = [str(v) for v in get_args(field.annotation) if isinstance(v, str)]
+    if field.annotation is Truncation:
+        values = [v.value for v in Truncation]
+    return f"{{{','.join(values)}}}" if values else None
 
 
 def _is_list(field: FieldInfo) -> bool:

@@ -51,6 +51,7 @@ CPU_NICENESS = 5
 _POISONED = 70
 """Exit status after a CUDA fault: the process cannot use its device any more."""
 _PR_SET_PDEATHSIG = 1
+_LESS_MEMORY = "lower --max-input-tokens or --max-batch-tokens, or take --quantization int8"
 
 
 class Kind(IntEnum):
@@ -168,10 +169,13 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         runner = load_factory(start["runner"])(options)
         runner.warm_up()
     except Exception as error:
-        final = isinstance(error, ModelError)  # a checkpoint or an option: the same next time
-        if not final:
+        final, message = True, f"{error}"
+        if type(error).__name__ == "OutOfMemoryError":
+            message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
+        elif not isinstance(error, ModelError):  # those are the same at the next try
+            final, message = False, repr(error)
             logger.exception("the worker cannot start")
-        why = {"message": f"{error}" if final else repr(error), "final": final}
+        why = {"message": message, "final": final}
         connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
         return None
     connection.send(frame(Kind.HELLO, orjson.dumps(dataclasses.asdict(runner.info))))

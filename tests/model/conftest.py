@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from model.config import NVEmbedConfig
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
+
+torch.set_num_threads(1)  # with models this small, threads wait for each other
 
 
 @pytest.fixture(scope="session")

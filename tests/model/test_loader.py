@@ -148,7 +148,7 @@ torch.set_num_threads(1)
 if quantize == "int8":
     quantization.quantize([torch.zeros(8, 8)], 8, torch.device("cpu"))  # bitsandbytes' own memory
 config = NVEmbedConfig.from_dir(folder)
-empty_model(config)  # torch imports 70 MB of modules for the first meta tensor
+empty_model(config)  # what torch imports for the first meta tensor is not measured
 before = host.anonymous_memory()
 with host.PeakMemory() as peak:
     model = load_model(

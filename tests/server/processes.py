@@ -27,6 +27,7 @@ class ServerProcess:
         self.log_file = log
         command = [sys.executable, "-m", "server.cli", "serve"]
         command += ["--model", str(model), "--device", "cpu", "--port", "0", "--dtype", "float32"]
+        command += ["--threads", "1"]  # the models are tiny, and the machine is shared
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         with log.open("wb") as file:

@@ -65,12 +65,13 @@ async def ask(client: httpx.AsyncClient, inputs: object) -> httpx.Response:
 
 
 def logged_batches(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 async def batches_logged(path: Path, count: int) -> None:
     """Wait until the runners have begun `count` batches."""
-    while not path.exists() or len(logged_batches(path)) < count:  # noqa: ASYNC110
+    while len(logged_batches(path)) < count:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 
 

@@ -1,0 +1,145 @@
+"""`nv-embed verify`: the proof that a checkpoint gives the authors' vectors on this machine.
+
+Opens the checkpoint, runs the checks in their order, prints the table and the line of JSON.
+Knows nothing of the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from model import checks
+from model.attention import AttentionKernel, choose_kernel
+from model.checks import Check, Measured, Subject
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError, ModelError, UnsupportedError
+from model.hub import locate
+from model.quantization import check as check_quantization
+from model.runner import device_name, resolve_device, resolve_dtype
+from model.tokenizer import NVEmbedTokenizer
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status: 0 all within tolerance, 1 some check failed, 2 it cannot run."""
+    try:
+        return 0 if verify(open_subject(arguments)) else 1
+    except ModelError as error:
+        print(f"nv-embed verify: {error}", file=sys.stderr)
+        return 2
+
+
+def open_subject(arguments: argparse.Namespace) -> Subject:
+    """Locate the checkpoint and resolve the options. Raises ModelError."""
+    source = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    config = NVEmbedConfig.from_dir(source.path)
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype(arguments.dtype, device, config)
+    check_quantization(arguments.quantization)
+    golden = arguments.golden
+    if golden is None and (source.path / "golden.json").is_file():
+        golden = source.path / "golden.json"
+    elif golden is not None and not golden.is_file():
+        raise CheckpointError(f"--golden: there is no file {golden}")
+    choose_kernel(arguments.attention, device, dtype)  # refuses what cannot run
+
+    def kernel(wanted: torch.dtype) -> tuple[str, AttentionKernel]:
+        try:
+            return choose_kernel(arguments.attention, device, wanted)
+        except UnsupportedError:  # a 16-bit kernel, asked for the float32 comparison
+            return choose_kernel("auto", device, wanted)
+
+    tokenizer = NVEmbedTokenizer.from_dir(source.path)
+    return Subject(source, config, tokenizer, device, dtype, arguments.quantization, kernel, golden)
+
+
+def verify(subject: Subject) -> bool:
+    """Run every check and print the table; the last line on stdout is the JSON report."""
+    measured = Measured()
+    print(f"model    {subject.source.model_id} ({subject.source.revision or subject.source.path})")
+    print(f"device   {subject.device} ({device_name(subject.device)})")
+    print(f"dtype    {checks.dtype_name(subject.dtype)}, quantization {subject.quantization}")
+    outcomes = []
+    for check in run_checks(subject, measured):
+        outcomes.append(check)
+        print(check, flush=True)
+    passed = all(check.status != "failed" for check in outcomes)
+    if measured.tokens_per_s is not None and measured.peak_memory_bytes is not None:
+        print(f"speed    {measured.tokens_per_s:,.0f} tokens/s")
+        print(f"memory   {measured.peak_memory_bytes / 1e9:.2f} GB at the peak")
+    print("passed" if passed else "FAILED")
+    report = {
+        "schema": "nv-embed-verify/1",
+        "model": subject.source.model_id,
+        "revision": subject.source.revision,
+        "device": str(subject.device),
+        "device_name": device_name(subject.device),
+        "dtype": checks.dtype_name(subject.dtype),
+        "quantization": subject.quantization,
+        "attention": measured.attention,
+        "versions": _versions(),
+        "checks": [asdict(check) for check in outcomes],
+        "tokens_per_s": measured.tokens_per_s,
+        "peak_memory_bytes": measured.peak_memory_bytes,
+        "passed": passed,
+    }
+    print(json.dumps(report, ensure_ascii=False), flush=True)
+    return passed
+
+
+def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
+    """Every check in turn, cheap ones first; at most one whole model is in memory."""
+    tensors = checks.check_tensors(subject)
+    yield tensors
+    if tensors.status == "failed":
+        return  # nothing can be loaded
+    yield checks.check_example_ids(subject)
+    yield checks.check_eos(subject)
+    yield checks.check_golden_ids(subject)
+    yield checks.check_backbone(subject)
+
+    variant = checks.variant_name(subject.dtype, subject.quantization)
+    with checks.peak_memory(subject.device) as peak:
+        working = checks.load(subject, subject.dtype, subject.quantization)
+        measured.attention = subject.kernel(subject.dtype)[0]
+        yield checks.check_finite(subject, working, measured, variant)
+        measured.tokens_per_s = checks.throughput(subject, working)
+    measured.peak_memory_bytes = peak.bytes
+    yield checks.check_card(subject, working)
+    yield checks.check_bidirectional(subject, working)
+    yield checks.check_alone(subject, working)
+    yield checks.check_pooler(subject, working)
+    yield from checks.check_kernels(subject, working)
+    exact = working if variant == "float32" else None
+    if exact is None:
+        del working  # float32 may need its memory
+        reason = checks.no_room(subject, torch.float32, "none")
+        if reason is None:
+            exact = checks.load(subject, torch.float32, "none")
+            measured.vectors["float32"] = exact.embed(checks.sample_encodings(subject))
+    else:
+        del working
+        reason = None
+    yield checks.check_golden_vectors(subject, exact, reason)
+    del exact
+    yield from checks.check_precisions(subject, measured)
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("nv-embed-server", "torch", "transformers", "tokenizers", "bitsandbytes"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["cuda"] = torch.version.cuda
+    return versions

@@ -1,0 +1,49 @@
+"""What the container files say about the rest of the project, checked without an engine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    return loaded
+
+
+def test_the_builder_gets_every_file_that_is_copied() -> None:
+    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
+    sources = {source for line in copies for source in line.split()}
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    assert sources == {line[1:] for line in ignore if line.startswith("!")}
+    assert all((ROOT / source).exists() for source in sources)
+
+
+@pytest.mark.parametrize("path", ["Dockerfile", "docker/compose.yaml", "docker/healthcheck.py"])
+def test_no_variable_is_misspelt(path: str) -> None:
+    """The server refuses to start with an unknown one."""
+    found = re.findall(rf"{ENV_PREFIX}([A-Z_]+)", (ROOT / path).read_text())
+    assert found
+    assert {name.lower() for name in found} <= set(Settings.model_fields)
+
+
+def test_stopping_leaves_time_to_drain(compose: dict[str, Any]) -> None:
+    drain: float = Settings.model_fields["drain_timeout"].default
+    for service in compose["services"].values():
+        assert float(service["stop_grace_period"].removesuffix("s")) >= drain + 10
+
+
+def test_each_service_is_hardened(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import host
+from model.batch import Encoding, RunnerOptions
+from model.config import NVEmbedConfig
+from model.errors import UnsupportedError
+from model.runner import ModelRunner, resolve_device, resolve_dtype
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_info_says_what_runs(golden_checkpoint: Path) -> None:
+    runner = ModelRunner(RunnerOptions(path=str(golden_checkpoint), dtype="float32"))
+    assert (runner.info.device, runner.info.dtype, runner.info.attention, runner.info.width) == (
+        "cpu", "float32", "sdpa", 64,
+    )  # fmt: skip
+    runner.warm_up()
+    rows = runner.embed([Encoding(np.array([1, 5, 2], dtype=np.int32))] * 2)
+    assert (rows.shape, rows.dtype) == ((2, 64), np.float32)
+    runner.close()
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == CPU
+    for name, message in (("tpu", "unknown device"), ("mps", "not supported")):
+        with pytest.raises(UnsupportedError, match=message):
+            resolve_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_without_a_gpu() -> None:
+    assert resolve_device("auto") == CPU
+    with pytest.raises(UnsupportedError, match="no CUDA device is visible"):
+        resolve_device("cuda:1")
+
+
+def test_dtypes(golden_config: NVEmbedConfig) -> None:
+    assert resolve_dtype("float16", CPU, golden_config) == torch.float16
+    assert resolve_dtype("auto", CUDA, golden_config) == torch.bfloat16
+    with pytest.raises(UnsupportedError, match="known: auto, float32, bfloat16, float16"):
+        resolve_dtype("float8", CPU, golden_config)
+
+
+@pytest.mark.parametrize(
+    ("amx", "free", "expected"),
+    [
+        (True, 10**12, torch.bfloat16),
+        (False, 10**12, torch.float32),
+        (False, None, torch.float32),
+        (False, 1_000_000, torch.bfloat16),
+    ],
+)
+def test_auto_on_a_processor(
+    golden_config: NVEmbedConfig,
+    amx: bool,
+    free: int | None,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(host, "has_amx", lambda: amx)
+    monkeypatch.setattr(host, "available_memory", lambda: free)
+    with caplog.at_level(logging.WARNING):
+        assert resolve_dtype("auto", CPU, golden_config) == expected
+    assert ("slow on this processor" in caplog.text) == (free == 1_000_000)
+
+
+def test_the_peak_of_anonymous_memory_is_seen() -> None:
+    with host.PeakMemory() as peak:
+        before = peak.bytes or host.anonymous_memory()
+        block = np.ones(16_000_000)  # 128 MB
+        time.sleep(0.05)
+        del block
+    assert 120e6 < peak.bytes - before < 200e6
+
+
+def test_this_machine() -> None:
+    assert host.usable_cores() >= 1
+    available = host.available_memory()
+    assert available is None or available > 0

@@ -1,0 +1,319 @@
+"""`nv-embed verify` passes on the golden checkpoint, and fails when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from model import verify
+from model.attention import sdpa_per_sequence
+from model.batch import Encoding
+from model.card import read_card
+from model.checks import Check, Measured, Subject
+from model.packing import Segments
+from model.tokenizer import NVEmbedTokenizer, Truncation
+from tests.checkpoints import GOLDEN_CASES, golden_cases
+
+CARD = """---
+license: cc-by-nc-4.0
+---
+## Introduction
+```bash
+pip install torch==2.2.0
+```
+#### Usage
+```python
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, AutoModel
+
+# Each query needs to be accompanied by an corresponding instruction describing the task.
+task_name_to_instruct = {{
+    "example": "Given a question, retrieve passages that answer the question",}}
+
+query_prefix = "Instruct: "+task_name_to_instruct["example"]+"\\nQuery: "
+queries = [
+    'are judo throws allowed in wrestling?',
+    'how to become a radiology technician in michigan?'
+    ]
+
+# No instruction needed for retrieval passages
+passage_prefix = ""
+passages = {passages}
+
+# load model with tokenizer
+model = AutoModel.from_pretrained('nvidia/NV-Embed-v2', trust_remote_code=True)
+raise SystemExit("this code must not run")
+
+# get the embeddings
+max_length = 32768
+query_embeddings = model.encode(queries, instruction=query_prefix, max_length=max_length)
+scores = (query_embeddings @ passage_embeddings.T) * 100
+print(scores.tolist())
+# {scores}
+```
+"""
+"""The form of the official card."""
+
+
+def golden_card() -> str:
+    """A card whose scores come from the authors' vectors."""
+    cases = {case["name"]: case for case in golden_cases()}
+    queries, passages = cases["readme queries"], cases["passages"]
+    scores = np.array(queries["embeddings"]) @ np.array(passages["embeddings"]).T * 100
+    return CARD.format(passages=passages["texts"], scores=scores.tolist())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, golden_checkpoint: Path) -> Path:
+    """The golden checkpoint with its card and the authors' outputs beside it."""
+    folder = Path(shutil.copytree(golden_checkpoint, tmp_path / "checkpoint"))
+    (folder / "README.md").write_text(golden_card())
+    shutil.copy(GOLDEN_CASES, folder / "golden.json")
+    return folder
+
+
+def arguments(folder: Path, **changes: object) -> argparse.Namespace:
+    options: dict[str, object] = {
+        "model": str(folder),
+        "revision": None,
+        "offline": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "quantization": "none",
+        "attention": "auto",
+        "threads": None,
+        "golden": None,
+    }
+    return argparse.Namespace(**options | changes)
+
+
+def subject(folder: Path, **changes: object) -> Subject:
+    return replace(verify.open_subject(arguments(folder, **changes)), measure_seconds=0.0)
+
+
+def outcome(subject: Subject) -> dict[str, Check]:
+    return {check.name: check for check in verify.run_checks(subject, Measured())}
+
+
+def failures(subject: Subject) -> set[str]:
+    return {name for name, check in outcome(subject).items() if check.status == "failed"}
+
+
+def test_passes_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.verify(subject(folder))
+    lines = capsys.readouterr().out.splitlines()
+    report: dict[str, Any] = json.loads(lines[-1])
+    assert lines[-2] == "passed"
+    assert report["passed"] is True
+    assert (report["device"], report["dtype"], report["attention"]) == ("cpu", "float32", "sdpa")
+    assert report["tokens_per_s"] > 0
+    assert report["peak_memory_bytes"] > 0
+    assert report["versions"]["torch"] == torch.__version__
+    checks = {check["name"]: check for check in report["checks"]}
+    assert {name for name, check in checks.items() if check["status"] == "skipped"} == {
+        "float16 and float32"
+    }
+    assert checks["golden ids"]["got"] == 18
+    card = checks["model card's example"]
+    assert np.abs(np.array(card["got"]) - np.array(card["expected"])).max() < 0.01
+    for expected, got in zip(np.ravel(card["expected"]), np.ravel(card["got"]), strict=True):
+        assert f"{expected}" in "\n".join(lines)
+        assert f"{got}" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)
+def test_passes_in_low_precision(folder: Path, options: dict[str, str]) -> None:
+    assert failures(subject(folder, **options)) == set()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embedding_model.layers.1.self_attn.k_proj.weight",
+        "embedding_model.norm.weight",
+        "latent_attention_model.latents",
+        "latent_attention_model.cross_attend_blocks.1.fn.net.2.bias",
+    ],
+)
+def test_fails_when_one_tensor_is_changed(folder: Path, name: str) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name] = np.roll(tensors[name], 1, axis=-1)
+            save_file(tensors, shard)
+    assert failures(subject(folder)) == {"model card's example", "golden vectors"}
+
+
+def test_fails_when_a_tensor_is_missing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        tensors.pop("embedding_model.norm.weight", None)
+        save_file(tensors, shard)
+    assert verify.run(arguments(folder)) == 1
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not report["passed"]
+    assert "missing: embedding_model.norm.weight" in report["checks"][0]["note"]
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """A kernel with Mistral's own mask: row i of the queries is the i-th last of the keys."""
+    outputs = []
+    parts = zip(
+        torch.split(q, list(queries.lengths)),
+        torch.split(k, list(keys.lengths)),
+        torch.split(v, list(keys.lengths)),
+        strict=True,
+    )
+    for q_part, k_part, v_part in parts:
+        mask = torch.ones(len(q_part), len(k_part), dtype=torch.bool)
+        out = F.scaled_dot_product_attention(
+            q_part.transpose(0, 1)[None],
+            k_part.transpose(0, 1)[None],
+            v_part.transpose(0, 1)[None],
+            attn_mask=mask.tril(len(k_part) - len(q_part)),
+            enable_gqa=True,
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("with_values", [True, False], ids=["with values", "structure alone"])
+def test_fails_when_the_mask_is_causal(folder: Path, with_values: bool) -> None:
+    structural = {"attention sees ahead", "backbone's first layers", "padded and causal",
+                  "sdpa and causal"}  # fmt: skip
+    if not with_values:
+        (folder / "golden.json").unlink()
+        (folder / "README.md").unlink()
+    wrong = replace(subject(folder), kernel=lambda dtype: ("causal", causal))
+    found = failures(wrong)
+    assert structural <= found
+    assert found - structural == (
+        {"model card's example", "golden vectors"} if with_values else set()
+    )
+
+
+class WithoutEos(NVEmbedTokenizer):
+    """Forgets the last id."""
+
+    def encode(
+        self,
+        text: str,
+        instruction: str = "",
+        *,
+        max_tokens: int,
+        truncate: Truncation = Truncation.NONE,
+    ) -> Encoding:
+        whole = super().encode(text, instruction, max_tokens=max_tokens, truncate=truncate)
+        return Encoding(whole.ids[:-1], whole.pool_start)
+
+
+def test_fails_when_eos_is_missing(folder: Path) -> None:
+    wrong = replace(subject(folder), tokenizer=WithoutEos.from_dir(folder))
+    assert failures(wrong) >= {
+        "token ids", "BOS and EOS", "golden ids", "golden vectors", "model card's example",
+    }  # fmt: skip
+    (folder / "golden.json").unlink()
+    (folder / "README.md").unlink()
+    assert failures(replace(wrong, golden=None)) == {"token ids", "BOS and EOS"}
+
+
+def test_says_what_it_skips(golden_checkpoint: Path) -> None:
+    checks = outcome(subject(golden_checkpoint))
+    skipped = {name: check.note for name, check in checks.items() if check.status == "skipped"}
+    assert skipped == {
+        "golden ids": "the folder holds no golden.json, and no --golden was given",
+        "golden vectors": "the folder holds no golden.json, and no --golden was given",
+        "model card's example": "the folder holds no model card (README.md)",
+        "float16 and float32": "processors compute float16 slowly: it is for GPUs",
+    }
+    assert all(check.status != "failed" for check in checks.values())
+
+
+def test_not_a_number_fails_and_is_still_json(folder: Path) -> None:
+    def broken(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+        return sdpa_per_sequence(q, k, v, queries, keys) * float("nan")
+
+    wrong = replace(subject(folder), kernel=lambda dtype: ("broken", broken))
+    checks = outcome(wrong)
+    assert checks["golden vectors"].status == checks["backbone's first layers"].status == "failed"
+    json.dumps([check.got for check in checks.values()], allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/no/such/folder"}, "neither a folder nor"),
+        ({"golden": Path("/no/golden.json")}, "--golden: there is no file"),
+        ({"device": "tpu"}, "unknown device|not supported"),
+        ({"attention": "varlen"}, "runs on CUDA only|needs float16"),
+        ({"quantization": "int4"}, "known: none, int8"),
+        ({"dtype": "float8"}, "unknown dtype"),
+    ],
+)
+def test_what_cannot_run_exits_2_with_a_message(
+    golden_checkpoint: Path,
+    changes: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert verify.run(arguments(golden_checkpoint, **changes)) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+# -- the model card ---------------------------------------------------------------------------
+
+
+def test_the_card_is_read_not_run() -> None:
+    example = read_card(golden_card())
+    assert example is not None
+    assert example.prefix == golden_cases()[0]["instruction"]
+    assert example.queries == golden_cases()[0]["texts"]
+    assert example.passages == golden_cases()[1]["texts"]
+    assert np.shape(example.scores) == (2, 2)
+
+
+def test_the_published_way_of_writing_scores() -> None:
+    card = CARD.format(
+        passages=["a", "b"],
+        scores="[[87.42693328857422, 0.46283677220344543], [0.965264618396759, 86.03721618652344]]",
+    )
+    example = read_card(card)
+    assert example is not None
+    assert example.scores == [
+        [87.42693328857422, 0.46283677220344543],
+        [0.965264618396759, 86.03721618652344],
+    ]
+    without_space = read_card(card.replace("# [[", "#[["))
+    assert without_space == example
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "# no code", "```python\nqueries = (\n```", "```python\nqueries = ['x']\n```",
+     "```python\nquery_prefix = ''\nqueries = load()\npassages = ['x']\n```"],
+)  # fmt: skip
+def test_a_card_without_an_example(card: str) -> None:
+    assert read_card(card) is None
+
+
+def test_known_scores_stand_in_for_a_card_without_numbers(folder: Path) -> None:
+    (folder / "README.md").write_text(CARD.format(passages=["a", "b"], scores=""))
+    unnamed = subject(folder)
+    assert outcome(unnamed)["model card's example"].note == "the model card prints no scores"
+    official = replace(unnamed, source=replace(unnamed.source, model_id="nvidia/NV-Embed-v2"))
+    check = outcome(official)["model card's example"]
+    assert check.expected == [[87.4269, 0.4628], [0.9653, 86.0372]]
+    assert check.status == "failed"  # random weights

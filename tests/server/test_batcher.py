@@ -1,0 +1,253 @@
+"""Composition, hand-over, failure: the batcher, with workers that only record."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.batch import BatchLimits, Encoding, RunnerInfo
+from server.batcher import Batcher
+from server.errors import (
+    BatchFailedError,
+    DeadlineExceededError,
+    NonFiniteVectorError,
+    UnavailableError,
+)
+from server.metrics import Metrics
+from server.supervisor import Worker
+from tests.server.runners import WIDTH, vector_of
+
+
+class RecordingWorker(Worker):
+    """Answers when it is told to."""
+
+    def __init__(self, batcher: Batcher, device: str, limits: BatchLimits) -> None:
+        self.slot, self.limits = 0, limits
+        self.info = RunnerInfo(device, "fake", "float32", "none", "fake", WIDTH)
+        self.batches: dict[int, list[Encoding]] = {}
+        self._batcher = batcher
+
+    def send(self, batch_id: int, encodings: Any) -> None:
+        self.batches[batch_id] = list(encodings)
+
+    def answer(self, bad: tuple[int, ...] = ()) -> None:
+        """Finish the oldest batch."""
+        batch_id = next(iter(self.batches))
+        rows = np.stack([vector_of(encoding.ids) for encoding in self.batches.pop(batch_id)])
+        self._batcher.batch_done(self, batch_id, rows, bad)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(batch) for batch in self.batches.values()]
+
+
+def encoding(number: int, length: int = 5) -> Encoding:
+    return Encoding(np.full(length, number, dtype=np.int32))
+
+
+def encodings(*numbers: int) -> list[Encoding]:
+    return [encoding(number) for number in numbers]
+
+
+def in_loop(test: Callable[[Batcher], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    def run() -> None:
+        async def body() -> None:
+            await test(Batcher(Metrics()))
+
+        asyncio.run(body())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+async def turn() -> None:
+    """Let the loop turn, so that what was scheduled is composed."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+def ready(
+    batcher: Batcher, device: str = "cpu", tokens: int = 20, seqs: int = 4
+) -> RecordingWorker:
+    worker = RecordingWorker(batcher, device, BatchLimits(tokens, seqs))
+    batcher.worker_ready(worker)
+    return worker
+
+
+@in_loop
+async def test_requests_of_one_turn_share_a_batch(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    requests = [batcher.submit(encodings(number)) for number in (1, 2, 3)]
+    assert not worker.batches, "composed before the turn was over"
+    await turn()
+    assert worker.sizes == [3]
+    worker.answer()
+    for number, request in zip((1, 2, 3), requests, strict=True):
+        (row,) = await request.waiter.future
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+
+
+@in_loop
+async def test_a_cpu_worker_has_one_batch_at_a_time(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    batcher.submit(encodings(*range(1, 10)))
+    await turn()
+    assert worker.sizes == [4]
+    worker.answer()
+    await turn()
+    assert worker.sizes == [4]
+
+
+@in_loop
+async def test_a_cuda_worker_gets_a_second_batch_only_when_it_is_full(batcher: Batcher) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(1, 2))
+    await turn()
+    batcher.submit(encodings(3, 4, 5))
+    await turn()
+    assert worker.sizes == [2], "three of four is not full: it may still grow"
+    batcher.submit(encodings(6))
+    await turn()
+    assert worker.sizes == [2, 4]
+    batcher.submit(encodings(7, 8, 9, 10))
+    await turn()
+    assert worker.sizes == [2, 4], "never a third"
+    worker.answer()
+    await turn()
+    assert worker.sizes == [4, 4]
+
+
+@in_loop
+async def test_idle_workers_come_before_second_batches(batcher: Batcher) -> None:
+    first, second = ready(batcher, "cuda:0"), ready(batcher, "cuda:1")
+    batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    assert (first.sizes, second.sizes) == ([4], [4])
+
+
+@in_loop
+async def test_a_request_over_two_workers_keeps_its_order(batcher: Batcher) -> None:
+    first, second = ready(batcher), ready(batcher)
+    request = batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    second.answer()
+    assert not request.waiter.done
+    first.answer()
+    rows = await request.waiter.future
+    for number, row in zip(range(1, 9), rows, strict=True):
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+
+
+@in_loop
+async def test_a_dropped_request_frees_the_queue_and_its_rows_are_ignored(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    request = batcher.submit(encodings(*range(1, 10)))
+    other = batcher.submit(encodings(20))
+    await turn()
+    batcher.drop(request)
+    assert batcher.queue.num_requests == 0
+    worker.answer()
+    assert request.waiter.future.cancelled()
+    assert len(await other.waiter.future) == 1
+
+
+@in_loop
+async def test_a_nan_fails_its_own_request(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    bad, good = batcher.submit(encodings(1)), batcher.submit(encodings(2))
+    await turn()
+    worker.answer(bad=(0,))
+    with pytest.raises(NonFiniteVectorError, match=r"input\[0\]"):
+        await bad.waiter.future
+    assert len(await good.waiter.future) == 1
+
+
+@in_loop
+async def test_a_failed_batch_fails_whoever_was_in_it(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    inside = batcher.submit(encodings(1, 2, 3, 4, 5))
+    await turn()
+    outside = batcher.submit(encodings(6))
+    batcher.batch_failed(worker, next(iter(worker.batches)))
+    with pytest.raises(BatchFailedError):
+        await inside.waiter.future
+    await turn()
+    worker.batches.pop(next(iter(worker.batches)))
+    assert worker.sizes == [1], "the rest of the failed request was dropped"
+    worker.answer()
+    assert len(await outside.waiter.future) == 1
+
+
+@in_loop
+async def test_a_lost_batch_is_served_by_the_next_worker(batcher: Batcher) -> None:
+    first = ready(batcher)
+    request = batcher.submit(encodings(1, 2, 3, 4, 5))
+    await turn()
+    batcher.worker_lost(first)
+    second = ready(batcher)
+    await turn()
+    assert [e.ids[0] for e in next(iter(second.batches.values()))] == [1, 2, 3, 4]
+    second.answer()
+    await turn()
+    second.answer()
+    assert len(await request.waiter.future) == 5
+
+
+@in_loop
+async def test_a_request_is_given_up_after_three_deaths(batcher: Batcher) -> None:
+    request = batcher.submit(encodings(1, 2))
+    for _ in range(3):
+        worker = ready(batcher)
+        await turn()
+        assert worker.sizes == [2]
+        batcher.worker_lost(worker)
+    with pytest.raises(BatchFailedError, match="3 workers died"):
+        await request.waiter.future
+    assert batcher.queue.num_entries == 0
+
+
+@in_loop
+async def test_a_lost_batch_whose_client_has_gone_is_not_repeated(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    request = batcher.submit(encodings(1))
+    await turn()
+    batcher.drop(request)
+    batcher.worker_lost(worker)
+    assert batcher.queue.num_entries == 0
+
+
+@in_loop
+async def test_a_deadline_drops_what_waits(batcher: Batcher) -> None:
+    request = batcher.submit(encodings(1), deadline=time.monotonic() - 1)
+    worker = ready(batcher)
+    await turn()
+    assert not worker.batches
+    with pytest.raises(DeadlineExceededError):
+        await request.waiter.future
+
+
+@in_loop
+async def test_a_deadline_does_not_touch_what_is_out(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    request = batcher.submit(encodings(1))
+    await turn()
+    batcher.expire(request)
+    worker.answer()
+    assert len(await request.waiter.future) == 1
+
+
+@in_loop
+async def test_fail_all_leaves_no_future_unresolved(batcher: Batcher) -> None:
+    ready(batcher)
+    out, waiting = batcher.submit(encodings(1, 2, 3, 4)), batcher.submit(encodings(5, 6))
+    await turn()
+    batcher.fail_all(UnavailableError("over"))
+    for request in (out, waiting):
+        with pytest.raises(UnavailableError, match="over"):
+            await request.waiter.future
+    assert batcher.queue.num_entries == 0

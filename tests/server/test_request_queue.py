@@ -1,0 +1,169 @@
+"""The pure queue: limits, turns, order, dropped entries; nothing lost, nobody starved."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.batch import BatchLimits, Encoding
+from server.request_queue import QueuedRequest, RequestQueue
+
+LIMITS = BatchLimits(max_tokens=10, max_seqs=4)
+
+
+def request(name: str, *lengths: int, deadline: float = float("inf")) -> QueuedRequest[str]:
+    encodings = [Encoding(np.ones(length, dtype=np.int32)) for length in lengths]
+    return QueuedRequest.of(encodings, name, deadline=deadline)
+
+
+def queue_of(*requests: QueuedRequest[str]) -> RequestQueue[str]:
+    queue: RequestQueue[str] = RequestQueue()
+    for one in requests:
+        queue.append(one)
+    return queue
+
+
+def take(queue: RequestQueue[str], limits: BatchLimits = LIMITS) -> list[str]:
+    """The next batch as name + index."""
+    entries, _ = queue.next_batch(limits, now=0.0)
+    return [f"{entry.request.waiter}{entry.index}" for entry in entries]
+
+
+def test_an_empty_queue_gives_an_empty_batch() -> None:
+    queue = queue_of()
+    assert take(queue) == []
+    assert repr(queue) == "RequestQueue(0 requests, 0 entries, 0 tokens)"
+
+
+def test_one_request_in_its_order() -> None:
+    queue = queue_of(request("a", 4, 4, 4, 4))
+    assert repr(queue) == "RequestQueue(1 requests, 4 entries, 16 tokens)"
+    assert take(queue) == ["a0", "a1"]
+    assert take(queue) == ["a2", "a3"]
+    assert repr(queue) == "RequestQueue(0 requests, 0 entries, 0 tokens)"
+
+
+def test_the_sequence_limit() -> None:
+    assert take(queue_of(request("a", 1, 1, 1, 1, 1))) == ["a0", "a1", "a2", "a3"]
+
+
+def test_requests_take_turns() -> None:
+    queue = queue_of(request("a", 2, 2, 2, 2, 2), request("b", 2), request("c", 2, 2))
+    assert take(queue) == ["a0", "b0", "c0", "a1"]
+    assert take(queue) == ["c1", "a2", "a3", "a4"]
+
+
+def test_a_newcomer_is_in_the_next_batch() -> None:
+    queue = queue_of(request("bulk", *[5] * 100))
+    assert take(queue) == ["bulk0", "bulk1"]
+    queue.append(request("query", 3))
+    assert "query0" in take(queue)
+
+
+def test_what_does_not_fit_comes_first_next_time() -> None:
+    queue = queue_of(request("a", 6), request("b", 7), request("c", 3))
+    assert take(queue) == ["a0", "c0"]
+    queue.append(request("d", 4))
+    assert take(queue) == ["b0"]
+    assert take(queue) == ["d0"]
+
+
+def test_a_sequence_longer_than_a_batch_runs_alone() -> None:
+    queue = queue_of(request("long", 50), request("b", 1))
+    assert take(queue) == ["long0"]
+    assert take(queue) == ["b0"]
+    queue = queue_of(request("b", 1), request("long", 50), request("c", 1))
+    assert take(queue) == ["b0", "c0"]
+    assert take(queue) == ["long0"]
+
+
+def test_put_back_comes_first_and_keeps_the_order() -> None:
+    queue = queue_of(request("a", 5, 5, 5), request("b", 5))
+    entries, _ = queue.next_batch(LIMITS, now=0.0)
+    assert [entry.index for entry in entries] == [0, 0]
+    queue.put_back(entries)
+    assert (queue.num_entries, queue.num_tokens) == (4, 20)
+    assert take(queue) == ["a0", "b0"]
+    assert take(queue) == ["a1", "a2"]
+
+
+def test_put_back_of_a_request_that_had_left_the_queue() -> None:
+    queue = queue_of(request("a", 5))
+    entries, _ = queue.next_batch(LIMITS, now=0.0)
+    queue.append(request("b", 5))
+    queue.put_back(entries)
+    assert take(queue) == ["a0", "b0"]
+
+
+def test_discard_frees_what_waits() -> None:
+    a, b = request("a", 3, 3), request("b", 3)
+    queue = queue_of(a, b)
+    queue.discard(a)
+    queue.discard(a)  # harmless
+    assert (queue.num_requests, queue.num_entries, queue.num_tokens) == (1, 1, 3)
+    assert take(queue) == ["b0"]
+
+
+def test_expired_requests_are_dropped_and_reported() -> None:
+    late, fine = request("late", 2, 2, deadline=5.0), request("fine", 2, deadline=6.0)
+    queue = queue_of(late, fine)
+    entries, expired = queue.next_batch(LIMITS, now=5.0)
+    assert [entry.request for entry in entries] == [fine]
+    assert expired == [late]
+    assert (queue.num_entries, queue.num_tokens) == (0, 0)
+
+
+def test_full_means_that_what_waits_reaches_a_limit() -> None:
+    queue = queue_of(request("a", 9))
+    assert not queue.is_full(LIMITS)
+    queue.append(request("b", 1))
+    assert queue.is_full(LIMITS)
+    assert queue_of(request("a", 1, 1, 1, 1)).is_full(LIMITS)
+
+
+lengths = st.lists(st.integers(1, 14), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests=st.lists(lengths, max_size=12), discarded=st.sets(st.integers(0, 11)))
+def test_nothing_is_lost_repeated_or_too_large(
+    requests: list[list[int]], discarded: set[int]
+) -> None:
+    all_requests = [request(str(i), *sizes) for i, sizes in enumerate(requests)]
+    queue = queue_of(*all_requests)
+    for index in discarded:
+        if index < len(all_requests):
+            queue.discard(all_requests[index])
+    seen = []
+    while queue.num_entries:
+        entries, _ = queue.next_batch(LIMITS, now=0.0)
+        assert entries, "a queue that holds something gives something"
+        assert len(entries) <= LIMITS.max_seqs
+        assert len(entries) == 1 or sum(map(len, entries)) <= LIMITS.max_tokens
+        seen += [(entry.request.waiter, entry.index) for entry in entries]
+    expected = [
+        (str(i), index)
+        for i, sizes in enumerate(requests)
+        if i not in discarded
+        for index in range(len(sizes))
+    ]
+    assert sorted(seen) == sorted(expected)
+    assert queue.num_tokens == 0
+    assert queue.num_requests == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    first=st.integers(1, 14),
+    rivals=st.lists(st.integers(1, 14), min_size=1, max_size=6),
+    ahead=st.integers(0, 6),
+)
+def test_nobody_starves(first: int, rivals: list[int], ahead: int) -> None:
+    """However others keep coming, an entry runs once those before it have each had a turn."""
+    queue = queue_of(*[request("rival", *rivals) for _ in range(ahead)], request("me", first))
+    for _ in range(ahead + 2):
+        if "me0" in take(queue):
+            return
+        queue.append(request("rival", *rivals))
+    raise AssertionError("passed over for too long")

@@ -1,0 +1,247 @@
+"""Small pure parts of the edge: wire frames, inputs, names, instructions, answers, errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+import pytest
+
+from model.batch import Encoding
+from server import instructions, schemas, serialize, worker
+from server.errors import (
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    ServerError,
+)
+from server.instructions import Defaults, choose_prefix
+from server.names import ServedNames
+
+# The worker's frames
+
+
+def payload_of(data: bytes) -> tuple[worker.Kind, int, int, int, bytes]:
+    kind, batch_id, rows, bad, size = worker.HEADER.unpack(data[: worker.HEADER.size])
+    assert len(data) == worker.HEADER.size + size
+    return worker.Kind(kind), batch_id, rows, bad, data[worker.HEADER.size :]
+
+
+def test_a_batch_survives_the_wire() -> None:
+    sent = [Encoding(np.arange(n, dtype=np.int32), n // 2) for n in (1, 7, 3)]
+    kind, batch_id, rows, _, payload = payload_of(worker.batch_frame(41, sent))
+    assert (kind, batch_id, rows) == (worker.Kind.BATCH, 41, 3)
+    for got, expected in zip(worker.read_batch(rows, payload), sent, strict=True):
+        np.testing.assert_array_equal(got.ids, expected.ids)
+        assert got.pool_start == expected.pool_start
+
+
+@pytest.mark.parametrize("bad", [[], [1], [0, 2]])
+def test_rows_survive_the_wire_and_bad_ones_are_named(bad: list[int]) -> None:
+    sent = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    sent[bad, 2] = [np.nan, np.inf][: len(bad)]
+    kind, batch_id, rows, count, payload = payload_of(worker.rows_frame(9, sent))
+    assert (kind, batch_id) == (worker.Kind.ROWS, 9)
+    got, named = worker.read_rows(rows, count, payload)
+    np.testing.assert_array_equal(got, sent)
+    assert named == bad
+
+
+# The inputs of a request
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 5, 2], [[1, 5, 2]]),
+        ([[1, 2], [1, 5, 2]], [[1, 2], [1, 5, 2]]),
+        (" ", [" "]),
+    ],
+)
+def test_input_forms(value: object, expected: object) -> None:
+    assert schemas.parse_inputs(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ("", "input"),
+        ([], "input"),
+        (None, "input"),
+        (5, "input"),
+        ({"text": "a"}, "input"),
+        (["a", 5], "input"),
+        (["a", [1, 2]], "input"),
+        ([1, True], "input"),
+        ([True], "input"),
+        ([1.5], "input"),
+        (["a", ""], "input[1]"),
+        ([[1, 2], []], "input[1]"),
+        ([[1, 2], [1, "x"]], "input[1]"),
+        ([[1, 2], [1, False]], "input[1]"),
+        ([None, None], "input[0]"),
+        (["a"] * 2049, "input"),
+    ],
+)
+def test_refused_inputs_name_the_place(value: object, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        schemas.parse_inputs(value)
+    assert caught.value.param == param
+
+
+def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
+    names = schemas.EmbeddingsRequest.model_fields.keys() - {"model", "input"}
+    body = {"model": "m", "input": "x", "surprise": 1, **dict.fromkeys(names)}
+    wire = schemas.parse_body(schemas.EmbeddingsRequest, json.dumps(body).encode())
+    assert wire.model_dump(exclude_none=True) == {"model": "m", "input": "x"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, "end"), (False, "none"), ("END", "end"), ("START", "start"), ("none", "none")],
+)
+@pytest.mark.parametrize("name", ["truncate", "truncation"])
+def test_truncate(name: str, value: object, expected: str) -> None:
+    body = json.dumps({"model": "m", "input": "x", name: value}).encode()
+    assert schemas.parse_body(schemas.EmbeddingsRequest, body).truncate == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b"{", None, "not valid JSON"),
+        (b"", None, "not valid JSON"),
+        (b"[]", None, "must be a JSON object"),
+        (b'{"input": "x"}', "model", "you must provide the field 'model'"),
+        (b'{"model": "m"}', "input", "you must provide the field 'input'"),
+        (b'{"model": 5, "input": "x"}', "model", "valid string"),
+        (b'{"model": "m", "input": "x", "dimensions": 0}', "dimensions", "greater than"),
+        (b'{"model": "m", "input": "x", "dimensions": true}', "dimensions", "valid integer"),
+        (b'{"model": "m", "input": "x", "encoding_format": "hex"}', "encoding_format", "'float'"),
+        (b'{"model": "m", "input": "x", "truncate": "middle"}', "truncate", "'none', 'end'"),
+        (b'{"model": "m", "input": "\\ud800"}', None, "not valid JSON"),
+        (b"[" * 100_000, None, "not valid JSON"),
+    ],
+)
+def test_refused_bodies_name_the_field(body: bytes, param: str | None, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        schemas.parse_body(schemas.EmbeddingsRequest, body)
+    assert caught.value.param == param
+
+
+# Model names
+
+
+def test_served_names() -> None:
+    names = ServedNames("nvidia/NV-Embed-v2")
+    assert names.listed() == ["nv-embed-v2", "nv-embed-v2-query", "nv-embed-v2-passage"]
+    assert names.side("nv-embed-v2") is None
+    assert names.side("NV-Embed-v2-Query") == "query"
+    assert names.side("nvidia/NV-Embed-v2-passage") == "passage"
+    with pytest.raises(ModelNotFoundError, match="nv-embed-v2-query"):
+        names.side("nv-embed-v1")
+
+
+def test_a_plain_name_wins_over_a_suffix() -> None:
+    names = ServedNames("x", ["my-embed", "my-embed-query"])
+    assert names.side("my-embed-query") is None
+    assert names.side("my-embed-query-query") == "query"
+
+
+# Instructions
+
+SERVER = Defaults("Find answers")
+NQ = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
+QUORA = instructions.prefix_of(instructions.TASKS["QuoraRetrieval"].passage)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"input_type": "query"}, "Instruct: Find answers\nQuery: "),
+        ({"input_type": "search_query"}, "Instruct: Find answers\nQuery: "),
+        ({"input_type": "document"}, ""),
+        ({"input_type": ""}, ""),
+        ({"input_type": "", "model_side": "query"}, ""),
+        ({"model_side": "query"}, "Instruct: Find answers\nQuery: "),
+        ({"model_side": "passage"}, ""),
+        ({"input_type": "passage", "model_side": "query"}, ""),
+        ({"task": "NQ"}, NQ),
+        ({"task": "nq", "input_type": "passage"}, ""),
+        ({"task": "NQ", "model_side": "passage"}, ""),
+        ({"task": "NQ", "input_type": "query", "model_side": "passage"}, NQ),
+        ({"task": "QuoraRetrieval", "input_type": "passage"}, QUORA),
+        ({"task": ""}, ""),
+        ({"instruction": "Do it", "task": "NQ"}, "Instruct: Do it\nQuery: "),
+        ({"instruction": "", "task": "NQ"}, ""),
+        ({"prompt": "verbatim ", "instruction": "Do it"}, "verbatim "),
+        ({"prompt": "", "instruction": "Do it"}, ""),
+    ],
+)
+def test_the_first_field_that_is_given_decides(fields: dict, expected: str | None) -> None:
+    assert choose_prefix(SERVER, **fields) == expected
+
+
+def test_the_servers_default_decides_last() -> None:
+    defaults = Defaults.of("NQ", "query")
+    assert choose_prefix(defaults) == NQ
+    assert choose_prefix(defaults, model_side="passage") == ""
+    assert choose_prefix(Defaults.of("Find answers", "passage")) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "known"),
+    [
+        ({"input_type": "question"}, "input_type", "search_document"),
+        ({"task": "nope"}, "task", "QuoraRetrieval"),
+        ({"prompt": "x", "input_type": "question"}, "input_type", "search_document"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(fields: dict, param: str, known: str) -> None:
+    with pytest.raises(InvalidRequestError, match=known) as caught:
+        choose_prefix(SERVER, **fields)
+    assert caught.value.param == param
+
+
+# Answers and errors
+
+
+def test_an_answers_body() -> None:
+    rows = [np.array([0.6, 0.8, 0.0], dtype=np.float32), np.array([0, 0, 1], dtype=np.float32)]
+    floats = json.loads(serialize.embeddings_body(rows, model="m", tokens=7, base64=False))
+    encoded = json.loads(serialize.embeddings_body(rows, model="m", tokens=7, base64=True))
+    assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    assert [item["index"] for item in floats["data"]] == [0, 1]
+    for row, item, text in zip(rows, floats["data"], encoded["data"], strict=True):
+        np.testing.assert_array_equal(np.array(item["embedding"], dtype=np.float32), row)
+        raw = base64.b64decode(text["embedding"], validate=True)
+        assert raw == row.astype("<f4").tobytes()
+
+
+def test_cut_vectors_have_length_one() -> None:
+    cut = serialize.cut(np.array([0.6, 0.0, 0.8], dtype=np.float32), 2)
+    np.testing.assert_array_equal(cut, [1, 0])
+    assert serialize.cut(np.array([0, 1], dtype=np.float32), 1).tolist() == [0]
+
+
+def all_errors(base: type[ServerError]) -> list[type[ServerError]]:
+    return [base] + [error for sub in base.__subclasses__() for error in all_errors(sub)]
+
+
+@pytest.mark.parametrize("error", all_errors(ServerError))
+def test_every_error_has_a_status_and_the_envelope(error: type[ServerError]) -> None:
+    one = error("what happened", param="input[3]", retry_after=5)
+    assert 400 <= one.status <= 504
+    assert one.body()["error"].keys() == {"message", "type", "param", "code"}
+    assert json.dumps(one.body())
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.01, "1"), (2.2, "3"), (900, "60")])
+def test_retry_after_is_between_1_and_60_seconds(seconds: float, shown: str) -> None:
+    headers = OverloadedError("full", retry_after=seconds).headers()
+    assert headers["retry-after"] == shown
+    assert 1000 <= int(headers["retry-after-ms"]) <= 60_000
