@@ -8,6 +8,8 @@ Letters as there: T rows, H heads, K kv heads, E head width.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,10 +49,12 @@ def _groups(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
             bounds.append(index)
             low = high = length
     bounds.append(len(lengths))
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(pairwise(bounds))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, q_lengths: np.ndarray, k_lengths: np.ndarray) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: np.ndarray, k_lengths: np.ndarray
+) -> Tensor:
     heads, width = q.shape[1:]
     kv_heads = k.shape[1]
     count, q_max, k_max = len(q_lengths), int(q_lengths.max()), int(k_lengths.max())

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 
 _WORD = re.compile(r"[a-z0-9]+")
 _STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then "
-    "there these they this to was will with what how which can do does from have has".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be but by can do does for from has have how if in into is it no not of "
+        "on or such that the their then there these they this to was what which will with",
+    )
 )
 
 

@@ -136,9 +136,7 @@ def _retrieval_set(
 ) -> RetrievalSet:
     places = {name: place for place, name in enumerate(documents)}
     used = [name for name in queries if judged.get(name)]
-    relevant = [
-        {places[d]: grade for d, grade in judged[q].items() if d in places} for q in used
-    ]
+    relevant = [{places[d]: grade for d, grade in judged[q].items() if d in places} for q in used]
     return RetrievalSet(list(documents.values()), [queries[q] for q in used], relevant)
 
 

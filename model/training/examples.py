@@ -99,6 +99,7 @@ def _example(row: dict[str, Any], path: Path, number: int) -> Example:
 def _text(row: dict[str, Any], key: str, path: Path, number: int) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        what = "missing" if key not in row else "not a text" if value else "empty"
+        what = "empty" if isinstance(value, str) else "not a text"
+        what = what if key in row else "missing"
         raise DataError(f"{path}, line {number}: {key} is {what}")
     return value

@@ -105,9 +105,7 @@ def v_measure(vectors: Floats, labels: Sequence[str], seed: int = 0) -> float:
     kmeans = _sklearn("cluster").MiniBatchKMeans(
         len(set(labels)), batch_size=512, n_init=3, random_state=seed
     )
-    return float(
-        _sklearn("metrics").v_measure_score(list(labels), kmeans.fit_predict(vectors))
-    )
+    return float(_sklearn("metrics").v_measure_score(list(labels), kmeans.fit_predict(vectors)))
 
 
 def _sklearn(module: str) -> Any:

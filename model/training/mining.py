@@ -82,7 +82,9 @@ class ServerEmbedder:
     def _first_model(self) -> str:
         return str(self._call("/v1/models", None)["data"][0]["id"])
 
-    def _call(self, path: str, body: dict[str, object] | None) -> dict[str, list[dict[str, object]]]:
+    def _call(
+        self, path: str, body: dict[str, object] | None
+    ) -> dict[str, list[dict[str, object]]]:
         if not self.url.startswith(("http://", "https://")):
             raise UnsupportedError(f"{self.url} is not an http address")
         request = urllib.request.Request(  # noqa: S310

@@ -288,8 +288,11 @@ def dictionary_pairs(root: Path) -> Iterator[Pair]:
         if file == "jargon":
             entries = re.findall(r"(?m)^(\S[^\n]*)\n((?:(?:[ ].*)?\n)+)", text)
         else:
-            entries = re.findall(r"(?m)^([A-Z][A-Z -]+), (?:n|adj|v|adv)[^\n]*?\.(.*?)(?=\n\n)",
-                                 text.replace("\r", ""), re.DOTALL)
+            entries = re.findall(
+                r"(?m)^([A-Z][A-Z -]+), (?:n|adj|v|adv)[^\n]*?\.(.*?)(?=\n\n)",
+                text.replace("\r", ""),
+                re.DOTALL,
+            )
         for word, body in entries:
             prose = [_squeeze(p) for p in re.split(r"\n\s*\n", body)]
             prose = [re.sub(r"[{}]", "", p) for p in prose if len(p) > 60]

@@ -95,7 +95,8 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
     texts: list[str] = []
     targets = np.empty((0, 0), dtype=np.float32)
     if settings.texts:
-        assert settings.vectors and settings.projection
+        assert settings.vectors is not None
+        assert settings.projection is not None
         texts = read_texts(Path(settings.texts))
         vectors = load_vectors(Path(settings.vectors))
         count = min(len(texts), len(vectors))
@@ -265,9 +266,7 @@ class Trainer:
         for text, instruction in prompts:
             room = self.settings.max_tokens + self.tokenizer.pool_start(instruction)
             encodings.append(
-                self.tokenizer.encode(
-                    text, instruction, max_tokens=room, truncate=Truncation.END
-                )
+                self.tokenizer.encode(text, instruction, max_tokens=room, truncate=Truncation.END)
             )
         # Sorted, so that sequences of similar length stand side by side (see attention.py).
         order = sorted(range(len(encodings)), key=lambda i: (-len(encodings[i]), i))
