@@ -200,6 +200,9 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     )
     train.add_argument("settings", type=Path, metavar="SETTINGS", help="JSON of one run")
     train.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    train.add_argument(
+        "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
+    )
     train.add_argument("--threads", type=int, help="CPU threads, in place of the settings'")
     train.set_defaults(run=_train)
 

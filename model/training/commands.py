@@ -23,7 +23,7 @@ def train(arguments: argparse.Namespace) -> int:
     from model.training.trainer import Trainer
 
     changes = {"threads": arguments.threads} if arguments.threads else {}
-    settings = TrainingSettings.read(arguments.settings, **changes)
+    settings = TrainingSettings.read(arguments.settings, arguments.base, **changes)
     checkpoint = Trainer(settings, arguments.out).run()
     print(f"trained: {checkpoint}")
     return 0

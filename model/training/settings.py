@@ -1,6 +1,6 @@
 """Every choice of a training run, read from one JSON file. Stage 1 and stage 2 are values of it.
 
-A run without `data` only distils. Paths are relative to the settings file.
+A run without `data` only distils. Relative paths start at the settings file.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class TrainingSettings:
         return self.stage == 1
 
     @classmethod
-    def read(cls, path: Path, **changes: Any) -> TrainingSettings:
-        """From a JSON file; its relative paths start at the file's folder."""
+    def read(cls, path: Path, base: Path | None = None, **changes: Any) -> TrainingSettings:
+        """From a JSON file; its relative paths start at `base`, by default the file's folder."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -89,7 +89,7 @@ class TrainingSettings:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := raw.keys() - known:
             raise TrainingSettingsError(f"{path}: unknown {', '.join(sorted(unknown))}")
-        base = path.parent
+        base = path.parent if base is None else base
         for key in ("model", "texts", "vectors", "projection"):
             if raw.get(key):
                 raw[key] = str(base / raw[key])

@@ -70,7 +70,7 @@ def banking_examples(
         mates = [mate for mate in classes[label] if mate != text]
         if not mates:
             continue
-        scores = np.where(labels == label, -1.0, matrix @ matrix[place])
+        scores = np.where(labels == label, -np.inf, matrix @ matrix[place])
         nearest = np.argpartition(-scores, 4 * NEGATIVES)[: 4 * NEGATIVES]
         chosen = rng.sample([rows[i][0] for i in nearest], NEGATIVES)
         examples.append(Example(text, rng.choice(mates), tuple(chosen), TASK_BANKING, True))
@@ -93,7 +93,7 @@ def sts_examples(rows: Sequence[ScoredPair], known: Known) -> list[Example]:
             continue
         for query, positive in ((row.first, row.second), (row.second, row.first)):
             scores = matrix @ matrix[place[query]]
-            scores[[place[query], *(alike[query] - {place[positive]})]] = -1.0
+            scores[[place[query], *(alike[query] - {place[positive]})]] = -np.inf
             chosen = hard_negatives(scores, place[positive], NEGATIVES, THRESHOLD)
             texts = tuple(sentences[i] for i in chosen)
             examples.append(Example(query, positive, texts, TASK_STS, True))

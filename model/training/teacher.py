@@ -114,11 +114,12 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", help="folder of a sentence-transformers model")
+    parser.add_argument("--last-text", type=int, help="the first so many texts only")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    texts = read_texts(arguments.texts)
+    texts = read_texts(arguments.texts)[: arguments.last_text]
     arguments.out.mkdir(parents=True, exist_ok=True)
     teacher = Teacher(arguments.teacher)
     for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):

@@ -196,7 +196,6 @@ def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model was named"),
         (["--model", "/no/such/folder"], "neither a folder nor a Hugging Face id"),
         (["--model", "."], "has no config.json"),
         (["--model", "MODEL", "--max-input-tokens", "40000"], "--max-input-tokens 40000 is more"),
