@@ -69,6 +69,7 @@ TRAINING = [
     "metrics",
     "bm25",
     "evaluation",
+    "decontamination",
     "commands",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}

@@ -15,5 +15,6 @@ mining.py       positive-aware hard negatives
 metrics.py      nDCG, MRR, recall, Spearman, kNN, logistic regression, V-measure
 evaluation.py   `nv-embed evaluate`: sets from files, scores
 bm25.py         the lexical baseline
+decontamination.py  training lines that overlap with evaluation texts
 commands.py     what `nv-embed train`, `mine` and `evaluate` do
 """

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe of the shipped model, on Debian 12 with two cores: about two hours.
-#   STS=sts-train.csv BANKING77=train.csv model/training/recipes/small.sh [WORK]
+#   STS=sts-train.csv BANKING77=train.csv EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" \
+#     model/training/recipes/small.sh [WORK]
 # STS Benchmark's and Banking77's training files are the reader's to fetch (SOURCES.csv); without
 # them stage 2 learns from the retrieval pairs alone. Every step is skipped when its result exists;
 # a training run that was stopped goes on.
@@ -34,8 +35,15 @@ fi
 [ -d init ] || "$python" -m model.training.initialise init --texts data/texts.jsonl \
   --vectors vectors --tokenizer "$tokenizer"
 "$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
-[ -f data/stage2.jsonl ] || "$python" -m model.training.stages data --vectors vectors \
-  --last-text 163840 "${sets[@]}"
+if [ ! -f data/stage2.jsonl ]; then
+  "$python" -m model.training.stages data --vectors vectors --last-text 163840 "${sets[@]}"
+  if [ -n "${EVALUATION:-}" ]; then
+    for stage in stage1 stage2; do  # what shares ten words with an evaluation set goes
+      "$python" -m model.training.decontamination "data/$stage.jsonl" $EVALUATION -o clean.jsonl
+      mv clean.jsonl "data/$stage.jsonl"
+    done
+  fi
+fi
 "$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
 "$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2
 echo "the model: $PWD/runs/stage2/checkpoint"
