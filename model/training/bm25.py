@@ -53,10 +53,10 @@ class BM25:
         self._size = len(documents)
         self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
         for word, entries in postings.items():
-            rows = np.array([row for row, _ in entries])
+            places = np.array([place for place, _ in entries])
             times = np.array([t for _, t in entries], dtype=np.float64)
-            idf = math.log(1 + (self._size - len(rows) + 0.5) / (len(rows) + 0.5))
-            self._weights[word] = rows, idf * times * (k1 + 1) / (times + norm[rows])
+            idf = math.log(1 + (self._size - len(places) + 0.5) / (len(places) + 0.5))
+            self._weights[word] = places, idf * times * (k1 + 1) / (times + norm[places])
 
     def scores(self, queries: Sequence[str]) -> NDArray[np.float64]:
         """-> [queries, documents]."""
@@ -64,6 +64,6 @@ class BM25:
         for row, query in zip(result, queries, strict=True):
             for word in words(query):
                 if word in self._weights:
-                    documents, weights = self._weights[word]
-                    row[documents] += weights
+                    rows, weights = self._weights[word]
+                    row[rows] += weights
         return result

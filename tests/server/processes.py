@@ -22,11 +22,12 @@ class ServerProcess:
     """One server; `url` once it listens. Its log is a file, to be read while it runs."""
 
     def __init__(
-        self, model: Path, *options: str, log: Path, env: dict[str, str] | None = None
+        self, model: Path | None, *options: str, log: Path, env: dict[str, str] | None = None
     ) -> None:
         self.log_file = log
         command = [sys.executable, "-m", "server.cli", "serve"]
-        command += ["--model", str(model), "--device", "cpu", "--port", "0", "--dtype", "float32"]
+        command += ["--model", str(model)] if model else []
+        command += ["--device", "cpu", "--port", "0", "--dtype", "float32"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}

@@ -220,3 +220,22 @@ def test_an_unknown_environment_variable_stops_the_start() -> None:
     result = run_cli("serve", env={"NV_EMBED_MAX_BATCH_TOKEN": "5"})
     assert result.returncode == 2
     assert "NV_EMBED_MAX_BATCH_TOKEN; did you mean max_batch_tokens?" in result.stderr
+
+
+def test_without_a_model_the_shipped_one_serves(tmp_path: Path) -> None:
+    server = ServerProcess(None, log=tmp_path / "log").wait_ready()
+    try:
+        names = [entry["id"] for entry in server.client.get("/v1/models").json()["data"]]
+        assert "nv-embed-small" in names
+        texts = ["How do I reset my password?", "Passwords and how to change them", "Baking bread"]
+        answer = server.client.post(
+            "/v1/embeddings", json={"model": "nv-embed-small", "input": texts}
+        ).json()
+        query, near, far = (item["embedding"] for item in answer["data"])
+
+        def cosine(a: list[float], b: list[float]) -> float:
+            return sum(x * y for x, y in zip(a, b, strict=True))
+
+        assert cosine(query, near) > cosine(query, far) + 0.2
+    finally:
+        assert server.stop() == 0

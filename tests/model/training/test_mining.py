@@ -119,9 +119,9 @@ def test_pages_become_headings_and_passages(tmp_path: Path) -> None:
     text = "Rows are kept in pages, and pages are kept in one single file on a disk. "
     (folder / "a.html").write_text(
         f"<title>no</title><nav>menu menu</nav><h1>1. The File Format¶</h1><p>{text}"
-        f"<pre>code();</pre>{text}</p><script>x</script><h2>Pages</h2><p>{text}{text}</p>"
+        f"<pre>code();</pre>{text}</p><script>x</script><h2>Pages of it</h2><p>{text}{text}</p>"
     )
     pairs = list(manual_pairs(tmp_path, "sqlite3-doc", random.Random(0)))
-    assert [pair.query for pair in pairs] == ["The File Format", "Pages"]
+    assert [pair.query for pair in pairs] == ["The File Format", "The File Format: Pages of it"]
     assert pairs[0].positive.startswith("Rows are kept")
     assert "code" not in pairs[0].positive
