@@ -54,9 +54,9 @@ class BM25:
         self._weights: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
         for word, entries in postings.items():
             places = np.array([place for place, _ in entries])
-            times = np.array([t for _, t in entries], dtype=np.float64)
+            tf = np.array([count for _, count in entries], dtype=np.float64)
             idf = math.log(1 + (self._size - len(places) + 0.5) / (len(places) + 0.5))
-            self._weights[word] = places, idf * times * (k1 + 1) / (times + norm[places])
+            self._weights[word] = places, idf * tf * (k1 + 1) / (tf + norm[places])
 
     def scores(self, queries: Sequence[str]) -> NDArray[np.float64]:
         """-> [queries, documents]."""

@@ -35,7 +35,7 @@ from model.training.sources import TASK_BANKING, TASK_QUESTION, TASK_STS
 class Embedder(Protocol):
     """texts and a verbatim instruction -> float32 [N, D], of length 1."""
 
-    def __call__(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]: ...
+    def __call__(self, texts: Sequence[str], instruction: str, /) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def export(
     parameters = dict(model.named_parameters())
     tensors: dict[str, torch.Tensor] = {}
     for parameter, stack in sources(model.config).items():
-        parts = parameters[parameter].detach().cpu().split([rows for _, rows in stack])
+        parts = torch.split(parameters[parameter].detach().cpu(), [rows for _, rows in stack])
         for (tensor, _), part in zip(stack, parts, strict=True):
             tensors[tensor] = part.to(dtype).contiguous()
             if not torch.isfinite(tensors[tensor]).all():

@@ -10,6 +10,7 @@ import json
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,7 +71,7 @@ class ServerEmbedder:
         """instruction: verbatim prefix, sent as `prompt`."""
         rows: list[list[float]] = []
         for start in range(0, len(texts), 256):
-            body = {
+            body: dict[str, Any] = {
                 "model": self.model,
                 "input": list(texts[start : start + 256]),
                 "prompt": instruction,
@@ -82,9 +83,7 @@ class ServerEmbedder:
     def _first_model(self) -> str:
         return str(self._call("/v1/models", None)["data"][0]["id"])
 
-    def _call(
-        self, path: str, body: dict[str, object] | None
-    ) -> dict[str, list[dict[str, object]]]:
+    def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         if not self.url.startswith(("http://", "https://")):
             raise UnsupportedError(f"{self.url} is not an http address")
         request = urllib.request.Request(  # noqa: S310

@@ -371,7 +371,8 @@ class Trainer:
 
 def _parameter_groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases, embeddings and latents do not."""
-    decayed, free = [], []
+    decayed: list[torch.nn.Parameter] = []
+    free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.dim() < 2 or name.endswith(("embed_tokens.weight", "latents"))
         (free if plain else decayed).append(parameter)
