@@ -70,6 +70,7 @@ TRAINING = [
     "bm25",
     "evaluation",
     "decontamination",
+    "plot",
     "commands",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}

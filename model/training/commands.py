@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from model.errors import UnsupportedError
 from model.training.examples import read_examples, write_examples
 from model.training.mining import ServerEmbedder, mine
+from model.training.plot import plot
 from model.training.settings import TrainingSettings
 
 
@@ -26,6 +28,10 @@ def train(arguments: argparse.Namespace) -> int:
     settings = TrainingSettings.read(arguments.settings, arguments.base, **changes)
     checkpoint = Trainer(settings, arguments.out).run()
     print(f"trained: {checkpoint}")
+    try:
+        print("drawn:", *plot(arguments.out))
+    except UnsupportedError as error:
+        print(f"not drawn: {error}")
     return 0
 
 

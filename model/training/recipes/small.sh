@@ -35,6 +35,7 @@ fi
 [ -d init ] || "$python" -m model.training.initialise init --texts data/texts.jsonl \
   --vectors vectors --tokenizer "$tokenizer"
 "$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
+"$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
 if [ ! -f data/stage2.jsonl ]; then
   "$python" -m model.training.stages data --vectors vectors --last-text 163840 "${sets[@]}"
   if [ -n "${EVALUATION:-}" ]; then

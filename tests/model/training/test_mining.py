@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
+import threading
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+from model.errors import UnsupportedError
 from model.training.examples import Example
-from model.training.mining import hard_negatives, mine
+from model.training.mining import ServerEmbedder, hard_negatives, mine
 from model.training.sources import (
     ScoredPair,
     banking_rows,
@@ -43,6 +48,41 @@ def test_mining_gives_each_query_the_nearest_others() -> None:
     # "nearer" scores 0.952 against the positive's 0.955: too close to be a sure negative.
     assert mined[0].negatives == ("near", "far")
     assert all(example.query not in example.negatives for example in mined)
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers with vectors [length of the text, length of the prompt], in reversed order."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "fake-embed"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] == "fake-embed"
+        rows = [
+            {"index": index, "embedding": [len(text), len(body["prompt"])]}
+            for index, text in enumerate(body["input"])
+        ]
+        self._answer({"data": rows[::-1]})
+
+    def _answer(self, value: object) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_as_the_teacher() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        embed = ServerEmbedder(f"http://127.0.0.1:{server.server_port}/")
+        texts = ["x" * n for n in range(1, 301)]  # more than one request
+        assert embed(texts, "abc").tolist() == [[n, 3] for n in range(1, 301)]
+        server.shutdown()
+    with pytest.raises(UnsupportedError, match="not an http address"):
+        ServerEmbedder("file:///etc/passwd")
 
 
 def test_sts_leaves_out_what_is_not_free(tmp_path: Path) -> None:

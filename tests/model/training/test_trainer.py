@@ -22,6 +22,7 @@ from model.packing import Segments, pack
 from model.training.attention import grouped_products
 from model.training.examples import DataError
 from model.training.network import load_trained
+from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.trainer import Shuffle, Trainer, load_corpus
 
@@ -122,6 +123,18 @@ def test_a_killed_process_goes_on_exactly(
         process.wait()
     Trainer(settings, run).run(progress=False)
     assert same_weights(run, finished)
+
+
+def test_the_metrics_are_drawn(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text())
+    for path in plot(tmp_path):
+        assert path.stat().st_size > 5_000, path
+
+
+def test_a_running_mean() -> None:
+    assert _smooth(np.arange(4.0)).tolist() == [0, 0.5, 1, 1.5]
+    assert _smooth(np.arange(60.0))[-1] == np.arange(35, 60).mean()
 
 
 def test_a_folder_of_another_run_is_refused(settings: TrainingSettings, finished: Path) -> None:
