@@ -10,7 +10,7 @@ PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install serve test check fix openapi gpu-check tiny-model lock clean
+.PHONY: help install serve test check fix openapi gpu-check image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,8 +36,11 @@ fix: $(VENV)/.installed-test ## let ruff mend what it can
 openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 	$(BIN)/nv-embed openapi > openapi.yaml
 
-gpu-check: $(VENV)/.installed ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
+gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
 	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
+
+image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
+	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .
 
 tiny-model: $(VENV)/.installed-test ## write a random checkpoint to build/tiny-nv-embed
 	$(BIN)/python -m tests.checkpoints build/tiny-nv-embed
@@ -61,10 +64,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	@echo "Installing what serving needs into $(VENV); this takes minutes the first time …"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 $(VENV)/.installed-test: requirements-test.lock $(VENV)/.installed
+	@echo "Installing the test packages into $(VENV) …"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements-test.lock
 	@touch $@

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from model.errors import UnsupportedError
 from model.packing import Segments
+
+logger = logging.getLogger("nv_embed.attention")
 
 
 class AttentionKernel(Protocol):
@@ -40,6 +43,7 @@ def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: 
 
     The CPU's kernel: it has no variable-length one. Runs on every device and dtype.
     """
+    k, v, grouped = _grouped(q, k, v)
     outputs = []
     q_at = k_at = 0
     shapes = zip(queries.lengths, keys.lengths, strict=True)
@@ -50,7 +54,7 @@ def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: 
             torch.unflatten(q[q_at:q_end], 0, (count, q_len)).transpose(1, 2),
             torch.unflatten(k[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
             torch.unflatten(v[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=grouped,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         q_at, k_at = q_end, k_end
@@ -59,13 +63,27 @@ def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: 
 
 def sdpa_padded(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """The only place with padding: for GPUs and dtypes that the varlen kernels refuse."""
+    k, v, grouped = _grouped(q, k, v)
     q_pad, k_pad, v_pad = _pad(q, queries), _pad(k, keys), _pad(v, keys)
     lengths = keys.cu_seqlens.diff()
     mask = torch.arange(keys.max_seqlen, device=k.device) < lengths[:, None]
     out = F.scaled_dot_product_attention(
-        q_pad, k_pad, v_pad, attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
+        q_pad, k_pad, v_pad, attn_mask=mask[:, None, None], enable_gqa=grouped
     ).transpose(1, 2)
     return out.flatten(0, 1)[_padded_rows(queries)]
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """k, v, and whether scaled_dot_product_attention must share their heads among q's.
+
+    On CUDA it does that only in its flash and its math kernel. Flash takes neither a mask nor
+    float32, and math holds all scores at once (137 GB for 32,768 tokens of the 7B model), so
+    there the heads are repeated and the memory-efficient kernel can run.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type == "cuda":
+        return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), False
+    return k, v, groups > 1
 
 
 def _padded_rows(segments: Segments) -> Tensor:
@@ -170,7 +188,12 @@ def _varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install nv-embed-server[flash-attn])"
+        return "the flash-attn package is not installed (pip install flash-attn)"
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:  # often: it was compiled for another torch
+        logger.warning("flash-attn is installed and cannot be imported: %s", error)
+        return f"the flash-attn package cannot be imported: {error}"
     return _flash_refusal(device, dtype)
 
 

@@ -73,6 +73,8 @@ class NVEmbedConfig:
         _require(text, "attention_bias", False, "the projections have no biases")
         _require(text, "mlp_bias", False, "the projections have no biases")
         _require(text, "rope_scaling", None, "RoPE scaling is not implemented")
+        rope = text.get("rope_parameters") or {}  # how transformers 5 writes it
+        _require(rope, "rope_type", "default", "RoPE scaling is not implemented")
         _require(text, "bos_token_id", 1, "the tokenizer puts BOS = 1 in front")
         _require(text, "eos_token_id", 2, "EOS is id 2")
         _require(latent, "output_normalize", True, "vectors are always normalised")
@@ -97,7 +99,7 @@ class NVEmbedConfig:
             head_dim=head_dim,
             intermediate_size=_integer(text, "intermediate_size"),
             max_position_embeddings=_integer(text, "max_position_embeddings"),
-            rope_theta=_number(text, "rope_theta", 10000.0),
+            rope_theta=_number(text, "rope_theta", _number(rope, "rope_theta", 10000.0)),
             rms_norm_eps=_number(text, "rms_norm_eps", 1e-5),
             num_latents=_integer(latent, "num_latents_value", _DEFAULT_NUM_LATENTS),
             num_cross_heads=_integer(latent, "num_cross_heads", _DEFAULT_CROSS_HEADS),

@@ -124,6 +124,7 @@ class Encoder:
         )
         for index, result in enumerate(results, first):
             if isinstance(result, Exception):
+                result.index = index
                 result.add_note(f"in texts[{index}]")
                 raise result
             encodings.append(result)

@@ -3,8 +3,9 @@
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
-├── InputTooLongError     more tokens than the limit, and no truncation asked for
-├── EmptyPoolError        nothing is left to pool: the instruction fills the whole input
+├── InputError            one input cannot be embedded; `index` tells which
+│   ├── InputTooLongError more tokens than the limit, and no truncation asked for
+│   └── EmptyPoolError    nothing is left to pool: the instruction fills the whole input
 └── NonFiniteError        the model produced NaN or infinity for some inputs
 """
 
@@ -25,7 +26,13 @@ class UnsupportedError(ModelError):
     """The device, dtype, kernel or quantization that was asked for does not work here."""
 
 
-class InputTooLongError(ModelError):
+class InputError(ModelError):
+    """One input of several is at fault; `index` is its place, when it is known."""
+
+    index: int | None = None
+
+
+class InputTooLongError(InputError):
     """One input has more tokens than the limit.
 
     `num_tokens` is None when the text was refused by its length in characters, untokenized.
@@ -37,7 +44,7 @@ class InputTooLongError(ModelError):
         super().__init__(f"the input has {shown} tokens, the limit is {max_tokens}")
 
 
-class EmptyPoolError(ModelError):
+class EmptyPoolError(InputError):
     """All tokens of one input belong to its instruction (the reference computes 0/0 here)."""
 
     def __init__(self, pool_start: int, max_tokens: int) -> None:

@@ -6,6 +6,8 @@ JSON and the card are fetched; code and pickles never are.
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 from model.card import card_license
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+
+logger = logging.getLogger("nv_embed.hub")
 
 _FILES = ["*.json", "*.safetensors", "README.md"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -68,17 +72,22 @@ def packaged_checkpoint() -> Path:
 
 
 def _download(model: str, revision: str | None, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import logging as hub_logging
 
+    # Its own log lines come twice, once raw.
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not offline:
+        logger.info("looking for %s on the hub", model)
     try:
         return Path(
-            snapshot_download(
+            huggingface_hub.snapshot_download(
                 model, revision=revision, local_files_only=offline, allow_patterns=_FILES
             )
         )
@@ -89,9 +98,35 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{model} has no revision {revision!r}") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"no folder and no hub model is named {model!r}") from error
+        raise CheckpointError(f"no folder here and no hub model is named {model}") from error
     except LocalEntryNotFoundError as error:
-        why = "--offline was given" if offline else "the hub cannot be reached"
-        raise CheckpointError(f"{model} is not in the local cache and {why}") from error
+        why = "--offline was given" if offline else "the hub cannot be reached (network? proxy?)"
+        raise CheckpointError(
+            f"there is no folder {model} here, it is not in the local cache, and {why}; a folder "
+            "that was downloaded elsewhere can be named instead"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"downloading {model} failed: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that model.safetensors.index.json names, else model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        single = folder / "model.safetensors"
+        if not single.is_file():
+            raise CheckpointError(
+                f"{folder} has neither model.safetensors.index.json nor model.safetensors "
+                "(other weight formats are not read)"
+            )
+        return [single]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+    if any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{index} names files outside its folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; is the download complete?")
+    return [folder / name for name in names]

@@ -7,7 +7,6 @@ weights that are kept, only one parameter's worth of memory is in use at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from model import quantization
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+from model.hub import weight_files
 from model.latent_attention import (
     FEED_FORWARD_FACTOR,
     LatentAttention,
@@ -127,8 +127,9 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
-        for path in _shards(folder):
+        for path in weight_files(folder):
             try:
+                path.open("rb").close()  # safetensors calls a file that it may not read missing
                 shard = safe_open(str(path), framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -165,29 +166,6 @@ class Checkpoint:
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         return self._files[name].get_slice(name)[:, start:stop]  # type: ignore[no-any-return]
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names, else model.safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(
-                f"{folder} has neither model.safetensors.index.json nor model.safetensors "
-                "(other weight formats are not read)"
-            )
-        return [single]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index} names files outside its folder")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; is the download complete?")
-    return [folder / name for name in names]
 
 
 def _list(names: set[str]) -> str:

@@ -28,7 +28,7 @@ def check(quantization: str) -> None:
         known = ", ".join(QUANTIZATIONS)
         raise UnsupportedError(f"unknown quantization {quantization!r}; known: {known}")
     if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UnsupportedError("int8 needs bitsandbytes: pip install 'nv-embed-server[int8]'")
+        raise UnsupportedError("int8 needs bitsandbytes: pip install bitsandbytes")
 
 
 def _bitsandbytes() -> Any:

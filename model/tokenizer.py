@@ -16,10 +16,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model.batch import Encoding
+from model.config import NVEmbedConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 
 BOS_ID = 1
 EOS_ID = 2
+_CACHED_CHARS = 2048
+"""Instructions up to this length are tokenized once and remembered."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -70,11 +73,20 @@ class NVEmbedTokenizer:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return cls(tokenizer)
+        ours = cls(tokenizer)
+        rows = NVEmbedConfig.from_dir(folder).vocab_size
+        if ours.vocab_size > rows:
+            raise CheckpointError(
+                f"{path} has {ours.vocab_size} pieces, the model embeds {rows}: it is not its own"
+            )
+        return ours
 
     def pool_start(self, instruction: str) -> int:
         """Number of leading positions that `instruction` takes out of the pool."""
-        return self._pool_start(instruction) if instruction else 0
+        if not instruction:
+            return 0
+        short = len(instruction) <= _CACHED_CHARS  # clients send what they like
+        return self._pool_start(instruction) if short else self._count_pool_start(instruction)
 
     def _count_pool_start(self, instruction: str) -> int:
         # BOS is not counted, as in the reference. Because the official prefix ends with a space,
@@ -117,7 +129,7 @@ class NVEmbedTokenizer:
         encoded = iter(
             self._tokenizer.encode_batch_fast([p for p in prompts if isinstance(p, str)])
         )
-        start = self.pool_start(instruction)
+        start = self.pool_start(instruction) if any(isinstance(p, str) for p in prompts) else 0
         for prompt in prompts:
             try:
                 if isinstance(prompt, InputTooLongError):
@@ -140,7 +152,7 @@ class NVEmbedTokenizer:
         most = MAX_PIECE_CHARS * max_tokens
         if len(prompt) <= most:
             return prompt
-        if truncate is Truncation.NONE:
+        if truncate is Truncation.NONE or len(instruction) > most:
             raise InputTooLongError(None, max_tokens)
         if truncate is Truncation.END:
             end = prompt.find(" ", most)

@@ -218,7 +218,8 @@ class Batcher:
         self._metrics.inputs.inc(len(batch.entries))
         self._metrics.tokens.inc(batch.tokens)
         rate = batch.tokens / max(seconds, 1e-6)
-        self._tokens_per_s += _RATE_SMOOTHING * (rate - self._tokens_per_s)
+        weight = _RATE_SMOOTHING if self._tokens_per_s else 1.0
+        self._tokens_per_s += weight * (rate - self._tokens_per_s)
 
     def _retry(self, entries: Sequence[Entry[Answer]]) -> None:
         """Put the entries of a lost batch back, but for those that nobody awaits."""

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from model.errors import ModelError
+from model.errors import InputError, NonFiniteError
 from model.tokenizer import Truncation
 
 if TYPE_CHECKING:
@@ -51,6 +51,15 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
             yield text
 
 
+def count_texts(path: Path, field: str) -> int:
+    """How many texts a file holds. Raises InputFileError for a bad line, or when it holds none:
+    before a model is loaded."""
+    count = sum(1 for _ in read_texts(path, field))
+    if not count:
+        raise InputFileError(f"{path} holds no text")
+    return count
+
+
 def _json_text(raw: bytes, field: str) -> str:
     value = orjson.loads(raw)
     text = value[field] if isinstance(value, dict) else value
@@ -60,7 +69,11 @@ def _json_text(raw: bytes, field: str) -> str:
 
 
 def _reason(error: Exception, field: str) -> str:
-    return f"no field {field!r} (--field names it)" if isinstance(error, KeyError) else f"{error}"
+    if isinstance(error, KeyError):
+        return f"no field {field!r} (--field names it)"
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8: convert the file first (iconv -f LATIN1 -t UTF-8)"
+    return f"{error}"
 
 
 def encode_file(
@@ -68,12 +81,12 @@ def encode_file(
     source: Path,
     target: Path,
     *,
+    count: int,
     field: str,
     instruction: str,
     truncate: Truncation,
-) -> int:
-    """Embed every text of `source` into `target` (.npy, or JSON lines); returns how many."""
-    count = sum(1 for _ in read_texts(source, field))
+) -> None:
+    """Embed the `count` texts of `source` into `target` (.npy, or JSON lines)."""
     texts = read_texts(source, field)
     width = encoder.runner.info.width
     with (
@@ -87,11 +100,12 @@ def encode_file(
         while chunk := list(islice(texts, _CHUNK)):
             try:
                 vectors = encoder.encode(chunk, instruction, truncate=truncate, progress=False)
-            except ModelError as error:
-                where = "; ".join(getattr(error, "__notes__", []))
-                raise InputFileError(
-                    f"{source}, lines {done + 1} to {done + len(chunk)}: {error} {where}"
-                ) from None
+            except InputError as error:
+                number = done + (error.index or 0) + 1
+                raise InputFileError(f"{source}, line {number}: {error}") from None
+            except NonFiniteError as error:
+                number = done + error.rows[0] + 1
+                raise InputFileError(f"{source}, line {number}: {error}") from None
             if target.suffix == ".npy":
                 file.write(vectors.astype("<f4").tobytes())
             else:
@@ -100,7 +114,7 @@ def encode_file(
                     file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
             done += len(chunk)
             bar.update(len(chunk))
-    return count
+    assert done == count, f"{source} changed while it was read: {count}, then {done} texts"
 
 
 @contextmanager

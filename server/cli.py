@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +17,8 @@ from server.errors import SettingsError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments = _parse(argv)
         status: int = arguments.run(arguments)
     except (SettingsError, ModelError) as error:
         print(f"nv-embed: {error}", file=sys.stderr)
@@ -25,6 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises SettingsError for an unknown flag, with the nearest known one."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[a-z-]+", arguments.parser.format_help())
+        hint = settings.did_you_mean(unknown[0], flags)
+        raise SettingsError(f"unrecognized argument {unknown[0]}{hint}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: nv-embed serve --model nvidia/NV-Embed-v2 --port 8000",
     )
     settings.add_flags(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     encode = commands.add_parser(
         "encode",
@@ -55,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
     )
     _add_encode_arguments(encode)
-    encode.set_defaults(run=_encode)
+    encode.set_defaults(run=_encode, parser=encode)
 
     verify = commands.add_parser(
         "verify",
@@ -69,22 +81,25 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="JSON of the authors' outputs (default: golden.json in the checkpoint's folder)",
     )
-    verify.set_defaults(run=_verify)
+    verify.set_defaults(run=_verify, parser=verify)
 
     _add_training_commands(commands)
 
     openapi = commands.add_parser("openapi", help="print the OpenAPI document as YAML")
-    openapi.set_defaults(run=_openapi)
+    openapi.set_defaults(run=_openapi, parser=openapi)
     return parser
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k != "run"}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
     options = settings.load(given, os.environ)
     logs.configure(options.log_format, options.log_level)
     from model.hub import locate, packaged_checkpoint
     from server import lifecycle
 
+    # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
+    # download takes minutes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     model = options.model or str(packaged_checkpoint())
     source = locate(model, revision=options.revision, offline=options.offline)
     return lifecycle.run(options, source)
@@ -103,7 +118,9 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
     prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
     parser.add_argument(
-        "--input-type", default="query", choices=("query", "passage"), help="the side of --task"
+        "--input-type",
+        choices=("query", "passage"),
+        help="the side of --task (default: query); alone, query means question answering",
     )
     parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
@@ -133,8 +150,23 @@ def _encode(arguments: argparse.Namespace) -> int:
         raise SettingsError(f"there is no file {arguments.file}")
     if not output.parent.is_dir():
         raise SettingsError(f"--output: there is no folder {output.parent}")
+    if output.exists() and output.samefile(arguments.file):
+        raise SettingsError(f"--output {output} is the input file")
     prefix = _encode_prefix(arguments)
+    try:
+        count = bulk.count_texts(arguments.file, arguments.field)
+        width = _encode_texts(arguments, output, prefix or "", count)
+    except bulk.InputFileError as error:
+        print(f"nv-embed encode: {error}", file=sys.stderr)
+        return 1
+    print(f"{count} vectors of {width} dimensions in {output}")
+    return 0
+
+
+def _encode_texts(arguments: argparse.Namespace, output: Path, prefix: str, count: int) -> int:
+    """Load the model and do the work; returns the vectors' width."""
     from model.encoder import Encoder
+    from server import bulk
 
     options = {
         name: getattr(arguments, name)
@@ -151,20 +183,16 @@ def _encode(arguments: argparse.Namespace) -> int:
     encoder = Encoder(
         arguments.model, revision=arguments.revision, offline=arguments.offline, **options
     )
-    try:
-        count = bulk.encode_file(
-            encoder,
-            arguments.file,
-            output,
-            field=arguments.field,
-            instruction=prefix or "",
-            truncate=arguments.truncate,
-        )
-    except bulk.InputFileError as error:
-        print(f"nv-embed encode: {error}", file=sys.stderr)
-        return 1
-    print(f"{count} vectors of {encoder.runner.info.width} dimensions in {output}")
-    return 0
+    bulk.encode_file(
+        encoder,
+        arguments.file,
+        output,
+        count=count,
+        field=arguments.field,
+        instruction=prefix,
+        truncate=arguments.truncate,
+    )
+    return encoder.runner.info.width
 
 
 def _encode_prefix(arguments: argparse.Namespace) -> str | None:
@@ -173,11 +201,11 @@ def _encode_prefix(arguments: argparse.Namespace) -> str | None:
 
     try:
         return instructions.choose_prefix(
-            instructions.Defaults(query_instruction=""),
+            instructions.Defaults(settings.Settings().query_instruction),
             prompt=arguments.prompt,
             instruction=arguments.instruction,
             task=arguments.task,
-            input_type=arguments.input_type if arguments.task else None,
+            input_type=arguments.input_type,
         )
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None
@@ -204,7 +232,7 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
         "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
     )
     train.add_argument("--threads", type=int, help="CPU threads, in place of the settings'")
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, parser=train)
 
     mine = commands.add_parser(
         "mine",
@@ -218,7 +246,7 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     mine.add_argument("--count", type=int, default=7, help="negatives each (default: %(default)s)")
     mine.add_argument("--threshold", type=float, default=0.95, help="(default: %(default)s)")
     _add_embedder_arguments(mine)
-    mine.set_defaults(run=_mine)
+    mine.set_defaults(run=_mine, parser=mine)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -240,7 +268,7 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     )
     evaluate.add_argument("--bm25", action="store_true", help="the lexical baseline instead")
     _add_embedder_arguments(evaluate)
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
 
 
 def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:

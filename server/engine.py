@@ -20,7 +20,7 @@ from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import EmptyPoolError, InputTooLongError, ModelError
-from model.hub import NVIDIA_NOTICE, ModelSource
+from model.hub import NVIDIA_NOTICE, ModelSource, weight_files
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -67,6 +67,7 @@ class EmbeddingEngine:
         self.source = source
         self.config = NVEmbedConfig.from_dir(source.path)
         self.tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -227,20 +228,21 @@ class EmbeddingEngine:
         """Inputs to Encodings, each checked; a refusal names the input: input[17]."""
         truncate = self._truncate if how.truncate is None else how.truncate
         max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
-        self._refuse_if_hopeless(inputs, max_tokens)
+        prefix = how.prefix or ""
         texts = [text for text in inputs if isinstance(text, str)]
+        self._refuse_if_hopeless(texts, prefix, max_tokens)
         work = partial(
             self.tokenizer.encode_batch,
             texts,
-            how.prefix or "",
+            prefix,
             max_tokens=max_tokens,
             truncate=truncate,
         )
-        if sum(map(len, texts)) <= _INLINE_CHARS:
+        if len(prefix) * len(texts) + sum(map(len, texts)) <= _INLINE_CHARS:
             results = work()
         else:
             results = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        if how.prefix and len(texts) < len(inputs):
+        if prefix and len(texts) < len(inputs):
             raise InvalidRequestError(
                 'an instruction cannot be put before token ids: send text, or prompt: ""',
                 param="input",
@@ -259,12 +261,16 @@ class EmbeddingEngine:
             raise _too_many_tokens(f"{total}")
         return encodings
 
-    def _refuse_if_hopeless(self, inputs: Sequence[Input], max_tokens: int) -> None:
-        """Before tokenizing: no text has fewer tokens than a sixteenth of its characters."""
-        least = sum(
-            min(len(i) // MAX_PIECE_CHARS, max_tokens) for i in inputs if isinstance(i, str)
-        )
-        if least > MAX_REQUEST_TOKENS:
+    @staticmethod
+    def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
+        """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
+        if len(prefix) > MAX_PIECE_CHARS * max_tokens:
+            raise ContextLengthExceededError(
+                f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
+                param="prompt",
+            )
+        least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
+        if sum(least) > MAX_REQUEST_TOKENS:
             raise _too_many_tokens(f"more than {MAX_REQUEST_TOKENS}")
 
     @staticmethod

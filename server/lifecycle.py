@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import stat
 from collections.abc import Iterator
 from types import FrameType
 
@@ -89,13 +91,13 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     finally:
         stopping.cancel()
         failing.cancel()
+        # First the engine, so that whoever still waits gets an answer before the connections end.
+        await engine.stop()
         server.force_exit = stop.second.is_set()
         server.should_exit = True
         await serving
-        await engine.stop()
         if settings.uds:
-            with contextlib.suppress(FileNotFoundError):
-                _unlink_socket(settings.uds)
+            _unlink_socket(settings.uds)
         logger.info("stopped")
 
 
@@ -133,24 +135,29 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         target = (settings.host, settings.port)
     try:
-        if settings.uds:
+        if settings.uds and not _is_served(settings.uds):
             _unlink_socket(settings.uds)
         listener.bind(target)
     except OSError as error:
         listener.close()
-        option = "--uds" if settings.uds else "--host or --port"
-        raise SettingsError(f"cannot listen on {target}: {error.strerror} ({option})") from None
+        where, option = f"{settings.host}:{settings.port}", "--host or --port"
+        if settings.uds:
+            where, option = settings.uds, "--uds"
+        raise SettingsError(f"cannot listen on {where}: {error.strerror} ({option})") from None
     if not settings.uds:
         host, port = listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     return listener, address
 
 
+def _is_served(path: str) -> bool:
+    """Whether somebody listens on this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(path) == 0
+
+
 def _unlink_socket(path: str) -> None:
     """Remove the socket file that an earlier server left; never another kind of file."""
-    import os
-    import stat
-
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(os.stat(path).st_mode):
             os.unlink(path)

@@ -73,8 +73,13 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
             input_type=wire.input_type,
             model_side=names.side(model) if model is not None else None,
         )
-        if wire.truncate_prompt_tokens is not None:
-            return Tokenization(prefix, Truncation.START, wire.truncate_prompt_tokens)
+        if (tokens := wire.truncate_prompt_tokens) is not None:
+            if tokens in (0, 1):
+                raise InvalidRequestError(
+                    "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
+                    param="truncate_prompt_tokens",
+                )
+            return Tokenization(prefix, Truncation.START, None if tokens < 0 else tokens)
         return Tokenization(prefix, wire.truncate)
 
     async def create_embeddings(request: Request) -> Response:

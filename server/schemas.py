@@ -18,6 +18,7 @@ from pydantic import (
     StrictStr,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from model.tokenizer import Truncation
@@ -56,6 +57,14 @@ def _truncation(value: object) -> object:
 
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: object) -> object:
+        """Before names are matched: a null in one of a field's names must not hide another."""
+        if isinstance(body, dict):
+            return {name: value for name, value in body.items() if value is not None}
+        return body
 
 
 W = TypeVar("W", bound="_Wire")
@@ -97,7 +106,9 @@ class InstructedInput(_Wire):
         "START keeps the instruction and the last tokens.",
     )
     truncate_prompt_tokens: StrictInt | None = Field(
-        None, ge=2, description="Keep this many of the last tokens (vLLM's field)."
+        None,
+        ge=-1,
+        description="Keep this many of the last tokens, -1 for as many as fit (vLLM's field).",
     )
 
 

@@ -8,8 +8,10 @@ malformed values and contradictions stop the start.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -45,7 +47,13 @@ def _split(value: object) -> object:
 
 
 def _parts(item: object) -> list[object]:
-    return [p.strip() for p in item.split(",") if p.strip()] if isinstance(item, str) else [item]
+    if not isinstance(item, str):
+        return [item]
+    parts: list[object] = [part.strip() for part in item.split(",")]
+    if not all(parts):
+        # An unset variable in a shell or a compose file: no key would mean no authentication.
+        raise ValueError("a value is empty")
+    return parts
 
 
 Words = Annotated[list[str], BeforeValidator(_split)]
@@ -59,6 +67,7 @@ class Settings(BaseModel):
 
     model: str | None = Field(
         None,
+        min_length=1,
         description="checkpoint: a folder in the official layout, or a Hugging Face id such as "
         "nvidia/NV-Embed-v2",
     )
@@ -84,8 +93,8 @@ class Settings(BaseModel):
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: LLM.int8 weights through bitsandbytes; saves memory, not time"
     )
-    attention: str = Field(
-        "auto", description="attention kernel: auto, flash-attn, varlen, padded or sdpa"
+    attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
+        "auto", description="attention kernel; auto: the best that runs on the device"
     )
     threads: int | None = Field(
         None,
@@ -162,10 +171,11 @@ class Settings(BaseModel):
                 f"--max-queued-tokens {self.max_queued_tokens} is less than one legal request "
                 f"({MAX_REQUEST_TOKENS:,} tokens): raise it"
             )
-        if not self.devices:
-            raise ValueError("--devices names no device")
         if "auto" in self.devices and len(self.devices) > 1:
             raise ValueError("--devices auto stands alone: name the devices, or only auto")
+        for device in self.devices:
+            if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+                raise ValueError(f"--devices {device}: must be auto, cpu, cuda or cuda:N")
         if self.revision and self.model is None:
             raise ValueError("--revision needs --model")
         return self
@@ -218,14 +228,17 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
         if name.startswith(ENV_PREFIX):
             option = name.removeprefix(ENV_PREFIX).lower()
             if option not in fields and option != "config":
-                raise SettingsError(f"unknown environment variable {name}{_hint(option)}")
+                raise SettingsError(
+                    f"unknown environment variable {name}"
+                    + did_you_mean(name, [ENV_PREFIX + field.upper() for field in fields])
+                )
             from_environment[option] = value
     merged = {**from_environment, **flags}
     path = merged.pop("config", None)
     from_file = _read_file(Path(path)) if path else {}
     for name in from_file:
         if name not in fields:
-            raise SettingsError(f"{path}: unknown option {name!r}{_hint(name)}")
+            raise SettingsError(f"{path}: unknown option {name!r}{did_you_mean(name, fields)}")
     try:
         return Settings(**{**from_file, **merged})
     except ValidationError as error:
@@ -245,8 +258,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a key
+        where = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
+        raise SettingsError(f"--config: {path}, {where}: {error.problem}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config: {path} cannot be read: {error}") from error
+        raise SettingsError(f"--config: {path} cannot be read: {error}") from None
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -254,10 +270,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in raw.items()}
 
 
-def _hint(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name."""
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

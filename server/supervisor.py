@@ -30,6 +30,7 @@ logger = logging.getLogger("nv_embed.supervisor")
 
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
+_PROBE_S = 120.0
 _STOP_S = 1.0
 """How long a worker may take to end after its socket has closed; nobody awaits it any more."""
 
@@ -87,6 +88,7 @@ class Supervisor:
         self._runner, self._log_format, self._log_level = runner, log_format, log_level
         self._tasks: list[asyncio.Task[None]] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._was_ready = False
         self.trouble: dict[int, str] = {}
         """Slot -> why its worker is not ready."""
 
@@ -121,9 +123,14 @@ class Supervisor:
 
     async def _run_once(self, slot: int) -> bool:
         """One worker's whole life. Returns whether it was ever ready."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = self._processes[slot] = _spawn(theirs.fileno())
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                process = self._processes[slot] = _spawn(theirs.fileno())
+        except OSError as error:  # out of processes, files or memory
+            self.trouble[slot] = "its worker cannot be started"
+            logger.error("worker %d cannot be started: %s", slot, error)
+            return False
         reader, writer = await asyncio.open_connection(sock=ours)
         worker = None
         try:
@@ -131,6 +138,7 @@ class Supervisor:
             writer.write(start_frame(options, self._runner, self._log_format, self._log_level))
             worker = await self._greet(slot, reader, writer)
             self.trouble.pop(slot, None)
+            self._was_ready = True
             self._events.worker_ready(worker)
             await self._relay(worker, reader)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -153,14 +161,16 @@ class Supervisor:
     async def _greet(
         self, slot: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> Worker:
-        """Wait for HELLO. Raises StartError when the worker says that it never can start."""
+        """Wait for HELLO. Raises StartError when no worker was ever ready and this one says that
+        it never can be: once the server has served, a lost device must not end it."""
         started = time.monotonic()
         kind, _, _, _, payload = await _receive(reader)
         if kind is Kind.REFUSED:
             why = orjson.loads(payload)
-            self.trouble[slot] = why["message"]
-            if why["final"]:
+            if why["final"] and not self._was_ready:
                 raise StartError(why["message"])
+            self.trouble[slot] = "its worker cannot start; see the log"
+            logger.error("worker %d cannot start: %s", slot, why["message"])
             raise ConnectionResetError
         assert kind is Kind.HELLO, kind
         info = RunnerInfo(**orjson.loads(payload))
@@ -217,8 +227,21 @@ def probe_cuda_devices() -> int:
     if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")):
         return 0
     command = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    return int(answer.stdout.strip() or 0) if answer.returncode == 0 else 0
+    try:
+        answer = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, check=True, timeout=_PROBE_S
+        )
+        count = int(answer.stdout.split()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        logger.warning("asking torch for CUDA devices failed: %s %s", error, _errors_of(error))
+        count = 0
+    if not count:
+        logger.warning("NVIDIA's driver is here, and torch sees no CUDA device: using the CPU")
+    return count
+
+
+def _errors_of(error: Exception) -> str:
+    return error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else ""
 
 
 def worker_options(

@@ -112,6 +112,7 @@ def write_checkpoint(folder: Path, size: str = "golden", shards: int = 2) -> Pat
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
         save_file({name: recipe_tensor(name, shapes[name]) for name in part}, folder / file)
+        (folder / file).chmod(0o644)  # a container's user reads it, too
         weight_map.update(dict.fromkeys(part, file))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -47,6 +47,7 @@ SERVER = [
     "engine",
     "schemas",
     "serialize",
+    "middleware",
     "routes",
     "app",
     "lifecycle",

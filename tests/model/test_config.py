@@ -71,6 +71,7 @@ def test_the_official_config_gives_the_official_sizes() -> None:
         ("text_config", "attention_bias", True),
         ("text_config", "mlp_bias", True),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("text_config", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
         ("text_config", "bos_token_id", 0),
         ("text_config", "eos_token_id", 3),
         ("text_config", "hidden_size", "4096"),
@@ -93,7 +94,11 @@ def test_a_refusal_names_the_key_and_the_value(
 ) -> None:
     raw = copy.deepcopy(OFFICIAL)
     (raw[section] if section else raw)[key] = value
-    words = {"num_key_value_heads": "kv heads", "text_config": "text_config is missing"}
+    words = {
+        "num_key_value_heads": "kv heads",
+        "text_config": "text_config is missing",
+        "rope_parameters": "rope_type is 'yarn'",
+    }
     with pytest.raises(CheckpointError) as refusal:
         NVEmbedConfig.from_dict(raw)
     assert words.get(key, key) in str(refusal.value)
@@ -111,6 +116,13 @@ def test_the_file_is_named(tmp_path: Path, content: str | None, message: str) ->
     with pytest.raises(CheckpointError, match=message) as refusal:
         NVEmbedConfig.from_dir(tmp_path)
     assert str(tmp_path) in str(refusal.value)
+
+
+def test_transformers_5_writes_theta_elsewhere() -> None:
+    raw = copy.deepcopy(OFFICIAL)
+    del raw["text_config"]["rope_theta"]
+    raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    assert NVEmbedConfig.from_dict(raw).rope_theta == 1e6
 
 
 def test_positions_limit_the_input(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 import string
 import time
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from model.batch import Encoding
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
-from tests.checkpoints import official_tokenizer
+from tests.checkpoints import config_json, official_tokenizer
 
 PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
 LONG = 1_000_000  # tokens: no limit for these tests' texts
@@ -199,3 +200,19 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with_long_piece.add_tokens(["a piece of more than sixteen characters"])
     with pytest.raises(CheckpointError, match="at most 16"):
         NVEmbedTokenizer(with_long_piece)
+
+
+def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(tmp_path: Path) -> None:
+    """An added [PAD] would be an id that no row of the embedding table stands for."""
+    larger = official_tokenizer()
+    larger.add_tokens(["[PAD]"])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps(config_json()))
+    with pytest.raises(CheckpointError, match="32001 pieces, the model embeds 32000"):
+        NVEmbedTokenizer.from_dir(tmp_path)
+
+
+def test_an_instruction_that_cannot_fit_is_not_tokenized(tokenizer: NVEmbedTokenizer) -> None:
+    for truncate in Truncation:
+        with pytest.raises(InputTooLongError):
+            tokenizer.encode("x", "word " * 100, max_tokens=24, truncate=truncate)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class ServerProcess:
         self.log_file = log
         command = [sys.executable, "-m", "server.cli", "serve"]
         command += ["--model", str(model)] if model else []
-        command += ["--device", "cpu", "--port", "0", "--dtype", "float32"]
+        command += ["--port", "0", "--dtype", "float32"]
+        command += [] if "--devices" in options else ["--devices", "cpu"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
@@ -53,12 +54,26 @@ class ServerProcess:
         raise AssertionError(f"no {pattern!r} in the log (exit {self.process.poll()}):\n{self.log}")
 
     def wait_ready(self) -> ServerProcess:
+        self.wait_until(lambda: self.client.get("/readyz").status_code == 200, "ready")
+        return self
+
+    def wait_until(self, predicate: Callable[[], bool], what: str) -> None:
+        """Poll until `predicate` holds; fails with the log when it does not in time."""
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            if self.client.get("/readyz").status_code == 200:
-                return self
+        while not predicate():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not {what} after {START_S} s:\n{self.log}")
             time.sleep(0.02)
-        raise AssertionError(f"not ready after {START_S} s:\n{self.log}")
+
+    def wait_for_metric(self, name: str, value: float) -> None:
+        self.wait_until(lambda: self.metric(name) == value, f"{name} = {value}")
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        text = self.client.get("/metrics").text
+        match = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        assert match is not None, name
+        return float(match[1])
 
     def embed(self, **fields: object) -> httpx.Response:
         """POST /v1/embeddings to the model by its checkpoint folder's name."""

@@ -87,6 +87,15 @@ class Dying(Hashing):
         return super().row(encoding)
 
 
+class LosesItsDevice(Hashing):
+    """It cannot start while the file FAKE_DEVICE_LOST exists."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        if Path(os.environ["FAKE_DEVICE_LOST"]).exists():
+            raise UnsupportedError("the device is gone")
+        super().__init__(options)
+
+
 class Refusing(Hashing):
     """It can never start."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.server.processes import ROOT, ServerProcess, serving
 
 LIMIT = 200_000
 UNSUPPORTED = "unsupported_media_type"
+FAKE = ("--runner", "tests.server.runners:Hashing")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def error_of(answer: httpx.Response) -> dict:
     [
         ("GET", "/nope", b"", {}, 404, "not_found"),
         ("POST", "/v1/nope", b"{}", {}, 404, "not_found"),
+        ("POST", "/v1/embeddings/", b"{}", {}, 404, "not_found"),
         ("GET", "/v1/embeddings", b"", {}, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", b"", {}, 405, "method_not_allowed"),
         ("POST", "/v1/embeddings", b"input=x", {"content-type": "text/plain"}, 415, UNSUPPORTED),
@@ -113,6 +116,19 @@ def test_cors_is_for_the_named_origin_only(server: ServerProcess) -> None:
     assert "access-control-allow-origin" not in preflight("https://evil.example").headers
 
 
+def test_a_refused_key_has_cors_headers_too(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Without them a browser shows a network error instead of the message."""
+    options = ("--api-key", "secret", "--cors-origin", "https://app.example", *FAKE)
+    origin = {"origin": "https://app.example"}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        refused = server.client.get("/v1/models", headers=origin)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        allowed = {**origin, "authorization": "bearer secret"}
+        assert server.client.get("/v1/models", headers=allowed).status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+
+
 def test_without_cors_options_there_is_none(golden_server: ServerProcess) -> None:
     headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
     answer = golden_server.client.options("/v1/embeddings", headers=headers)
@@ -169,6 +185,24 @@ def test_truncation_keeps_the_end(server: ServerProcess) -> None:
     assert kept.json()["data"][0]["ids"] == whole["ids"][:start] + whole["ids"][-3:]
 
 
+def test_minus_one_truncates_to_what_fits(server: ServerProcess) -> None:
+    fields = {"input": "word " * 33_000, "truncate_prompt_tokens": -1}
+    cut = server.client.post("/tokenize", json=fields).json()["data"][0]
+    assert cut["count"] == 32_768
+    refused = server.client.post("/tokenize", json={**fields, "truncate_prompt_tokens": 1})
+    assert error_of(refused)["param"] == "truncate_prompt_tokens"
+
+
+def test_a_huge_instruction_is_refused_at_once(golden_server: ServerProcess) -> None:
+    """It is not tokenized: not once on the event loop, nor once for each of many inputs."""
+    started = time.monotonic()
+    for prompt, inputs in (("word " * 600_000, "x"), ("word " * 20_000, ["x"] * 2048)):
+        answer = golden_server.embed(input=inputs, prompt=prompt)
+        assert answer.status_code == 400
+        assert "token" in error_of(answer)["message"]
+    assert time.monotonic() - started < 5
+
+
 def test_a_truncated_instruction_leaves_nothing_to_embed(server: ServerProcess) -> None:
     fields = {"model": "my-embed", "input": "x", "input_type": "query", "truncate_prompt_tokens": 5}
     answer = server.client.post("/v1/embeddings", json=fields)
@@ -179,14 +213,13 @@ def test_a_truncated_instruction_leaves_nothing_to_embed(server: ServerProcess) 
 def test_an_expired_deadline_is_a_504(golden_checkpoint: Path, tmp_path: Path) -> None:
     """The SDK's own time-out passes while another batch runs."""
     options = ("--runner", "tests.server.runners:Hashing")
-    env = {"FAKE_SECONDS": "1"}
+    env = {"FAKE_SECONDS": "3"}
     with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
         with httpx.Client(base_url=server.url, timeout=20) as other:
             first = {"model": "golden-embed", "input": "first"}
             thread = threading.Thread(target=lambda: other.post("/v1/embeddings", json=first))
             thread.start()
-            while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
-                pass
+            server.wait_for_metric("nv_embed_running_requests", 1)
             answer = server.client.post(
                 "/v1/embeddings",
                 json={"model": "golden-embed", "input": "second"},
@@ -196,7 +229,7 @@ def test_an_expired_deadline_is_a_504(golden_checkpoint: Path, tmp_path: Path) -
         assert answer.status_code == 504
         assert answer.headers["x-should-retry"] == "false"
         assert error_of(answer)["code"] == "deadline_exceeded"
-        assert "nv_embed_expired_requests_total 1.0" in server.client.get("/metrics").text
+        assert server.metric("nv_embed_expired_requests_total") == 1
 
 
 def test_a_full_queue_refuses_whole_requests(golden_checkpoint: Path, tmp_path: Path) -> None:
@@ -209,12 +242,11 @@ def test_a_full_queue_refuses_whole_requests(golden_checkpoint: Path, tmp_path: 
         def send_bulk() -> None:
             # It goes away in the end, and frees the queue.
             with contextlib.suppress(httpx.ReadTimeout):
-                httpx.post(f"{server.url}/v1/embeddings", json=bulk, timeout=4)
+                httpx.post(f"{server.url}/v1/embeddings", json=bulk, timeout=8)
 
         thread = threading.Thread(target=send_bulk)
         thread.start()
-        while "nv_embed_running_requests 1.0" not in server.client.get("/metrics").text:
-            pass
+        server.wait_for_metric("nv_embed_running_requests", 1)
         refused = server.client.post(
             "/v1/embeddings", json={"model": "golden-embed", "input": ["word " * 1000] * 20}
         )
@@ -225,8 +257,7 @@ def test_a_full_queue_refuses_whole_requests(golden_checkpoint: Path, tmp_path: 
         small = server.client.post("/v1/embeddings", json={"model": "golden-embed", "input": "x"})
         assert small.status_code == 200, "there is room for it"
         thread.join()
-        while "nv_embed_queued_tokens 0.0" not in server.client.get("/metrics").text:
-            pass
+        server.wait_for_metric("nv_embed_queued_tokens", 0)
 
 
 def test_half_a_request_does_not_disturb_others(server: ServerProcess) -> None:

@@ -12,6 +12,7 @@ from server import cli
 from tests.checkpoints import golden_cases
 
 CASES = {case["name"]: case for case in golden_cases()}
+QUERY_PREFIX = CASES["readme queries"]["instruction"]
 
 
 def encode(model: Path, *arguments: object) -> int:
@@ -31,7 +32,7 @@ def test_text_to_npy(golden_checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [("--task", "NQ"), ("--prompt", CASES["readme queries"]["instruction"])]
+    "how", [("--task", "NQ"), ("--input-type", "query"), ("--prompt", QUERY_PREFIX)]
 )
 def test_json_lines_to_json_lines(
     golden_checkpoint: Path, tmp_path: Path, how: tuple[str, str]
@@ -51,10 +52,12 @@ def test_json_lines_to_json_lines(
     ("name", "content", "message"),
     [
         ("a.txt", "one\n\nthree\n", "a.txt, line 2: the text is empty"),
+        ("a.txt", "", "a.txt holds no text"),
+        ("a.txt", "ok\ncaf\udce9\n", "a.txt, line 2: not UTF-8: convert the file first"),
         ("a.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "line 2: no field 'text' (--field names it)"),
         ("a.jsonl", '{"text": 5}\n', "line 1: expected a string"),
         ("a.jsonl", "{\n", "line 1: "),
-        ("a.txt", "ok\n" + "word " * 40_000, "lines 1 to 2: the input has 40003 tokens"),
+        ("a.txt", "ok\n" + "word " * 40_000, "a.txt, line 2: the input has 40003 tokens"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_left_behind(
@@ -65,7 +68,7 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(
     content: str,
     message: str,
 ) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert encode(golden_checkpoint, tmp_path / name) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -76,6 +79,8 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(
     [
         (["missing.txt"], "there is no file missing.txt"),
         (["FILE", "-o", "out.csv"], "write to .npy or .jsonl"),
+        (["JSONL", "-o", "JSONL"], "a.jsonl is the input file"),
+        (["FILE", "--devices", "cpu"], "unrecognized argument --devices; did you mean --device?"),
         (["FILE", "--task", "nope"], "unknown task 'nope'"),
         (["FILE", "-o", "/no/such/folder/x.npy"], "there is no folder"),
     ],
@@ -87,7 +92,9 @@ def test_mistakes(
     arguments: list[str],
     message: str,
 ) -> None:
-    (tmp_path / "a.txt").write_text("x\n")
-    arguments = [str(tmp_path / "a.txt") if a == "FILE" else a for a in arguments]
+    files = {"FILE": tmp_path / "a.txt", "JSONL": tmp_path / "a.jsonl"}
+    for file in files.values():
+        file.write_text('"x"\n')
+    arguments = [str(files.get(a, a)) for a in arguments]
     assert encode(golden_checkpoint, *arguments) == 2
     assert message in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -62,12 +63,16 @@ def test_booleans() -> None:
     ("flags", "environment", "message"),
     [
         (["--max-queued-tokens", "299999"], {}, "--max-queued-tokens 299999 is less than"),
+        (["--devices", "gpu"], {}, "--devices gpu: must be auto, cpu, cuda or cuda:N"),
+        (["--attention", "flash"], {}, "--attention: Input should be 'auto', 'flash-attn'"),
         (["--devices", "auto,cpu"], {}, "auto stands alone"),
-        (["--devices", ""], {}, "--devices names no device"),
+        (["--devices", ""], {}, "--devices: a value is empty"),
+        ([], {"NV_EMBED_API_KEY": ""}, "NV_EMBED_API_KEY: a value is empty"),
+        ([], {"NV_EMBED_MODEL": ""}, "NV_EMBED_MODEL: String should have at least 1 character"),
         (["--revision", "abc"], {}, "--revision needs --model"),
         (["--port", "70000"], {}, "--port: Input should be less than or equal to 65535"),
         ([], {"NV_EMBED_PORT": "x"}, "NV_EMBED_PORT: Input should be a valid integer"),
-        ([], {"NV_EMBED_PROT": "1"}, "NV_EMBED_PROT; did you mean port?"),
+        ([], {"NV_EMBED_PROT": "1"}, "NV_EMBED_PROT; did you mean NV_EMBED_PORT?"),
     ],
 )
 def test_mistakes_name_the_option(
@@ -84,7 +89,7 @@ def test_mistakes_in_a_file(tmp_path: Path) -> None:
         ("prot: 1", "unknown option 'prot'; did you mean port?"),
         ("port: x", f"{file} (port): Input should be a valid integer"),
         ("- port", "must hold options"),
-        ("port: [", "cannot be read"),
+        ("port: [", "o.yaml, line 1: "),
     ):
         file.write_text(text)
         with pytest.raises(SettingsError) as caught:
@@ -100,9 +105,22 @@ def test_keys_come_from_everywhere_and_never_show(tmp_path: Path) -> None:
     assert load({}, {"NV_EMBED_API_KEY": "key-1,key-2"}).api_keys() == [b"key-1", b"key-2"]
     assert "key-1" not in repr(got)
     assert "key-1" not in str(got.model_dump())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text('api_key: "key-1\n')
+    with pytest.raises(SettingsError) as caught:
+        load({"config": str(bad)}, {})
+    assert "key-1" not in str(caught.value)
     file.write_text("\n")
     with pytest.raises(SettingsError, match="holds no key"):
         got.api_keys()
+
+
+def test_every_kernel_can_be_asked_for() -> None:
+    """The front does not import torch, so the names stand in two places."""
+    from model.attention import KERNEL_NAMES
+
+    choices = get_args(Settings.model_fields["attention"].annotation)
+    assert set(choices) == {"auto", *KERNEL_NAMES}
 
 
 def test_help_names_every_option_but_the_hidden(capsys: pytest.CaptureFixture[str]) -> None:

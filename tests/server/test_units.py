@@ -100,6 +100,19 @@ def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "name", "value"),
+    [
+        ({"input_type": None, "prompt_name": "query"}, "input_type", "query"),
+        ({"dimensions": None, "output_dimension": 8}, "dimensions", 8),
+        ({"truncate": None, "truncation": True}, "truncate", "end"),
+    ],
+)
+def test_a_null_does_not_hide_another_name(fields: dict, name: str, value: object) -> None:
+    body = json.dumps({"model": "m", "input": "x", **fields}).encode()
+    assert getattr(schemas.parse_body(schemas.EmbeddingsRequest, body), name) == value
+
+
+@pytest.mark.parametrize(
     ("value", "expected"),
     [(True, "end"), (False, "none"), ("END", "end"), ("START", "start"), ("none", "none")],
 )

@@ -1,0 +1,157 @@
+"""What surrounds every request: its id, log line and metrics outside, its key inside.
+
+Two pure ASGI layers, with CORS (if it is on) between them, so that refusals and failures carry
+its headers, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.engine import EmbeddingEngine
+from server.errors import InternalError, InvalidKeyError, ServerError
+from server.metrics import ROUTES
+
+logger = logging.getLogger("nv_embed.access")
+
+CLIENT_CLOSED_REQUEST = 499
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+"""No key is needed, and a good answer is not worth a log line: probes and scrapers."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LABELS = {
+    "/v1/embeddings": "embeddings",
+    "/embeddings": "embeddings",
+    "/v1/instructions": "instructions",
+    "/livez": "health",
+    "/readyz": "health",
+    "/health": "health",
+    **{f"/{name}": name for name in ("tokenize", "info", "metrics")},
+}
+
+
+def error_response(error: ServerError) -> Response:
+    """The one envelope of every error."""
+    return Response(
+        orjson.dumps(error.body()),
+        error.status,
+        headers=error.headers(),
+        media_type="application/json",
+    )
+
+
+class RequestRecord:
+    """Outermost: gives each request its id, its log line and its place in the metrics.
+
+    `scope["log"]` is a dictionary that inner layers add to the log line.
+    """
+
+    def __init__(self, app: ASGIApp, *, engine: EmbeddingEngine, access_log: bool) -> None:
+        self._app, self._engine, self._access_log = app, engine, access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        request_id = _request_id(dict(scope["headers"]).get(b"x-request-id", b""))
+        details: dict[str, Any] = {}
+        scope["log"], scope["request_id"] = details, request_id
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if self._engine.draining:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            seconds = time.monotonic() - started
+            self._count(scope["path"], status or CLIENT_CLOSED_REQUEST, seconds)
+            if self._access_log:
+                details = {"ms": round(seconds * 1000, 1), **details, "request_id": request_id}
+                _log(scope, status or CLIENT_CLOSED_REQUEST, details)
+
+    def _count(self, path: str, status: int, seconds: float) -> None:
+        label = "models" if path.startswith("/v1/models") else _LABELS.get(path, "other")
+        assert label in ROUTES, label
+        metrics = self._engine.metrics
+        metrics.requests.labels(label, str(status)).inc()
+        if label == "embeddings":
+            metrics.request_seconds.observe(seconds)
+            if status == CLIENT_CLOSED_REQUEST:
+                metrics.cancelled.inc()
+
+
+class Gate:
+    """Innermost: asks for a key, and answers what nobody foresaw."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes]) -> None:
+        self._app = app
+        self._keys = [hashlib.sha256(key).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if refusal := self._refusal(scope):
+            await error_response(refusal)(scope, receive, send)
+            return
+        answered = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception:
+            request_id = scope["request_id"]
+            logger.exception("a request failed", extra={"request_id": request_id})
+            if not answered:
+                error = InternalError(f"The server failed; see its log at request {request_id}")
+                await error_response(error)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> InvalidKeyError | None:
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return None
+        given = dict(scope["headers"]).get(b"authorization")
+        if given is None:
+            return InvalidKeyError("You didn't provide an API key: send Authorization: Bearer KEY")
+        scheme, _, key = given.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared, each in constant time.
+        found = [hmac.compare_digest(digest, known) for known in self._keys]
+        if scheme.lower() == b"bearer" and any(found):
+            return None
+        return InvalidKeyError("Incorrect API key provided")
+
+
+def _request_id(given: bytes) -> str:
+    text = given.decode("latin-1")
+    return text if _REQUEST_ID.fullmatch(text) else uuid.uuid4().hex
+
+
+def _log(scope: Scope, status: int, details: dict[str, Any]) -> None:
+    path = scope["path"]
+    routine = path in OPEN_PATHS and status == HTTPStatus.OK
+    shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
+    level = logging.DEBUG if routine else logging.INFO
+    logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details)
