@@ -95,7 +95,8 @@ def embedder(
     if arguments.teacher:
         from model.training.teacher import Teacher
 
-        teacher = Teacher(None if arguments.teacher == "default" else arguments.teacher)
+        folder = None if arguments.teacher == "default" else arguments.teacher
+        teacher = Teacher(folder, dtype=arguments.dtype)
         return lambda texts, _instruction: teacher.encode(texts)
     from model.encoder import Encoder
     from model.hub import packaged_checkpoint
