@@ -73,9 +73,9 @@ class Corpus:
     held_out: list[Example]
     texts: list[str]
     targets: NDArray[np.float32]  # [len(texts), D], the teacher's vectors, projected
-    held_out_texts: list[str]
-    held_out_targets: NDArray[np.float32]
-    places: dict[str, int]  # text -> row of targets
+    drawn: range  # rows of texts from which a step's texts are drawn
+    held_out_texts: range  # rows of texts that are measured instead
+    places: dict[str, int]  # text -> its row, but for the held-out ones
 
 
 def load_corpus(settings: TrainingSettings) -> Corpus:
@@ -102,19 +102,13 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
         count = min(len(texts), len(vectors))
         if settings.last_text and count < settings.last_text:
             raise DataError(f"{settings.vectors} holds {count} vectors of {settings.last_text}")
-        span = slice(settings.first_text, settings.last_text or count)
-        texts = texts[:count][span]
-        targets = Projection.load(Path(settings.projection))(vectors[:count][span])
-    keep_out = min(settings.validation_rows, len(texts) // 10)
-    return Corpus(
-        examples,
-        held_out,
-        texts[keep_out:],
-        targets[keep_out:],
-        texts[:keep_out],
-        targets[:keep_out],
-        {text: row for row, text in enumerate(texts[keep_out:])},
-    )
+        texts = texts[:count]
+        targets = Projection.load(Path(settings.projection))(vectors[:count])
+    span = range(settings.first_text, settings.last_text or len(texts))
+    keep_out = min(settings.validation_rows, len(span) // 10)
+    measured = span[:keep_out]
+    places = {text: row for row, text in enumerate(texts) if row not in measured}
+    return Corpus(examples, held_out, texts, targets, span[keep_out:], measured, places)
 
 
 class Trainer:
@@ -142,7 +136,7 @@ class Trainer:
         self.step = 0
         self.autocast = _autocast_dtype(settings.dtype, self.device)
         self._pairs = Shuffle(len(self.corpus.examples) or 1, settings.seed, 1)
-        self._texts = Shuffle(len(self.corpus.texts) or 1, settings.seed, 2)
+        self._texts = Shuffle(len(self.corpus.drawn) or 1, settings.seed, 2)
         torch.manual_seed(settings.seed)
 
     # The run
@@ -226,8 +220,8 @@ class Trainer:
         prompts: list[Prompt] = [(e.query, e.query_instruction) for e in examples]
         prompts += [(e.positive, e.passage_instruction) for e in examples]
         prompts += negatives
-        rows = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
-        prompts += [(corpus.texts[row], "") for row in rows]
+        drawn = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
+        prompts += [(corpus.texts[corpus.drawn[row]], "") for row in drawn]
 
         vectors, tokens = self.embed(prompts)
         losses: dict[str, Tensor] = {}
@@ -287,9 +281,9 @@ class Trainer:
         """On the held-out rows: cosine to the teacher; MRR of positives among one another."""
         corpus = self.corpus
         scores: dict[str, float] = {}
-        if corpus.held_out_texts:
-            vectors = self._embed_all([(text, "") for text in corpus.held_out_texts])
-            targets = torch.from_numpy(corpus.held_out_targets)
+        if rows := list(corpus.held_out_texts):
+            vectors = self._embed_all([(corpus.texts[row], "") for row in rows])
+            targets = torch.from_numpy(corpus.targets[rows])
             scores["validation_cosine"] = round((vectors * targets).sum(-1).mean().item(), 5)
         if corpus.held_out:
             queries = self._embed_all([(e.query, e.query_instruction) for e in corpus.held_out])

@@ -31,13 +31,13 @@ if [ ! -f data/pairs.jsonl ]; then
   "$python" -m model.training.sources data --debian debian --translations "$translations" \
     "${sets[@]}"
 fi
-"$python" -m model.training.teacher data/texts.jsonl vectors --last-text 163840
+"$python" -m model.training.teacher data/texts.jsonl vectors --last-text 204800
 [ -d init ] || "$python" -m model.training.initialise init --texts data/texts.jsonl \
   --vectors vectors --tokenizer "$tokenizer"
 "$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
 "$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
 if [ ! -f data/stage2.jsonl ]; then
-  "$python" -m model.training.stages data --vectors vectors --last-text 163840 "${sets[@]}"
+  "$python" -m model.training.stages data --vectors vectors --last-text 204800 "${sets[@]}"
   if [ -n "${EVALUATION:-}" ]; then
     for stage in stage1 stage2; do  # what shares ten words with an evaluation set goes
       "$python" -m model.training.decontamination "data/$stage.jsonl" $EVALUATION -o clean.jsonl

@@ -216,7 +216,9 @@ def test_held_out_rows_are_not_learnt_from(settings: TrainingSettings) -> None:
     corpus = load_corpus(settings)
     assert len(corpus.held_out) == 6
     assert not {e.query for e in corpus.held_out} & {e.query for e in corpus.examples}
-    assert not set(corpus.held_out_texts) & set(corpus.texts)
+    assert len(corpus.held_out_texts) == 8
+    assert not set(corpus.held_out_texts) & set(corpus.drawn)
+    assert not set(corpus.held_out_texts) & set(corpus.places.values())
 
 
 def test_a_weight_repeats_rows(tiny_checkpoint: Path, tiny_data: Path) -> None:
