@@ -61,6 +61,7 @@ TRAINING = [
     "attention",
     "network",
     "export",
+    "average",
     "teacher",
     "initialise",
     "trainer",

@@ -10,6 +10,7 @@ losses.py       contrastive and distillation losses
 settings.py     every choice of a run; stage 1 and stage 2 are two values of it
 trainer.py      the loop: batches, steps, exact resume
 plot.py         losses and scores of a run, drawn
+average.py      the mean of several checkpoints
 export.py       the trained module -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives

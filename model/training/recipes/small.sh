@@ -47,4 +47,5 @@ if [ ! -f data/stage2.jsonl ]; then
 fi
 "$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
 "$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2
-echo "the model: $PWD/runs/stage2/checkpoint"
+"$python" -m model.training.average nv-embed-small runs/{distil2,stage1,stage2}/checkpoint
+echo "the model: $PWD/nv-embed-small"

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from model.attention import sdpa_per_sequence
 from model.batch import Encoding
 from model.encoder import Encoder
+from model.errors import CheckpointError
 from model.packing import Segments, pack
 from model.training.attention import grouped_products
+from model.training.average import average
 from model.training.examples import DataError
 from model.training.network import load_trained
 from model.training.plot import _smooth, plot
@@ -156,6 +158,18 @@ def test_the_export_serves_the_same_vectors(finished: Path, tiny_checkpoint: Pat
     before = Encoder(tiny_checkpoint, device="cpu", dtype="float32").encode(texts)
     assert np.abs(before - encoder.encode(texts)).max() > 0.01
     assert encoder.tokenizer.vocab_size == 32_000
+
+
+def test_the_average_of_checkpoints(
+    finished: Path, tiny_checkpoint: Path, golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    folders = [finished / "checkpoint", tiny_checkpoint]
+    mean = load_trained(average(folders, tmp_path / "mean"), device=torch.device("cpu"))
+    first, second = (load_trained(f, device=torch.device("cpu")).state_dict() for f in folders)
+    for name, parameter in mean.state_dict().items():
+        assert torch.allclose(parameter, (first[name] + second[name]) / 2, atol=2e-3), name
+    with pytest.raises(CheckpointError, match="another size"):
+        average([golden_checkpoint, tiny_checkpoint], tmp_path / "no")
 
 
 def test_instruction_tokens_stay_out_of_the_pool(
