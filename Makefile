@@ -10,7 +10,7 @@ PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install serve test check fix openapi gpu-check image tiny-model lock clean
+.PHONY: help install serve test check fix openapi gpu-check chaos image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 
 gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
 	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
+
+chaos: $(VENV)/.installed-test ## break a real server on purpose, at length (minutes)
+	CHAOS=full $(BIN)/pytest tests/chaos $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

@@ -9,7 +9,7 @@ queries = encoder.encode(["why is the sky blue?"], instruction=prefix)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,14 +101,28 @@ class Encoder:
             for first in range(0, len(texts), _WINDOW):
                 window = texts[first : first + _WINDOW]
                 encodings = self._tokenize(window, first, instruction, max_tokens, truncate)
-                for batch in batches_by_length(encodings, self.limits):
-                    rows = self.runner.embed([encodings[i] for i in batch])
-                    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-                    if bad.size:
-                        raise NonFiniteError([first + batch[row] for row in bad])
+                for batch, rows in self._batches(encodings, first):
                     vectors[[first + i for i in batch]] = rows
                     bar.update(len(batch))
         return vectors
+
+    def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
+        """-> [len(encodings), D], in their order. Raises NonFiniteError."""
+        vectors = np.empty((len(encodings), self.runner.info.width), dtype=np.float32)
+        for batch, rows in self._batches(encodings, first=0):
+            vectors[batch] = rows
+        return vectors
+
+    def _batches(
+        self, encodings: Sequence[Encoding], first: int
+    ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
+        """Indices of a batch and its rows, batch by batch; `first` is the number of index 0."""
+        for batch in batches_by_length(encodings, self.limits):
+            rows = self.runner.embed([encodings[i] for i in batch])
+            bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+            if bad.size:
+                raise NonFiniteError([first + batch[row] for row in bad])
+            yield batch, rows
 
     def _tokenize(
         self,

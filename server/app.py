@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from model.hub import ModelSource
 from server import schemas
+from server.byte_budget import ByteBudget
 from server.engine import EmbeddingEngine
 from server.errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, ServerError
 from server.middleware import (
@@ -39,7 +40,11 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
     Raises SettingsError when the file of keys cannot be used.
     """
     app = FastAPI(
-        title=TITLE, summary=SUMMARY, root_path=settings.root_path, redirect_slashes=False
+        title=TITLE,
+        summary=SUMMARY,
+        root_path=settings.root_path,
+        redirect_slashes=False,
+        openapi_url="/openapi.json" if settings.docs else None,
     )
     app.include_router(create_router(engine, settings))
     app.add_exception_handler(ServerError, _answer_error)
@@ -47,7 +52,8 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
     app.add_exception_handler(ClientGoneError, _answer_nobody)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     # The last one added is the outermost.
-    app.add_middleware(Gate, keys=settings.api_keys())
+    open_paths = OPEN_PATHS - ({"/metrics"} if settings.metrics_need_key else set())
+    app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -56,7 +62,8 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
-    app.add_middleware(RequestRecord, engine=engine, access_log=settings.access_log)
+    budget = ByteBudget(settings.max_inflight_bytes)
+    app.add_middleware(RequestRecord, engine=engine, budget=budget, access_log=settings.access_log)
     app.openapi = openapi_document  # type: ignore[method-assign]
     return app
 

@@ -1,6 +1,6 @@
 """Moves batches from the queue to the workers and resolves the requests' futures.
 
-The only one that resolves a future, counts an entry's attempts, or puts an entry back. A batch is
+The only one that resolves a future or puts an entry back. A batch is
 composed as late as possible: when a worker is idle, or when a full one waits for a CUDA worker
 that has one batch in hand. No sleeps, no polling.
 """
@@ -10,30 +10,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import BatchLimits, Encoding
+from model.batch import Encoding
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
+    DeviceMemoryError,
     NonFiniteVectorError,
     ServerError,
 )
 from server.metrics import Metrics
+from server.quarantine import Quarantine
 from server.request_queue import Entry, QueuedRequest, RequestQueue
 from server.supervisor import Worker
+from server.worker import Fault
 
 logger = logging.getLogger("nv_embed.batcher")
 
-_MAX_ATTEMPTS = 3
-"""Workers that may die over an entry before its request is given up."""
 _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
 _RATE_SMOOTHING = 0.2
+_HANG_FACTOR = 10
+_OVERDUE = 0.5
+"""Of a batch's patience, after which its worker is no sign of readiness any more."""
 
 
 class Answer:
@@ -67,17 +71,17 @@ class Answer:
 @dataclass(slots=True)
 class _Batch:
     entries: list[Entry[Answer]]
+    tokens: int
     handed_over: float
-    tokens: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = sum(len(entry) for entry in self.entries)
+    patience: float  # seconds until its worker counts as hung
+    watch: asyncio.TimerHandle  # kills the worker when no answer comes
 
 
 class Batcher:
     """See the module. Implements `WorkerEvents`; every method runs on the event loop."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, hang_timeout: float = 60.0) -> None:
+        """hang_timeout: seconds without an answer, at least, after which a worker is killed."""
         self.queue: RequestQueue[Answer] = RequestQueue()
         self.workers: list[Worker] = []
         self._metrics = metrics
@@ -85,14 +89,22 @@ class Batcher:
         self._batch_ids = 0
         self._scheduled = False
         self._tokens_per_s = 0.0
+        self._hang_timeout = hang_timeout
+        self._quarantine = Quarantine()
 
     # Requests
 
     def submit(
         self, encodings: Sequence[Encoding], *, deadline: float = float("inf")
     ) -> QueuedRequest[Answer]:
-        """Queue a request; `request.waiter.future` gives its rows, one per encoding."""
+        """Queue a request; `request.waiter.future` gives its rows, one per encoding.
+
+        Raises BatchFailedError for an input that is known to kill workers.
+        """
         now = time.monotonic()
+        culprit = self._quarantine.first_culprit(encodings, now)
+        if culprit is not None:
+            raise _deadly(culprit)
         request = QueuedRequest.of(
             encodings, Answer(len(encodings)), deadline=deadline, arrived=now
         )
@@ -117,9 +129,7 @@ class Batcher:
             for batch in batches.values():
                 for entry in batch.entries:
                     self._fail(entry.request, error)
-        everything = BatchLimits(max_tokens=1 << 62, max_seqs=1 << 62)
-        waiting, expired = self.queue.next_batch(everything, now=-1.0)
-        for request in [entry.request for entry in waiting] + expired:
+        for request in self.queue.clear():
             self._fail(request, error)
 
     @property
@@ -127,6 +137,14 @@ class Batcher:
         """Requests with an input in a worker's hands."""
         out = (batch for batches in self._out.values() for batch in batches.values())
         return len({id(entry.request) for batch in out for entry in batch.entries})
+
+    def is_stuck(self) -> bool:
+        """Whether no worker has answered lately: each has a batch that is long overdue."""
+        now = time.monotonic()
+        return bool(self._out) and all(
+            any(now - b.handed_over > _OVERDUE * b.patience for b in batches.values())
+            for batches in self._out.values()
+        )
 
     def seconds_of_work(self) -> float:
         """How long the queue will take at the measured rate; 1 before there is one."""
@@ -143,30 +161,35 @@ class Batcher:
     def worker_lost(self, worker: Worker) -> None:
         self.workers.remove(worker)
         self._metrics.worker_deaths.inc()
+        batches = list(self._out.pop(worker).values())
+        for batch in batches:
+            batch.watch.cancel()
+        if batches:
+            self._blame(batches[0])  # the others waited behind it
         # The oldest batch goes back last, so that it comes first.
-        for batch in reversed(self._out.pop(worker).values()):
-            self._retry(batch.entries)
+        for batch in reversed(batches):
+            self.queue.put_back(e for e in batch.entries if not e.request.waiter.done)
         self._schedule()
 
     def batch_done(
-        self, worker: Worker, batch_id: int, rows: NDArray[np.float32], bad: Sequence[int]
+        self,
+        worker: Worker,
+        batch_id: int,
+        rows: NDArray[np.float32],
+        faults: Mapping[int, Fault],
     ) -> None:
-        batch = self._out[worker].pop(batch_id)
+        batch = self._take_back(worker, batch_id)
         self._measure(batch)
-        for index in bad:
+        for index, fault in faults.items():
             entry = batch.entries[index]
-            error = NonFiniteVectorError(
-                f"the model returned a vector that is not finite for input[{entry.index}]",
-                param=f"input[{entry.index}]",
-            )
-            self._fail(entry.request, error)
+            self._fail(entry.request, _fault_error(fault, entry))
         for entry, row in zip(batch.entries, rows, strict=True):
             if not entry.request.waiter.done:
                 entry.request.waiter.set_row(entry.index, row)
         self._schedule()
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
-        batch = self._out[worker].pop(batch_id)
+        batch = self._take_back(worker, batch_id)
         for entry in batch.entries:
             self._fail(
                 entry.request,
@@ -204,13 +227,32 @@ class Batcher:
         if not entries:
             return
         self._batch_ids = (self._batch_ids + 1) % (1 << 32)
-        batch = _Batch(entries, now)
-        self._out[worker][self._batch_ids] = batch
+        tokens = sum(len(entry) for entry in entries)
+        patience = self._patience(worker, tokens)
+        watch = asyncio.get_running_loop().call_later(patience, self._hung, worker)
+        self._out[worker][self._batch_ids] = _Batch(entries, tokens, now, patience, watch)
         worker.send(self._batch_ids, [entry.encoding for entry in entries])
         for entry in entries:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)
-        self._metrics.batch_tokens.observe(batch.tokens)
+        self._metrics.batch_tokens.observe(tokens)
         self._metrics.batch_inputs.observe(len(entries))
+
+    def _take_back(self, worker: Worker, batch_id: int) -> _Batch:
+        batch = self._out[worker].pop(batch_id)
+        batch.watch.cancel()
+        return batch
+
+    def _patience(self, worker: Worker, tokens: int) -> float:
+        """Seconds that an answer may take: ten times what the measured rate predicts for all
+        that the worker has in hand, and never less than the option. Before anything was measured
+        ten times the option: the first batch may be the longest."""
+        in_hand = tokens + sum(batch.tokens for batch in self._out[worker].values())
+        predicted = in_hand / self._tokens_per_s if self._tokens_per_s else self._hang_timeout
+        return max(self._hang_timeout, _HANG_FACTOR * predicted)
+
+    def _hung(self, worker: Worker) -> None:
+        logger.error("worker %d gave no answer for too long: killing it", worker.slot)
+        worker.kill()
 
     def _measure(self, batch: _Batch) -> None:
         seconds = time.monotonic() - batch.handed_over
@@ -221,23 +263,34 @@ class Batcher:
         weight = _RATE_SMOOTHING if self._tokens_per_s else 1.0
         self._tokens_per_s += weight * (rate - self._tokens_per_s)
 
-    def _retry(self, entries: Sequence[Entry[Answer]]) -> None:
-        """Put the entries of a lost batch back, but for those that nobody awaits."""
-        wanted = []
-        for entry in entries:
-            entry.attempts += 1
-            if entry.attempts >= _MAX_ATTEMPTS:
-                self._fail(
-                    entry.request,
-                    BatchFailedError(
-                        f"{entry.attempts} workers died over a batch with input[{entry.index}]"
-                    ),
-                )
-            elif not entry.request.waiter.done:
-                wanted.append(entry)
-        # Only now: an entry that failed takes the others of its request with it.
-        self.queue.put_back(entry for entry in wanted if not entry.request.waiter.done)
+    def _blame(self, batch: _Batch) -> None:
+        """Its worker died while it ran this batch."""
+        culprit = self._quarantine.blame(batch.entries, time.monotonic())
+        if culprit is not None:
+            logger.error(
+                "an input of %d tokens killed %d workers in a row, alone: its request fails",
+                len(culprit),
+                culprit.deaths_alone,
+            )
+            self._fail(culprit.request, _deadly(culprit.index))
 
     def _fail(self, request: QueuedRequest[Answer], error: ServerError) -> None:
         self.queue.discard(request)
         request.waiter.fail(error)
+
+
+def _fault_error(fault: Fault, entry: Entry[Answer]) -> ServerError:
+    param = f"input[{entry.index}]"
+    if fault is Fault.NOT_FINITE:
+        return NonFiniteVectorError(f"the model's vector for {param} is not finite", param=param)
+    return DeviceMemoryError(
+        f"{param} has {len(entry)} tokens, which do not fit into the device's memory: shorten it",
+        param=param,
+    )
+
+
+def _deadly(index: int) -> BatchFailedError:
+    return BatchFailedError(
+        f"input[{index}] made engine workers fail, again and again; it is refused for a while",
+        param=f"input[{index}]",
+    )

@@ -1,129 +1,183 @@
-"""`nv-embed encode`: a file of texts to a file of vectors, without a server.
+"""`nv-embed encode`: a file of texts to files of vectors, without a server, resumable.
 
-Reads text or JSON lines a chunk at a time; writes to a temporary file that is renamed when whole.
+The rows are embedded a shard at a time; a shard is written whole or not at all, so that being
+killed costs the shard in hand. A manifest beside the output says what it was made of; `--resume`
+goes on only with the same. Constant memory: a shard's worth.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 
-import numpy as np
 import orjson
 from tqdm import tqdm
 
 from model.errors import InputError, NonFiniteError
+from model.hub import ModelSource, weight_files
 from model.tokenizer import Truncation
+from server.text_files import InputFileError, sha256_of
+from server.vector_files import FORMATS, VectorFormat, replacing
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
 
-_CHUNK = 4096
-"""Texts in memory at once."""
+
+Row = TypeVar("Row")
+Row_contra = TypeVar("Row_contra", contravariant=True)
 
 
-class InputFileError(Exception):
-    """A line of the input cannot be used; the message holds its number."""
+class WriteShard(Protocol[Row_contra]):
+    def __call__(self, file: BinaryIO, rows: Sequence[Row_contra], first: int, /) -> None: ...
 
 
-def is_json_lines(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".ndjson", ".json")
+class ResumeError(Exception):
+    """The output there was not made of the same things, or must not be overwritten."""
 
 
-def read_texts(path: Path, field: str) -> Iterator[str]:
-    """The texts of a file: one a line, or `field` of each JSON line (or a JSON string).
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is embedded, how, and where to. `target` is a file, or a folder for shards."""
 
-    Raises InputFileError with the number of a bad line.
+    source: Path
+    target: Path
+    field: str
+    prefix: str
+    truncate: Truncation
+    shard_size: int
+    format: VectorFormat
+
+    @property
+    def parts(self) -> Path:
+        """The folder of the shards."""
+        return self.target if self.is_folder else self.target.with_name(self.target.name + ".parts")
+
+    @property
+    def is_folder(self) -> bool:
+        return self.target.suffix not in FORMATS
+
+    @property
+    def manifest(self) -> Path:
+        if self.is_folder:
+            return self.target / "manifest.json"
+        return self.target.with_name(self.target.name + ".manifest.json")
+
+    def shard(self, number: int) -> Path:
+        return self.parts / f"part-{number:05}{self.format.suffix}"
+
+
+def describe(
+    job: Job, model: ModelSource, how: dict[str, Any], rows_of_input: Iterator[Any]
+) -> dict[str, Any]:
+    """The manifest of a job: everything that its vectors depend on. Reads the whole input once,
+    so a bad row is found before a model is loaded. Raises InputFileError."""
+    rows = sum(1 for _ in rows_of_input)
+    if not rows:
+        raise InputFileError(f"{job.source} holds no text")
+    return {
+        "input": {"sha256": sha256_of(job.source), "rows": rows, "field": job.field},
+        "model": {
+            "id": model.model_id,
+            "revision": model.revision,
+            "fingerprint": fingerprint(model.path),
+            **how,
+        },
+        "prefix": job.prefix,
+        "truncate": str(job.truncate),
+        "format": job.format.suffix,
+        "shard_size": job.shard_size,
+        "shards": -(-rows // job.shard_size),
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint's config, tokenizer and tensor tables; not of its gigabytes."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", folder / "tokenizer.json"):
+        digest.update(path.read_bytes())
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digest.update(path.stat().st_size.to_bytes(8, "little"))
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+    return digest.hexdigest()
+
+
+def prepare(job: Job, manifest: dict[str, Any], *, resume: bool) -> bool:
+    """Make the output's place ready; False when all is done already. Raises ResumeError."""
+    earlier = _read_manifest(job.manifest)
+    if not resume:
+        if earlier is not None and not earlier.get("complete"):
+            raise ResumeError(
+                f"{job.manifest} is of an unfinished run: go on with --resume, or remove it"
+            )
+        if job.is_folder and job.target.exists() and any(job.target.iterdir()):
+            raise ResumeError(f"{job.target} is not empty: take another folder, or --resume")
+        shutil.rmtree(job.parts, ignore_errors=True)
+    elif earlier is not None:
+        complete = earlier.pop("complete", False)
+        changed = [name for name in manifest if manifest[name] != earlier.get(name)]
+        if changed:
+            raise ResumeError(
+                f"{job.manifest} was made with another {', '.join(changed)}: the vectors would "
+                "not belong together"
+            )
+        if complete:
+            return False
+    job.parts.mkdir(parents=True, exist_ok=True)
+    _write_manifest(job.manifest, manifest)
+    return True
+
+
+def run(job: Job, manifest: dict[str, Any], rows: Iterator[Row], write: WriteShard[Row]) -> None:
+    """Write what is missing of the shards, then put them together.
+
+    rows: of the input, from its beginning; write: makes a shard of some of them.
     """
-    json_lines = is_json_lines(path)
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                text = _json_text(raw, field) if json_lines else raw.decode().rstrip("\r\n")
-            except (ValueError, KeyError) as error:
-                raise InputFileError(f"{path}, line {number}: {_reason(error, field)}") from None
-            if not text:
-                raise InputFileError(f"{path}, line {number}: the text is empty")
-            yield text
-
-
-def count_texts(path: Path, field: str) -> int:
-    """How many texts a file holds. Raises InputFileError for a bad line, or when it holds none:
-    before a model is loaded."""
-    count = sum(1 for _ in read_texts(path, field))
-    if not count:
-        raise InputFileError(f"{path} holds no text")
-    return count
-
-
-def _json_text(raw: bytes, field: str) -> str:
-    value = orjson.loads(raw)
-    text = value[field] if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise ValueError(f"expected a string or an object with a string in {field!r}")
-    return text
-
-
-def _reason(error: Exception, field: str) -> str:
-    if isinstance(error, KeyError):
-        return f"no field {field!r} (--field names it)"
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8: convert the file first (iconv -f LATIN1 -t UTF-8)"
-    return f"{error}"
-
-
-def encode_file(
-    encoder: Encoder,
-    source: Path,
-    target: Path,
-    *,
-    count: int,
-    field: str,
-    instruction: str,
-    truncate: Truncation,
-) -> None:
-    """Embed the `count` texts of `source` into `target` (.npy, or JSON lines)."""
-    texts = read_texts(source, field)
-    width = encoder.runner.info.width
-    with (
-        _replacing(target) as file,
-        tqdm(total=count, desc="Embedding", unit=" texts", disable=None) as bar,
-    ):
-        if target.suffix == ".npy":
-            header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
-            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-        done = 0
-        while chunk := list(islice(texts, _CHUNK)):
-            try:
-                vectors = encoder.encode(chunk, instruction, truncate=truncate, progress=False)
-            except InputError as error:
-                number = done + (error.index or 0) + 1
-                raise InputFileError(f"{source}, line {number}: {error}") from None
-            except NonFiniteError as error:
-                number = done + error.rows[0] + 1
-                raise InputFileError(f"{source}, line {number}: {error}") from None
-            if target.suffix == ".npy":
-                file.write(vectors.astype("<f4").tobytes())
-            else:
-                for index, vector in enumerate(vectors, done):
-                    line = {"index": index, "embedding": vector}
-                    file.write(orjson.dumps(line, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-            done += len(chunk)
+    count, shards = manifest["input"]["rows"], manifest["shards"]
+    with tqdm(total=count, desc="Embedding", unit=" rows", disable=None) as bar:
+        for number in range(shards):
+            chunk = list(islice(rows, job.shard_size))
+            if not job.shard(number).exists():
+                with replacing(job.shard(number)) as file:
+                    write(file, chunk, number * job.shard_size)
             bar.update(len(chunk))
-    assert done == count, f"{source} changed while it was read: {count}, then {done} texts"
+    if not job.is_folder:
+        with replacing(job.target) as file:
+            job.format.join(file, [job.shard(number) for number in range(shards)], count)
+    _write_manifest(job.manifest, {**manifest, "complete": True})
+    if not job.is_folder:
+        shutil.rmtree(job.parts)
 
 
-@contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes the target's name when the block ends well, and vanishes otherwise."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def text_shards(job: Job, encoder: Encoder) -> WriteShard[str]:
+    """Makes shards of texts. It raises InputFileError for a text that cannot be embedded."""
+
+    def write(file: BinaryIO, texts: Sequence[str], first: int) -> None:
+        try:
+            vectors = encoder.encode(texts, job.prefix, truncate=job.truncate, progress=False)
+        except (InputError, NonFiniteError) as error:
+            index = error.rows[0] if isinstance(error, NonFiniteError) else error.index or 0
+            raise InputFileError(f"{job.source}, line {first + index + 1}: {error}") from None
+        job.format.write(file, vectors, first)
+
+    return write
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raw = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ResumeError(f"{path} is not a manifest") from None
+    return dict(raw)
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")

@@ -7,12 +7,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from model.errors import ModelError
 from server import logs, settings
 from server.errors import SettingsError
+
+if TYPE_CHECKING:
+    from model.encoder import Encoder
+    from model.hub import ModelSource
+    from server import bulk
+    from server.batch_files import BatchAnswers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     encode = commands.add_parser(
         "encode",
         help="embed a file of texts",
-        description="Embed each line of a text file, or a field of each JSON line, without a "
-        "server. The output holds one vector per line, in order.",
+        description="Embed each line of a text file, a field of each JSON line, or a column of a "
+        "Parquet file, without a server. The output holds one vector per row, in order. Ended by "
+        "Ctrl-C or worse, --resume goes on: at most one shard is lost.",
         epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
     )
     _add_encode_arguments(encode)
@@ -108,11 +116,34 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     from model.tokenizer import Truncation
 
-    parser.add_argument("file", type=Path, metavar="FILE", help="text, or JSON lines (.jsonl)")
+    parser.add_argument("file", type=Path, metavar="FILE", help="text, JSON lines or .parquet")
     parser.add_argument(
-        "-o", "--output", type=Path, help="FILE.npy or .jsonl (default: FILE with .npy)"
+        "-o",
+        "--output",
+        type=Path,
+        help="a file (.npy, .jsonl or .parquet), or a folder for shards (default: FILE.npy)",
     )
-    parser.add_argument("--field", default="text", help="of JSON lines (default: %(default)s)")
+    parser.add_argument(
+        "--openai-batch",
+        action="store_true",
+        help="FILE is an OpenAI batch file: requests to /v1/embeddings, each with a custom_id",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an earlier run of the same was ended"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        default=8192,
+        help="texts that are written at once, and lost at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        default="npy",
+        choices=("npy", "jsonl", "parquet"),
+        help="of the shards in a folder (default: %(default)s)",
+    )
+    parser.add_argument("--field", default="text", help="of JSON, or column (default: %(default)s)")
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument("--prompt", help="prefix of each text, verbatim")
     prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
@@ -124,6 +155,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
+    parser.add_argument("--runner", help=argparse.SUPPRESS)
     _add_model_arguments(parser)
 
 
@@ -141,58 +173,119 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _encode(arguments: argparse.Namespace) -> int:
     logs.configure("text", "info")
+    from model.hub import locate
     from server import bulk
+    from server.text_files import InputFileError
 
-    output = arguments.output or arguments.file.with_suffix(".npy")
-    if output.suffix not in (".npy", ".jsonl"):
-        raise SettingsError(f"--output {output}: write to .npy or .jsonl")
-    if not arguments.file.is_file():
-        raise SettingsError(f"there is no file {arguments.file}")
-    if not output.parent.is_dir():
-        raise SettingsError(f"--output: there is no folder {output.parent}")
-    if output.exists() and output.samefile(arguments.file):
-        raise SettingsError(f"--output {output} is the input file")
-    prefix = _encode_prefix(arguments)
+    job = _encode_job(arguments)
+    model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
+    how = {name: getattr(arguments, name) for name in ("dtype", "quantization")}
     try:
-        count = bulk.count_texts(arguments.file, arguments.field)
-        width = _encode_texts(arguments, output, prefix or "", count)
-    except bulk.InputFileError as error:
+        manifest = bulk.describe(job, model, how, _rows(arguments))
+        if bulk.prepare(job, manifest, resume=arguments.resume):
+            encoder = _encoder(arguments)
+            if arguments.openai_batch:
+                answers = _batch_answers(arguments, encoder, model)
+                bulk.run(job, manifest, _rows(arguments), answers.write)
+            else:
+                bulk.run(job, manifest, _rows(arguments), bulk.text_shards(job, encoder))
+    except (InputFileError, bulk.ResumeError) as error:
         print(f"nv-embed encode: {error}", file=sys.stderr)
         return 1
-    print(f"{count} vectors of {width} dimensions in {output}")
+    except KeyboardInterrupt:
+        print("\nnv-embed encode: interrupted; the same command with --resume goes on")
+        return 130
+    print(f"{manifest['input']['rows']} rows in {job.target}")
     return 0
 
 
-def _encode_texts(arguments: argparse.Namespace, output: Path, prefix: str, count: int) -> int:
-    """Load the model and do the work; returns the vectors' width."""
-    from model.encoder import Encoder
-    from server import bulk
+def _rows(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The rows of the input, from its beginning."""
+    from server import batch_files, text_files
 
-    options = {
-        name: getattr(arguments, name)
-        for name in (
-            "device",
-            "dtype",
-            "quantization",
-            "attention",
-            "threads",
-            "max_batch_tokens",
-        )
-        if getattr(arguments, name) is not None
-    }
-    encoder = Encoder(
-        arguments.model, revision=arguments.revision, offline=arguments.offline, **options
-    )
-    bulk.encode_file(
+    if arguments.openai_batch:
+        return batch_files.read_requests(arguments.file)
+    return text_files.read_texts(arguments.file, arguments.field)
+
+
+def _batch_answers(
+    arguments: argparse.Namespace, encoder: Encoder, model: ModelSource
+) -> BatchAnswers:
+    from server.batch_files import BatchAnswers
+    from server.inputs import InputTokenizer
+    from server.instructions import Defaults
+    from server.names import ServedNames
+
+    return BatchAnswers(
         encoder,
-        arguments.file,
-        output,
-        count=count,
-        field=arguments.field,
-        instruction=prefix,
-        truncate=arguments.truncate,
+        InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
+        ServedNames(model.model_id),
+        Defaults(settings.Settings().query_instruction),
     )
-    return encoder.runner.info.width
+
+
+def _encode_job(arguments: argparse.Namespace) -> bulk.Job:
+    from server import bulk
+    from server.vector_files import FORMATS
+
+    source: Path = arguments.file
+    target: Path = arguments.output or source.with_suffix(".npy")
+    if arguments.openai_batch and arguments.output is None:
+        target = source.with_name(f"{source.stem}.answers.jsonl")
+    suffix = target.suffix or f".{arguments.format}"
+    if arguments.openai_batch and suffix != ".jsonl":
+        raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
+    if suffix not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise SettingsError(f"--output {target}: write to {known}, or to a folder")
+    if not source.is_file():
+        raise SettingsError(f"there is no file {source}")
+    if not target.parent.is_dir():
+        raise SettingsError(f"--output: there is no folder {target.parent}")
+    if target.exists() and target.samefile(source):
+        raise SettingsError(f"--output {target} is the input file")
+    prefix = _encode_prefix(arguments) or ""
+    return bulk.Job(
+        source,
+        target,
+        arguments.field,
+        prefix,
+        arguments.truncate,
+        arguments.shard_size,
+        FORMATS[suffix],
+    )
+
+
+def _encoder(arguments: argparse.Namespace) -> Encoder:
+    from model.encoder import Encoder
+
+    if arguments.runner:
+        return _encoder_around(arguments)
+    return Encoder(
+        arguments.model,
+        revision=arguments.revision,
+        offline=arguments.offline,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        attention=arguments.attention,
+        threads=arguments.threads,
+        max_batch_tokens=arguments.max_batch_tokens,
+    )
+
+
+def _encoder_around(arguments: argparse.Namespace) -> Encoder:
+    """With another runner than the model, for tests and benchmarks."""
+    from model.batch import BatchLimits, RunnerOptions
+    from model.encoder import Encoder
+    from model.hub import locate
+    from model.tokenizer import NVEmbedTokenizer
+    from server.worker import load_factory
+
+    path = locate(arguments.model, revision=arguments.revision, offline=arguments.offline).path
+    runner = load_factory(arguments.runner)(RunnerOptions(path=str(path)))
+    limits = BatchLimits(arguments.max_batch_tokens or 1024, max_seqs=256)
+    return Encoder.of(NVEmbedTokenizer.from_dir(path), runner, limits, max_tokens=32_768)
 
 
 def _encode_prefix(arguments: argparse.Namespace) -> str | None:

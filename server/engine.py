@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,44 +18,24 @@ from numpy.typing import NDArray
 from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
-from model.errors import EmptyPoolError, InputTooLongError, ModelError
 from model.hub import NVIDIA_NOTICE, ModelSource, weight_files
-from model.tokenizer import (
-    BOS_ID,
-    EOS_ID,
-    MAX_PIECE_CHARS,
-    NVEmbedTokenizer,
-    Truncation,
-    to_encoding,
-)
+from model.tokenizer import NVEmbedTokenizer
 from server.batcher import Batcher
 from server.errors import (
-    ContextLengthExceededError,
-    InvalidRequestError,
     OverloadedError,
     SettingsError,
     UnavailableError,
 )
+from server.inputs import InputTokenizer, Tokenization
 from server.metrics import Metrics
-from server.settings import MAX_REQUEST_TOKENS, Settings
+from server.schemas import Input
+from server.settings import Settings
 from server.supervisor import Supervisor, worker_options
 
 logger = logging.getLogger("nv_embed.engine")
 
-Input = str | list[int]
-"""A text, or token ids that are used verbatim."""
-
 _INLINE_CHARS = 1024
 """Texts up to this many characters are tokenized on the event loop (about 1.6 ms at most)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenization:
-    """How inputs become Encodings."""
-
-    prefix: str | None = None  # verbatim instruction; None and "" put nothing in front
-    truncate: Truncation | None = None  # None: the server's default
-    max_tokens: int | None = None  # a request's own, lower limit
 
 
 class EmbeddingEngine:
@@ -66,13 +45,13 @@ class EmbeddingEngine:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
         self.source = source
         self.config = NVEmbedConfig.from_dir(source.path)
-        self.tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        tokenizer = NVEmbedTokenizer.from_dir(source.path)
         weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
-        self._truncate = settings.truncate
-        self._batcher = Batcher(self.metrics)
+        self._tokenizer = InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
+        self._batcher = Batcher(self.metrics, hang_timeout=settings.hang_timeout)
         base = RunnerOptions(
             path=str(source.path),
             dtype=settings.dtype,
@@ -134,6 +113,8 @@ class EmbeddingEngine:
         if not self._batcher.workers:
             reasons = sorted(set(self._supervisor.trouble.values())) or ["no worker is ready"]
             return "; ".join(reasons)
+        if self._batcher.is_stuck():
+            return "no worker has answered lately"
         return None
 
     @property
@@ -226,106 +207,7 @@ class EmbeddingEngine:
 
     async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17]."""
-        truncate = self._truncate if how.truncate is None else how.truncate
-        max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
-        prefix = how.prefix or ""
-        texts = [text for text in inputs if isinstance(text, str)]
-        self._refuse_if_hopeless(texts, prefix, max_tokens)
-        work = partial(
-            self.tokenizer.encode_batch,
-            texts,
-            prefix,
-            max_tokens=max_tokens,
-            truncate=truncate,
-        )
-        if len(prefix) * len(texts) + sum(map(len, texts)) <= _INLINE_CHARS:
-            results = work()
-        else:
-            results = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        if prefix and len(texts) < len(inputs):
-            raise InvalidRequestError(
-                'an instruction cannot be put before token ids: send text, or prompt: ""',
-                param="input",
-            )
-        encoded = iter(results)
-        encodings = []
-        for index, item in enumerate(inputs):
-            if isinstance(item, str):
-                encodings.append(self._checked(next(encoded), index, len(inputs)))
-            else:
-                encodings.append(
-                    self._from_ids(item, _param(index, len(inputs)), max_tokens, truncate)
-                )
-        total = sum(len(encoding) for encoding in encodings)
-        if total > MAX_REQUEST_TOKENS:
-            raise _too_many_tokens(f"{total}")
-        return encodings
-
-    @staticmethod
-    def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
-        """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
-        if len(prefix) > MAX_PIECE_CHARS * max_tokens:
-            raise ContextLengthExceededError(
-                f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
-                param="prompt",
-            )
-        least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
-        if sum(least) > MAX_REQUEST_TOKENS:
-            raise _too_many_tokens(f"more than {MAX_REQUEST_TOKENS}")
-
-    @staticmethod
-    def _checked(result: Encoding | ModelError, index: int, count: int) -> Encoding:
-        if isinstance(result, InputTooLongError):
-            raise _too_long(result.num_tokens, result.max_tokens, _param(index, count))
-        if isinstance(result, EmptyPoolError):
-            raise InvalidRequestError(f"{result}", param=_param(index, count))
-        assert isinstance(result, Encoding), result
-        return result
-
-    def _from_ids(
-        self, ids: list[int], param: str, max_tokens: int, truncate: Truncation
-    ) -> Encoding:
-        """Check ids and use them verbatim. Foreign ids (tiktoken's) mean other words here."""
-        vocabulary = self.tokenizer.vocab_size
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            raise InvalidRequestError(
-                f"token ids must lie between 0 and {vocabulary - 1}. {_FOREIGN_IDS}", param=param
-            )
-        whole = len(ids) == self.max_input_tokens or ids[-1] == EOS_ID
-        if len(ids) < 2 or ids[0] != BOS_ID or BOS_ID in ids[1:] or not whole:
-            raise InvalidRequestError(
-                f"token ids must start with BOS ({BOS_ID}), hold no other BOS, and end with EOS "
-                f"({EOS_ID}). {_FOREIGN_IDS}",
-                param=param,
-            )
-        try:
-            return to_encoding(ids, 0, max_tokens, truncate)
-        except InputTooLongError as error:
-            raise _too_long(error.num_tokens, error.max_tokens, param) from None
-
-
-_FOREIGN_IDS = (
-    "These look like ids of another tokenizer: send text instead (LangChain's OpenAIEmbeddings: "
-    "check_embedding_ctx_length=False), or ids from POST /tokenize"
-)
-
-
-def _param(index: int, count: int) -> str:
-    return "input" if count == 1 else f"input[{index}]"
-
-
-def _too_long(num_tokens: int | None, max_tokens: int, param: str) -> ContextLengthExceededError:
-    shown = f"more than {max_tokens}" if num_tokens is None else f"{num_tokens}"
-    return ContextLengthExceededError(
-        f"This model's maximum context length is {max_tokens} tokens, however you requested "
-        f'{shown} tokens ({param}). Shorten the input or send truncate: "END".',
-        param=param,
-    )
-
-
-def _too_many_tokens(shown: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the inputs have {shown} tokens together, the limit of one request is "
-        f"{MAX_REQUEST_TOKENS}: send fewer inputs at once",
-        param="input",
-    )
+        if self._tokenizer.num_chars(inputs, how) <= _INLINE_CHARS:
+            return self._tokenizer.tokenize(inputs, how)
+        work = partial(self._tokenizer.tokenize, inputs, how)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -2,7 +2,8 @@
 
 ServerError                        500 server_error
 ├── InvalidRequestError            400 invalid_request_error; `param` names the field: input[17]
-│   └── ContextLengthExceededError     context_length_exceeded
+│   ├── ContextLengthExceededError     context_length_exceeded
+│   └── DeviceMemoryError              input_too_large: it alone does not fit into memory
 ├── InvalidKeyError                401 invalid_api_key
 ├── NotFoundError                  404 not_found
 │   └── ModelNotFoundError             model_not_found
@@ -78,6 +79,10 @@ class InvalidRequestError(ServerError):
 
 class ContextLengthExceededError(InvalidRequestError):
     code = "context_length_exceeded"
+
+
+class DeviceMemoryError(InvalidRequestError):
+    code = "input_too_large"
 
 
 class InvalidKeyError(InvalidRequestError):

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 from collections.abc import Iterator
 from types import FrameType
@@ -22,6 +23,7 @@ from model.hub import ModelSource
 from server.app import create_app
 from server.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
+from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")
@@ -56,22 +58,8 @@ def run(settings: Settings, source: ModelSource) -> int:
 
 async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
-    app = create_app(settings, engine)
     listener, address = _listen(settings)
-    server = _Uvicorn(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            http="httptools",
-            lifespan="off",
-            root_path=settings.root_path,
-            timeout_graceful_shutdown=int(_CLOSE_S),
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            backlog=_BACKLOG,
-        )
-    )
+    server = _Uvicorn(_uvicorn_config(settings, engine))
     stop = _Signals()
     logger.info("listening on %s; the model is loading", address)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -99,6 +87,39 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         if settings.uds:
             _unlink_socket(settings.uds)
         logger.info("stopped")
+
+
+def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Config:
+    """Raises SettingsError when the keys or the certificate cannot be used."""
+    config = uvicorn.Config(
+        create_app(settings, engine),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        http=limited(_protocol_limits(settings), engine.metrics.count_refusal),
+        ws="none",
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        lifespan="off",
+        root_path=settings.root_path,
+        timeout_graceful_shutdown=int(_CLOSE_S),
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        backlog=_BACKLOG,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"--tls-certificate, --tls-key: {error}") from None
+    return config
+
+
+def _protocol_limits(settings: Settings) -> ProtocolLimits:
+    return ProtocolLimits(
+        header_timeout=settings.header_timeout,
+        body_timeout=settings.body_timeout,
+        write_timeout=settings.write_timeout,
+        max_connections=settings.max_connections,
+    )
 
 
 async def _drain(engine: EmbeddingEngine, stop: _Signals, timeout: float) -> None:  # noqa: ASYNC109
@@ -146,7 +167,8 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         raise SettingsError(f"cannot listen on {where}: {error.strerror} ({option})") from None
     if not settings.uds:
         host, port = listener.getsockname()[:2]
-        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if settings.tls_certificate else "http"
+        address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
     return listener, address
 
 

@@ -65,6 +65,10 @@ class Metrics:
             "nv_embed_worker_deaths", "Engine workers that died and were replaced"
         )
 
+    def count_refusal(self, status: int) -> None:
+        """A request that was refused before it had a route."""
+        self.requests.labels("other", str(status)).inc()
+
     def watch(
         self,
         *,

@@ -20,6 +20,7 @@ import orjson
 from fastapi import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.byte_budget import ByteBudget
 from server.engine import EmbeddingEngine
 from server.errors import InternalError, InvalidKeyError, ServerError
 from server.metrics import ROUTES
@@ -54,11 +55,15 @@ def error_response(error: ServerError) -> Response:
 class RequestRecord:
     """Outermost: gives each request its id, its log line and its place in the metrics.
 
-    `scope["log"]` is a dictionary that inner layers add to the log line.
+    `scope["log"]` is a dictionary that inner layers add to the log line; on `scope["bytes"]` they
+    count what they keep in memory.
     """
 
-    def __init__(self, app: ASGIApp, *, engine: EmbeddingEngine, access_log: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, engine: EmbeddingEngine, budget: ByteBudget, access_log: bool
+    ) -> None:
         self._app, self._engine, self._access_log = app, engine, access_log
+        self._budget = budget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,7 +85,8 @@ class RequestRecord:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            with self._budget.reservation() as scope["bytes"]:
+                await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started
             self._count(scope["path"], status or CLIENT_CLOSED_REQUEST, seconds)
@@ -102,8 +108,8 @@ class RequestRecord:
 class Gate:
     """Innermost: asks for a key, and answers what nobody foresaw."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes]) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], open_paths: frozenset[str]) -> None:
+        self._app, self._open_paths = app, open_paths
         self._keys = [hashlib.sha256(key).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,7 +136,7 @@ class Gate:
                 await error_response(error)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> InvalidKeyError | None:
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        if not self._keys or scope["path"] in self._open_paths:
             return None
         given = dict(scope["headers"]).get(b"authorization")
         if given is None:

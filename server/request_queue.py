@@ -27,7 +27,9 @@ class Entry(Generic[Waiter]):
     encoding: Encoding
     index: int  # its place in the request
     request: QueuedRequest[Waiter]
-    attempts: int = 0  # how often it was handed to a worker that then died
+    deaths: int = 0  # how many workers died with it in the batch that they ran
+    deaths_alone: int = 0  # and how many of them with nothing else in the batch
+    alone: bool = False  # it must have its batch to itself
 
     def __len__(self) -> int:
         return len(self.encoding)
@@ -100,6 +102,14 @@ class RequestQueue(Generic[Waiter]):
             self._turns.remove(request)
             self._drop(request)
 
+    def clear(self) -> list[QueuedRequest[Waiter]]:
+        """Drop everything that waits; returns the requests."""
+        requests = list(self._turns)
+        self._turns.clear()
+        for request in requests:
+            self._drop(request)
+        return requests
+
     def is_full(self, limits: BatchLimits) -> bool:
         """Whether what waits fills a batch: it reaches the token or the sequence limit."""
         return self.num_tokens >= limits.max_tokens or self.num_entries >= limits.max_seqs
@@ -112,7 +122,7 @@ class RequestQueue(Generic[Waiter]):
 
         One entry of each request in turn, while they fit. A request whose next entry does not
         fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
-        than a whole batch runs alone.
+        than a whole batch runs alone, and so does one that is marked so.
         """
         batch: list[Entry[Waiter]] = []
         expired: list[QueuedRequest[Waiter]] = []
@@ -124,7 +134,9 @@ class RequestQueue(Generic[Waiter]):
                 self._drop(request)
                 expired.append(request)
                 continue
-            if batch and tokens + len(request.waiting[0]) > limits.max_tokens:
+            following = request.waiting[0]
+            fits = tokens + len(following) <= limits.max_tokens and not following.alone
+            if batch and not fits:
                 passed_over.append(request)
                 if len(passed_over) == _LOOK_AHEAD:
                     break
@@ -136,6 +148,8 @@ class RequestQueue(Generic[Waiter]):
                 self._turns.append(request)
             else:
                 request.queued = False
+            if entry.alone:
+                break
         self._turns.extendleft(reversed(passed_over))
         self._count(batch, -1)
         return batch, expired

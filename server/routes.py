@@ -13,21 +13,30 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import Receive, Scope, Send
 
-from model.tokenizer import Truncation
 from server import instructions, schemas, serialize
-from server.engine import EmbeddingEngine, Tokenization
+from server.byte_budget import ByteBudgetError
+from server.engine import EmbeddingEngine
 from server.errors import (
     BodyTooLargeError,
     InvalidRequestError,
+    OverloadedError,
     UnavailableError,
     UnsupportedMediaTypeError,
 )
+from server.inputs import Tokenization, tokenization_of
 from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
 DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
+
+_BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
+_FLOAT_BYTES = 4 + 13
+_DISCARD_FACTOR = 4
+"""Bodies up to so many times the limit are read to their end and dropped before the 413: a client
+that is still sending would see a broken connection instead."""
 
 _Responses = dict[int | str, dict[str, Any]]
 _ERRORS: _Responses = {
@@ -65,22 +74,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         return schemas.parse_body(wire, await _read_body(request, settings.max_body_bytes))
 
     def tokenization(wire: schemas.InstructedInput, model: str | None) -> Tokenization:
-        prefix = instructions.choose_prefix(
-            defaults,
-            prompt=wire.prompt,
-            instruction=wire.instruction,
-            task=wire.task,
-            input_type=wire.input_type,
-            model_side=names.side(model) if model is not None else None,
-        )
-        if (tokens := wire.truncate_prompt_tokens) is not None:
-            if tokens in (0, 1):
-                raise InvalidRequestError(
-                    "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
-                    param="truncate_prompt_tokens",
-                )
-            return Tokenization(prefix, Truncation.START, None if tokens < 0 else tokens)
-        return Tokenization(prefix, wire.truncate)
+        return tokenization_of(wire, model, names, defaults)
 
     async def create_embeddings(request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
@@ -91,6 +85,9 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         _check_dimensions(
             wire.dimensions, engine.config.hidden_size, settings.allow_truncated_dimensions
         )
+        as_base64 = wire.encoding_format == "base64"
+        values = len(inputs) * engine.config.hidden_size
+        _hold(request, values * (_BASE64_BYTES if as_base64 else _FLOAT_BYTES))
         async with _cancelled_on_disconnect(request):
             vectors, tokens = await engine.embed(inputs, how, deadline=arrived + _patience(request))
         request.scope["log"].update(inputs=len(inputs), tokens=tokens)
@@ -98,10 +95,10 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
             vectors,
             model=wire.model,
             tokens=tokens,
-            base64=wire.encoding_format == "base64",
+            base64=as_base64,
             dimensions=wire.dimensions,
         )
-        return Response(body, media_type="application/json")
+        return _DrainedResponse(body, media_type="application/json")
 
     for path in ("/v1/embeddings", "/embeddings"):
         router.add_api_route(
@@ -294,15 +291,39 @@ async def _read_body(request: Request, limit: int) -> bytes:
         )
     too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
     length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > limit:
+    if length.isascii() and length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > limit:
+        if size <= limit:
+            _hold(request, len(part))
+            parts.append(part)
+        elif size > _DISCARD_FACTOR * limit:
             raise too_large
-        parts.append(part)
+    if size > limit:
+        raise too_large
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _hold(request: Request, size: int) -> None:
+    """Count bytes that this request keeps in memory until it is answered."""
+    try:
+        request.scope["bytes"].add(size)
+    except ByteBudgetError:
+        raise OverloadedError(
+            "too many bytes of requests and answers are in flight", retry_after=1
+        ) from None
+
+
+class _DrainedResponse(Response):
+    """Ends only when the client has taken most of it: uvicorn waits before the second send."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:

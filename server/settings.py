@@ -154,6 +154,35 @@ class Settings(BaseModel):
     max_body_bytes: int = Field(
         32 * 1024 * 1024, ge=1024, description="largest request body; beyond it a 413"
     )
+    max_inflight_bytes: int = Field(
+        1024**3,
+        ge=1024,
+        description="bytes of bodies and answers in memory at once; beyond it requests get 429",
+    )
+    docs: bool = Field(True, description="serve /docs, /redoc and /openapi.json")
+    metrics_need_key: bool = Field(
+        False, description="ask for an API key at /metrics, too, when there are keys"
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file: serve https with it")
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it new ones get a 503"
+    )
+    header_timeout: float = Field(
+        10.0, gt=0, description="seconds in which the headers of a request must arrive"
+    )
+    body_timeout: float = Field(
+        120.0, gt=0, description="seconds in which the body of a request must arrive"
+    )
+    write_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a client that does not read is cut off"
+    )
+    hang_timeout: float = Field(
+        60.0,
+        gt=0,
+        description="seconds without an answer after which a worker is killed and its batch given "
+        "to another; more when the measured rate says that a batch takes long",
+    )
     drain_timeout: float = Field(
         30.0, ge=0, description="seconds to finish accepted requests after SIGTERM or SIGINT"
     )
@@ -176,6 +205,8 @@ class Settings(BaseModel):
         for device in self.devices:
             if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
                 raise ValueError(f"--devices {device}: must be auto, cpu, cuda or cuda:N")
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
         if self.revision and self.model is None:
             raise ValueError("--revision needs --model")
         return self

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
 from server.errors import StartError
-from server.worker import HEADER, Kind, batch_frame, read_rows, start_frame
+from server.worker import HEADER, Fault, Kind, batch_frame, read_rows, start_frame
 
 logger = logging.getLogger("nv_embed.supervisor")
 
@@ -43,9 +43,13 @@ class WorkerEvents(Protocol):
         ...
 
     def batch_done(
-        self, worker: Worker, batch_id: int, rows: NDArray[np.float32], bad: Sequence[int]
+        self,
+        worker: Worker,
+        batch_id: int,
+        rows: NDArray[np.float32],
+        faults: Mapping[int, Fault],
     ) -> None:
-        """`rows` [N, D]; `bad` are the indices of rows that are not finite."""
+        """`rows` [N, D]; `faults` tells which of them are no vectors, and why."""
         ...
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None: ...
@@ -55,10 +59,15 @@ class Worker:
     """A live, ready worker. `batches_out` belongs to whoever hands batches over."""
 
     def __init__(
-        self, slot: int, info: RunnerInfo, limits: BatchLimits, writer: asyncio.StreamWriter
+        self,
+        slot: int,
+        info: RunnerInfo,
+        limits: BatchLimits,
+        writer: asyncio.StreamWriter,
+        process: subprocess.Popen[bytes],
     ) -> None:
         self.slot, self.info, self.limits = slot, info, limits
-        self._writer = writer
+        self._writer, self._process = writer, process
 
     def __repr__(self) -> str:
         return f"Worker({self.slot}, {self.info.device})"
@@ -70,6 +79,10 @@ class Worker:
     def send(self, batch_id: int, encodings: Sequence[Encoding]) -> None:
         """Hand a batch over. Never blocks and never fails: a dead worker is reported as lost."""
         self._writer.write(batch_frame(batch_id, encodings))
+
+    def kill(self) -> None:
+        """End it at once; it is then reported as lost."""
+        self._process.kill()
 
 
 class Supervisor:
@@ -183,13 +196,13 @@ class Supervisor:
             ", ".join((info.device_name, info.dtype, info.quantization, info.attention)),
         )
         limits = BatchLimits(options.max_batch_tokens, options.max_batch_seqs)
-        return Worker(slot, info, limits, writer)
+        return Worker(slot, info, limits, writer, self._processes[slot])
 
     async def _relay(self, worker: Worker, reader: asyncio.StreamReader) -> None:
         while True:
-            kind, batch_id, rows, bad, payload = await _receive(reader)
+            kind, batch_id, rows, faults, payload = await _receive(reader)
             if kind is Kind.ROWS:
-                self._events.batch_done(worker, batch_id, *read_rows(rows, bad, payload))
+                self._events.batch_done(worker, batch_id, *read_rows(rows, faults, payload))
             else:
                 assert kind is Kind.FAILED, kind
                 logger.error("worker %d: a batch failed: %s", worker.slot, payload.decode())
@@ -197,8 +210,8 @@ class Supervisor:
 
 
 async def _receive(reader: asyncio.StreamReader) -> tuple[Kind, int, int, int, bytes]:
-    kind, batch_id, rows, bad, size = HEADER.unpack(await reader.readexactly(HEADER.size))
-    return Kind(kind), batch_id, rows, bad, await reader.readexactly(size)
+    kind, batch_id, rows, faults, size = HEADER.unpack(await reader.readexactly(HEADER.size))
+    return Kind(kind), batch_id, rows, faults, await reader.readexactly(size)
 
 
 def _spawn(fd: int) -> subprocess.Popen[bytes]:

@@ -4,14 +4,14 @@ Both ends import this module, so it imports torch nowhere: only the runner does,
 A worker is a fresh interpreter (`python -P -m server.worker FD`) that is joined to the front by
 one Unix socket. It does one batch after another and ends when the socket closes.
 
-A frame is a header (kind, batch id, rows, spare, payload bytes; five little-endian uint32) and a
-payload:
+A frame is a header (kind, batch id, rows, faults, payload bytes; five little-endian uint32) and
+a payload:
 
 START   front → worker  JSON: RunnerOptions, the runner's name, log settings
 HELLO   worker → front  JSON: RunnerInfo; warmed up and ready
 REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
 BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
-ROWS    worker → front  float32 [N, D], then the int32 indices of rows that are not finite
+ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
 FAILED  worker → front  the error's text, for the log
 """
 
@@ -27,7 +27,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +63,17 @@ class Kind(IntEnum):
     FAILED = 6
 
 
+class Fault(IntEnum):
+    """Why a row of an answer is no vector."""
+
+    NOT_FINITE = 1
+    NO_MEMORY = 2  # this input alone does not fit into the device's memory
+
+
 def frame(
-    kind: Kind, payload: bytes = b"", *, batch_id: int = 0, rows: int = 0, bad: int = 0
+    kind: Kind, payload: bytes = b"", *, batch_id: int = 0, rows: int = 0, faults: int = 0
 ) -> bytes:
-    return HEADER.pack(kind, batch_id, rows, bad, len(payload)) + payload
+    return HEADER.pack(kind, batch_id, rows, faults, len(payload)) + payload
 
 
 def batch_frame(batch_id: int, encodings: Sequence[Encoding]) -> bytes:
@@ -83,17 +90,19 @@ def read_batch(rows: int, payload: bytes) -> list[Encoding]:
     return [Encoding(part, int(start)) for part, start in zip(parts, starts, strict=True)]
 
 
-def rows_frame(batch_id: int, rows: NDArray[np.float32]) -> bytes:
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1)).astype("<i4")
-    payload = np.ascontiguousarray(rows, dtype="<f4").tobytes() + bad.tobytes()
-    return frame(Kind.ROWS, payload, batch_id=batch_id, rows=len(rows), bad=len(bad))
+def rows_frame(batch_id: int, rows: NDArray[np.float32], faults: Mapping[int, Fault]) -> bytes:
+    payload = np.ascontiguousarray(rows, dtype="<f4").tobytes()
+    payload += np.array(list(faults.items()), dtype="<i4").tobytes()
+    return frame(Kind.ROWS, payload, batch_id=batch_id, rows=len(rows), faults=len(faults))
 
 
-def read_rows(rows: int, bad: int, payload: bytes) -> tuple[NDArray[np.float32], list[int]]:
-    """-> (float32 [N, D], indices of the rows that are not finite)."""
-    values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - bad)
-    indices = np.frombuffer(payload, dtype="<i4", offset=values.nbytes)
-    return values.reshape(rows, -1), indices.tolist()
+def read_rows(
+    rows: int, faults: int, payload: bytes
+) -> tuple[NDArray[np.float32], dict[int, Fault]]:
+    """-> (float32 [N, D], row -> what is wrong with it)."""
+    values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
+    pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
+    return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
 
 
 def start_frame(options: RunnerOptions, runner: str | None, log_format: str, level: str) -> bytes:
@@ -170,7 +179,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         runner.warm_up()
     except Exception as error:
         final, message = True, f"{error}"
-        if type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)
@@ -183,19 +192,80 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
 
 
 def _serve(connection: _Connection, runner: Runner) -> int:
+    embedder = _Embedder(runner)
     while True:
         kind, batch_id, count, payload = connection.receive()
         assert kind is Kind.BATCH, kind
         try:
-            rows = runner.embed(read_batch(count, payload))
-            assert len(rows) == count, (rows.shape, count)
-            answer = rows_frame(batch_id, rows)
+            answer = rows_frame(batch_id, *embedder.embed(read_batch(count, payload)))
         except Exception as error:
             logger.exception("a batch of %d inputs failed", count)
             if _poisons_device(error):
                 return _POISONED
             answer = frame(Kind.FAILED, repr(error).encode(), batch_id=batch_id)
         connection.send(answer)
+
+
+class _Embedder:
+    """A runner within the memory that there turns out to be.
+
+    A batch that does not fit is halved until its parts do; `budget`, the most tokens that are
+    tried in one forward after that, is kept.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.budget: int | None = None
+
+    def embed(self, encodings: Sequence[Encoding]) -> tuple[NDArray[np.float32], dict[int, Fault]]:
+        """-> (rows [N, D], row -> what is wrong with it; such rows hold anything)."""
+        rows = np.zeros((len(encodings), self._runner.info.width), dtype=np.float32)
+        faults: dict[int, Fault] = {}
+        todo = [list(range(len(encodings)))]
+        while todo:
+            part = todo.pop()
+            tokens = sum(len(encodings[index]) for index in part)
+            if len(part) > 1 and self.budget is not None and tokens > self.budget:
+                todo += _halves(part)
+                continue
+            try:
+                got = self._runner.embed([encodings[index] for index in part])
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._learn(tokens, len(part))
+                if len(part) > 1:
+                    todo += _halves(part)
+                else:
+                    faults[part[0]] = Fault.NO_MEMORY
+                continue
+            assert len(got) == len(part), (got.shape, len(part))
+            rows[part] = got
+        for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
+            faults[index] = Fault.NOT_FINITE
+        return rows, faults
+
+    def _learn(self, tokens: int, inputs: int) -> None:
+        self.budget = min(self.budget or tokens, max(1, tokens // 2))
+        logger.warning(
+            "out of memory with %d tokens of %d inputs: from now on at most %d tokens at once",
+            tokens,
+            inputs,
+            self.budget,
+        )
+        if torch := sys.modules.get("torch"):  # hand back what the failed forward had cached
+            torch.cuda.empty_cache()
+
+
+def _halves(part: list[int]) -> list[list[int]]:
+    """The second half first: a stack takes the last one."""
+    middle = len(part) // 2
+    return [part[middle:], part[:middle]]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch.OutOfMemoryError (its name spares the import), or the host's."""
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
 
 
 def _poisons_device(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -22,7 +23,12 @@ class ServerProcess:
     """One server; `url` once it listens. Its log is a file, to be read while it runs."""
 
     def __init__(
-        self, model: Path | None, *options: str, log: Path, env: dict[str, str] | None = None
+        self,
+        model: Path | None,
+        *options: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        verify: ssl.SSLContext | bool = True,
     ) -> None:
         self.log_file = log
         command = [sys.executable, "-m", "server.cli", "serve"]
@@ -36,8 +42,8 @@ class ServerProcess:
             self.process = subprocess.Popen(
                 [*command, *options], stderr=file, stdout=file, env=environment, cwd=log.parent
             )
-        self.url = self._wait_for(r"listening on (http://\S+);")
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.url = self._wait_for(r"listening on (https?://\S+);")
+        self.client = httpx.Client(base_url=self.url, timeout=60, verify=verify)
 
     @property
     def log(self) -> str:

@@ -62,6 +62,13 @@ class Hashing:
     def close(self) -> None: ...
 
 
+class Null(Hashing):
+    """It computes nothing."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        return np.zeros((len(encodings), WIDTH), dtype=np.float32)
+
+
 class Failing(Hashing):
     """A batch with the mark raises."""
 
@@ -85,6 +92,24 @@ class Dying(Hashing):
         if MARK in encoding.ids:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().row(encoding)
+
+
+class Hanging(Hashing):
+    """An input with the mark is never answered."""
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            time.sleep(3600)
+        return super().row(encoding)
+
+
+class Cramped(Hashing):
+    """It has memory for 64 tokens at once."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        if sum(map(len, encodings)) > 64:
+            raise MemoryError
+        return super().embed(encodings)
 
 
 class LosesItsDevice(Hashing):

@@ -15,11 +15,13 @@ from server.batcher import Batcher
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
+    DeviceMemoryError,
     NonFiniteVectorError,
     UnavailableError,
 )
 from server.metrics import Metrics
 from server.supervisor import Worker
+from server.worker import Fault
 from tests.server.runners import WIDTH, vector_of
 
 
@@ -35,11 +37,14 @@ class RecordingWorker(Worker):
     def send(self, batch_id: int, encodings: Any) -> None:
         self.batches[batch_id] = list(encodings)
 
-    def answer(self, bad: tuple[int, ...] = ()) -> None:
+    def answer(self, faults: dict[int, Fault] | None = None) -> None:
         """Finish the oldest batch."""
         batch_id = next(iter(self.batches))
         rows = np.stack([vector_of(encoding.ids) for encoding in self.batches.pop(batch_id)])
-        self._batcher.batch_done(self, batch_id, rows, bad)
+        self._batcher.batch_done(self, batch_id, rows, faults or {})
+
+    def kill(self) -> None:
+        self._batcher.worker_lost(self)
 
     @property
     def sizes(self) -> list[int]:
@@ -161,7 +166,7 @@ async def test_a_nan_fails_its_own_request(batcher: Batcher) -> None:
     worker = ready(batcher)
     bad, good = batcher.submit(encodings(1)), batcher.submit(encodings(2))
     await turn()
-    worker.answer(bad=(0,))
+    worker.answer({0: Fault.NOT_FINITE})
     with pytest.raises(NonFiniteVectorError, match=r"input\[0\]"):
         await bad.waiter.future
     assert len(await good.waiter.future) == 1
@@ -199,16 +204,81 @@ async def test_a_lost_batch_is_served_by_the_next_worker(batcher: Batcher) -> No
 
 
 @in_loop
-async def test_a_request_is_given_up_after_three_deaths(batcher: Batcher) -> None:
+async def test_an_input_too_large_for_the_device_is_the_clients_to_mend(batcher: Batcher) -> None:
+    worker = ready(batcher)
     request = batcher.submit(encodings(1, 2))
-    for _ in range(3):
-        worker = ready(batcher)
-        await turn()
-        assert worker.sizes == [2]
-        batcher.worker_lost(worker)
-    with pytest.raises(BatchFailedError, match="3 workers died"):
+    await turn()
+    worker.answer({1: Fault.NO_MEMORY})
+    with pytest.raises(DeviceMemoryError, match=r"input\[1\] has 5 tokens") as caught:
         await request.waiter.future
-    assert batcher.queue.num_entries == 0
+    assert caught.value.status == 400
+
+
+async def die(batcher: Batcher, expected: list[int]) -> None:
+    """A worker gets the next batch, which must be of these inputs, and dies over it."""
+    worker = ready(batcher)
+    await turn()
+    (batch,) = worker.batches.values()
+    assert [encoding.ids[0] for encoding in batch] == expected
+    batcher.worker_lost(worker)
+
+
+@in_loop
+async def test_after_two_deaths_inputs_run_alone_and_two_more_prove_the_culprit(
+    batcher: Batcher,
+) -> None:
+    good, poison, other = (batcher.submit(encodings(number)) for number in (1, 2, 3))
+    await die(batcher, [1, 2, 3])
+    await die(batcher, [1, 2, 3])
+    survivor = ready(batcher)
+    await turn()
+    assert survivor.sizes == [1]
+    survivor.answer()
+    assert len(await good.waiter.future) == 1
+    await turn()
+    batcher.worker_lost(survivor)  # over the second input, alone
+    await die(batcher, [2])
+    with pytest.raises(BatchFailedError, match=r"input\[0\] made engine workers fail"):
+        await poison.waiter.future
+    last = ready(batcher)
+    await turn()
+    last.answer()
+    assert len(await other.waiter.future) == 1
+    # It is remembered, so that a retry cannot kill workers in turn.
+    with pytest.raises(BatchFailedError):
+        batcher.submit(encodings(4, 2))
+    batcher.submit(encodings(4))
+
+
+@in_loop
+async def test_a_batch_that_waited_behind_the_fatal_one_is_not_blamed(batcher: Batcher) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(1, 2, 3, 4))
+    batcher.submit(encodings(5, 6, 7, 8))
+    await turn()
+    assert worker.sizes == [4, 4]
+    running, behind = worker.batches.values()
+    batcher.worker_lost(worker)
+    entries, _ = batcher.queue.next_batch(BatchLimits(100, 100), now=0.0)
+    deaths = {int(entry.encoding.ids[0]): entry.deaths for entry in entries}
+    assert {deaths[int(encoding.ids[0])] for encoding in running} == {1}
+    assert {deaths[int(encoding.ids[0])] for encoding in behind} == {0}
+
+
+@in_loop
+async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
+    batcher._hang_timeout = 0.005  # ten times that before anything was measured
+    worker = ready(batcher)
+    request = batcher.submit(encodings(1))
+    await asyncio.sleep(0.2)
+    assert not batcher.workers
+    assert worker.sizes == [1]
+    successor = ready(batcher)
+    await turn()
+    successor.answer()
+    assert len(await request.waiter.future) == 1
+    await asyncio.sleep(0.1)
+    assert batcher.workers == [successor], "an answered batch is not watched any more"
 
 
 @in_loop

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from server import cli
 from tests.checkpoints import golden_cases
@@ -28,7 +30,8 @@ def test_text_to_npy(golden_checkpoint: Path, tmp_path: Path) -> None:
     vectors = np.load(tmp_path / "passages.npy")
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, case["embeddings"], rtol=0, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["passages.npy", "passages.txt"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["passages.npy", "passages.npy.manifest.json", "passages.txt"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,102 @@ def test_json_lines_to_json_lines(
     np.testing.assert_allclose(got, case["embeddings"], rtol=0, atol=1e-5)
 
 
+def test_parquet_to_parquet_and_to_shards(golden_checkpoint: Path, tmp_path: Path) -> None:
+    case = CASES["passages"]
+    file, output, folder = tmp_path / "in.parquet", tmp_path / "out.parquet", tmp_path / "shards"
+    parquet.write_table(pyarrow.table({"body": case["texts"]}), file)
+    options = (file, "--field", "body", "--shard-size", "1")
+    assert encode(golden_checkpoint, *options, "-o", output) == 0
+    table = parquet.read_table(output)
+    assert table.column("index").to_pylist() == [0, 1]
+    got = table.column("embedding").to_pylist()
+    np.testing.assert_allclose(got, case["embeddings"], rtol=0, atol=1e-5)
+    assert encode(golden_checkpoint, *options, "-o", folder, "--format", "jsonl") == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["manifest.json", "part-00000.jsonl", "part-00001.jsonl"]
+    assert json.loads((folder / names[2]).read_text())["index"] == 1
+
+
+def test_an_unknown_column_is_named(
+    golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "in.parquet")
+    assert encode(golden_checkpoint, tmp_path / "in.parquet") == 1
+    assert "has no column 'text' (--field names it); it has body" in capsys.readouterr().err
+
+
+def test_an_openai_batch_file(golden_checkpoint: Path, tmp_path: Path) -> None:
+    queries, passages = CASES["readme queries"], CASES["passages"]
+    bodies = [
+        {"model": "golden-embed-query", "input": queries["texts"][0]},
+        {"model": "golden-embed", "input": passages["texts"], "encoding_format": "float"},
+        {"model": "golden-embed", "input": passages["token_ids"]},
+        {"model": "another", "input": "x"},
+        {"model": "golden-embed", "input": ""},
+    ]
+    file = tmp_path / "batch.jsonl"
+    common = {"method": "POST", "url": "/v1/embeddings"}
+    lines = [{"custom_id": f"c{i}", **common, "body": body} for i, body in enumerate(bodies)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encode(golden_checkpoint, file, "--openai-batch", "--shard-size", "2") == 0
+    raw = (tmp_path / "batch.answers.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in raw]
+    assert [answer["custom_id"] for answer in answers] == ["c0", "c1", "c2", "c3", "c4"]
+    statuses = [answer["response"]["status_code"] for answer in answers]
+    assert statuses == [200, 200, 200, 404, 400]
+    got = [
+        [item["embedding"] for item in answer["response"]["body"]["data"]] for answer in answers[:3]
+    ]
+    np.testing.assert_allclose(got[0][0], queries["embeddings"][0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got[1], passages["embeddings"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got[2], passages["embeddings"], rtol=0, atol=1e-5)
+    assert answers[3]["response"]["body"]["error"]["code"] == "model_not_found"
+    usage = answers[1]["response"]["body"]["usage"]
+    assert usage["prompt_tokens"] == sum(map(len, passages["token_ids"]))
+
+
+def test_a_line_that_is_no_batch_request_is_named(
+    golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line, message in (
+        ({"url": "/v1/embeddings"}, "line 1: no custom_id"),
+        ({"custom_id": "a", "url": "/v1/chat"}, "only /v1/embeddings is served"),
+    ):
+        (tmp_path / "b.jsonl").write_text(json.dumps(line))
+        assert encode(golden_checkpoint, tmp_path / "b.jsonl", "--openai-batch") == 1
+        assert message in capsys.readouterr().err
+
+
+def test_resume_goes_on_with_the_same_only(
+    golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, output = tmp_path / "a.txt", tmp_path / "a.npy"
+    lines = [f"line {number}" for number in range(7)]
+    file.write_text("\n".join(lines))
+    options = (file, "-o", output, "--shard-size", "3")
+    assert encode(golden_checkpoint, *options) == 0
+    whole = output.read_bytes()
+    # As if it had been killed after the first shard.
+    manifest = tmp_path / "a.npy.manifest.json"
+    unfinished = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "complete"}
+    manifest.write_text(json.dumps(unfinished))
+    parts = tmp_path / "a.npy.parts"
+    parts.mkdir()
+    first = np.load(output)[:3]
+    np.save(parts / "part-00000.npy", first)
+    output.unlink()
+    assert encode(golden_checkpoint, *options) == 1
+    assert "go on with --resume" in capsys.readouterr().err
+    assert encode(golden_checkpoint, *options, "--prompt", "other ", "--resume") == 1
+    assert "another prefix" in capsys.readouterr().err
+    assert encode(golden_checkpoint, *options, "--resume") == 0
+    assert output.read_bytes() == whole
+    assert not parts.exists()
+    output.unlink()  # complete: nothing is computed again, not even the model is loaded
+    assert encode(golden_checkpoint, *options, "--resume") == 0
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -60,7 +159,7 @@ def test_json_lines_to_json_lines(
         ("a.txt", "ok\n" + "word " * 40_000, "a.txt, line 2: the input has 40003 tokens"),
     ],
 )
-def test_a_bad_line_is_named_and_nothing_is_left_behind(
+def test_a_bad_line_is_named_and_no_output_appears(
     golden_checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -71,14 +170,14 @@ def test_a_bad_line_is_named_and_nothing_is_left_behind(
     (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert encode(golden_checkpoint, tmp_path / name) == 1
     assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert not list(tmp_path.glob("*.npy"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["missing.txt"], "there is no file missing.txt"),
-        (["FILE", "-o", "out.csv"], "write to .npy or .jsonl"),
+        (["FILE", "-o", "out.csv"], "write to .npy, .jsonl, .parquet, or to a folder"),
         (["JSONL", "-o", "JSONL"], "a.jsonl is the input file"),
         (["FILE", "--devices", "cpu"], "unrecognized argument --devices; did you mean --device?"),
         (["FILE", "--task", "nope"], "unknown task 'nope'"),

@@ -69,6 +69,7 @@ def test_booleans() -> None:
         (["--devices", ""], {}, "--devices: a value is empty"),
         ([], {"NV_EMBED_API_KEY": ""}, "NV_EMBED_API_KEY: a value is empty"),
         ([], {"NV_EMBED_MODEL": ""}, "NV_EMBED_MODEL: String should have at least 1 character"),
+        (["--tls-key", "x"], {}, "--tls-certificate and --tls-key go together"),
         (["--revision", "abc"], {}, "--revision needs --model"),
         (["--port", "70000"], {}, "--port: Input should be less than or equal to 65535"),
         ([], {"NV_EMBED_PORT": "x"}, "NV_EMBED_PORT: Input should be a valid integer"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from model.batch import Encoding
+from model.batch import Encoding, RunnerOptions
 from server import instructions, schemas, serialize, worker
 from server.errors import (
     InvalidRequestError,
@@ -18,6 +19,8 @@ from server.errors import (
 )
 from server.instructions import Defaults, choose_prefix
 from server.names import ServedNames
+from server.worker import Fault
+from tests.server.runners import Hashing, vector_of
 
 # The worker's frames
 
@@ -37,15 +40,53 @@ def test_a_batch_survives_the_wire() -> None:
         assert got.pool_start == expected.pool_start
 
 
-@pytest.mark.parametrize("bad", [[], [1], [0, 2]])
-def test_rows_survive_the_wire_and_bad_ones_are_named(bad: list[int]) -> None:
+@pytest.mark.parametrize("faults", [{}, {1: Fault.NOT_FINITE}, {0: Fault.NO_MEMORY, 2: Fault(1)}])
+def test_rows_and_faults_survive_the_wire(faults: dict[int, Fault]) -> None:
     sent = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    sent[bad, 2] = [np.nan, np.inf][: len(bad)]
-    kind, batch_id, rows, count, payload = payload_of(worker.rows_frame(9, sent))
+    kind, batch_id, rows, count, payload = payload_of(worker.rows_frame(9, sent, faults))
     assert (kind, batch_id) == (worker.Kind.ROWS, 9)
     got, named = worker.read_rows(rows, count, payload)
     np.testing.assert_array_equal(got, sent)
-    assert named == bad
+    assert named == faults
+
+
+# Memory
+
+
+class Narrow(Hashing):
+    """It has memory for 20 tokens at once."""
+
+    def __init__(self) -> None:
+        super().__init__(RunnerOptions(path=""))
+        self.tried: list[list[int]] = []
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        self.tried.append([len(encoding) for encoding in encodings])
+        if sum(map(len, encodings)) > 20:
+            raise MemoryError
+        return super().embed(encodings)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_budget_kept() -> None:
+    runner = Narrow()
+    embedder = worker._Embedder(runner)
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    for _ in range(2):
+        rows, faults = embedder.embed(inputs)
+        assert not faults
+        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
+    assert runner.tried[0] == [8] * 6
+    assert embedder.budget == 12
+    second_time = runner.tried[runner.tried.index([8], 3) :]
+    assert [8] * 6 not in second_time
+
+
+def test_an_input_that_does_not_fit_alone_is_named() -> None:
+    inputs = [Encoding(np.full(n, n, dtype=np.int32)) for n in (8, 30, 9)]
+    rows, faults = worker._Embedder(Narrow()).embed(inputs)
+    assert faults == {1: Fault.NO_MEMORY}
+    for index in (0, 2):
+        np.testing.assert_array_equal(rows[index], vector_of(inputs[index].ids))
 
 
 # The inputs of a request

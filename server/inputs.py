@@ -1,0 +1,164 @@
+"""A request's fields and inputs -> Encodings: for HTTP requests and for lines of batch files.
+
+Owns every refusal of an input, with its place in the request. Runs on any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from model.batch import Encoding
+from model.errors import EmptyPoolError, InputTooLongError, ModelError
+from model.tokenizer import (
+    BOS_ID,
+    EOS_ID,
+    MAX_PIECE_CHARS,
+    NVEmbedTokenizer,
+    Truncation,
+    to_encoding,
+)
+from server.errors import ContextLengthExceededError, InvalidRequestError
+from server.instructions import Defaults, choose_prefix
+from server.names import ServedNames
+from server.schemas import Input, InstructedInput
+from server.settings import MAX_REQUEST_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """How inputs become Encodings."""
+
+    prefix: str | None = None  # verbatim instruction; None and "" put nothing in front
+    truncate: Truncation | None = None  # None: the server's default
+    max_tokens: int | None = None  # a request's own, lower limit
+
+
+def tokenization_of(
+    wire: InstructedInput, model: str | None, names: ServedNames, defaults: Defaults
+) -> Tokenization:
+    """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
+    prefix = choose_prefix(
+        defaults,
+        prompt=wire.prompt,
+        instruction=wire.instruction,
+        task=wire.task,
+        input_type=wire.input_type,
+        model_side=names.side(model) if model is not None else None,
+    )
+    if (tokens := wire.truncate_prompt_tokens) is not None:
+        if tokens in (0, 1):
+            raise InvalidRequestError(
+                "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
+                param="truncate_prompt_tokens",
+            )
+        return Tokenization(prefix, Truncation.START, None if tokens < 0 else tokens)
+    return Tokenization(prefix, wire.truncate)
+
+
+class InputTokenizer:
+    """The tokenizer with the limits of one server or run."""
+
+    def __init__(
+        self, tokenizer: NVEmbedTokenizer, max_input_tokens: int, truncate: Truncation
+    ) -> None:
+        self.tokenizer, self.max_input_tokens = tokenizer, max_input_tokens
+        self._truncate = truncate
+
+    @staticmethod
+    def num_chars(inputs: Sequence[Input], how: Tokenization) -> int:
+        """What there is to tokenize, prefixes included."""
+        prefix = len(how.prefix or "")
+        return sum(prefix + len(text) for text in inputs if isinstance(text, str))
+
+    def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
+        """Inputs to Encodings, each checked. Raises InvalidRequestErrors naming the input."""
+        truncate = self._truncate if how.truncate is None else how.truncate
+        max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
+        prefix = how.prefix or ""
+        texts = [text for text in inputs if isinstance(text, str)]
+        if prefix and len(texts) < len(inputs):
+            raise InvalidRequestError(
+                'an instruction cannot be put before token ids: send text, or prompt: ""',
+                param="input",
+            )
+        self._refuse_if_hopeless(texts, prefix, max_tokens)
+        encoded = iter(
+            self.tokenizer.encode_batch(texts, prefix, max_tokens=max_tokens, truncate=truncate)
+        )
+        encodings = []
+        for index, item in enumerate(inputs):
+            param = "input" if len(inputs) == 1 else f"input[{index}]"
+            if isinstance(item, str):
+                encodings.append(self._checked(next(encoded), param))
+            else:
+                encodings.append(self._from_ids(item, param, max_tokens, truncate))
+        total = sum(len(encoding) for encoding in encodings)
+        if total > MAX_REQUEST_TOKENS:
+            raise _too_many_tokens(f"{total}")
+        return encodings
+
+    @staticmethod
+    def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
+        """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
+        if len(prefix) > MAX_PIECE_CHARS * max_tokens:
+            raise ContextLengthExceededError(
+                f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
+                param="prompt",
+            )
+        least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
+        if sum(least) > MAX_REQUEST_TOKENS:
+            raise _too_many_tokens(f"more than {MAX_REQUEST_TOKENS}")
+
+    @staticmethod
+    def _checked(result: Encoding | ModelError, param: str) -> Encoding:
+        if isinstance(result, InputTooLongError):
+            raise _too_long(result.num_tokens, result.max_tokens, param)
+        if isinstance(result, EmptyPoolError):
+            raise InvalidRequestError(f"{result}", param=param)
+        assert isinstance(result, Encoding), result
+        return result
+
+    def _from_ids(
+        self, ids: list[int], param: str, max_tokens: int, truncate: Truncation
+    ) -> Encoding:
+        """Check ids and use them verbatim. Foreign ids (tiktoken's) mean other words here."""
+        vocabulary = self.tokenizer.vocab_size
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            raise InvalidRequestError(
+                f"token ids must lie between 0 and {vocabulary - 1}. {_FOREIGN_IDS}", param=param
+            )
+        whole = len(ids) == self.max_input_tokens or ids[-1] == EOS_ID
+        if len(ids) < 2 or ids[0] != BOS_ID or BOS_ID in ids[1:] or not whole:
+            raise InvalidRequestError(
+                f"token ids must start with BOS ({BOS_ID}), hold no other BOS, and end with EOS "
+                f"({EOS_ID}). {_FOREIGN_IDS}",
+                param=param,
+            )
+        try:
+            return to_encoding(ids, 0, max_tokens, truncate)
+        except InputTooLongError as error:
+            raise _too_long(error.num_tokens, error.max_tokens, param) from None
+
+
+_FOREIGN_IDS = (
+    "These look like ids of another tokenizer: send text instead (LangChain's OpenAIEmbeddings: "
+    "check_embedding_ctx_length=False), or ids from POST /tokenize"
+)
+
+
+def _too_long(num_tokens: int | None, max_tokens: int, param: str) -> ContextLengthExceededError:
+    shown = f"more than {max_tokens}" if num_tokens is None else f"{num_tokens}"
+    return ContextLengthExceededError(
+        f"This model's maximum context length is {max_tokens} tokens, however you requested "
+        f'{shown} tokens ({param}). Shorten the input or send truncate: "END".',
+        param=param,
+    )
+
+
+def _too_many_tokens(shown: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the inputs have {shown} tokens together, the limit of one request is "
+        f"{MAX_REQUEST_TOKENS}: send fewer inputs at once",
+        param="input",
+    )

@@ -1,0 +1,133 @@
+"""A real server, broken on purpose. Every request is accounted for: answered, or failed with a
+cause.
+
+Short by default; `make chaos` sets CHAOS=full for the long form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.processes import ServerProcess, serving
+from tests.server.questions import (
+    RUNNERS,
+    Questions,
+    ask,
+    assert_answers,
+    client_of,
+    marked_ids,
+)
+
+FULL = os.environ.get("CHAOS") == "full"
+REQUESTS = 5000 if FULL else 400
+KILL_EVERY_S = 5.0 if FULL else 0.7
+BATCH_S = "0.1" if FULL else "0.05"
+CONNECTIONS = 64
+
+
+async def ask_all(server: ServerProcess, requests: list) -> list[httpx.Response]:
+    """At most CONNECTIONS at a time, retried as an SDK would while no worker is ready."""
+    gate = asyncio.Semaphore(CONNECTIONS)
+
+    async def one(client: httpx.AsyncClient, inputs: object) -> httpx.Response:
+        async with gate:
+            while True:
+                answer = await ask(client, inputs)
+                if answer.status_code != 503:
+                    return answer
+                await asyncio.sleep(0.2)
+
+    async with client_of(server) as client:
+        return await asyncio.gather(*(one(client, inputs) for inputs, _ in requests))
+
+
+def test_workers_killed_at_random_lose_no_answer(golden_checkpoint: Path, tmp_path: Path) -> None:
+    questions, dice = Questions(golden_checkpoint, seed=11), random.Random(12)
+    requests = [questions.request() for _ in range(REQUESTS)]
+    options = ("--runner", RUNNERS + "Hashing", "--devices", "cpu,cpu", "--no-access-log")
+    env = {"FAKE_SECONDS": BATCH_S}
+
+    async def run(server: ServerProcess) -> tuple[list[httpx.Response], int]:
+        asking = asyncio.create_task(ask_all(server, requests))
+        kills = 0
+        while not (await asyncio.wait({asking}, timeout=KILL_EVERY_S))[0]:
+            # Only a ready one, as the issue of a fault in service is at stake, not of the start.
+            if await asyncio.to_thread(server.metric, "nv_embed_workers_ready") == 2:
+                os.kill(dice.choice(server.worker_pids()), signal.SIGKILL)
+                kills += 1
+        return asking.result(), kills
+
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+        answers, kills = asyncio.run(run(server))
+        for answer, (_, ids) in zip(answers, requests, strict=True):
+            assert_answers(answer, ids)
+        assert kills >= 2
+        assert server.metric("nv_embed_worker_deaths_total") == kills
+
+
+@pytest.mark.parametrize(
+    ("runner", "code", "options"),
+    [
+        ("Dying", "batch_failed", ()),
+        ("Hanging", "batch_failed", ("--hang-timeout", "0.5")),
+        ("NotANumber", "non_finite_vector", ()),
+    ],
+)
+def test_a_poison_input_among_500_requests(
+    golden_checkpoint: Path, tmp_path: Path, runner: str, code: str, options: tuple[str, ...]
+) -> None:
+    """499 answers, one 500, the server up; and the same input again costs no worker."""
+    questions = Questions(golden_checkpoint, seed=13)
+    requests = [questions.request() for _ in range(499)]
+    requests.insert(250, ([marked_ids()], [marked_ids()]))
+    options = ("--runner", RUNNERS + runner, "--devices", "cpu,cpu", "--no-access-log", *options)
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+        answers = asyncio.run(ask_all(server, requests))
+        for index, (answer, (_, ids)) in enumerate(zip(answers, requests, strict=True)):
+            if index == 250:
+                assert answer.status_code == 500
+                assert answer.headers["x-should-retry"] == "false"
+                assert answer.json()["error"]["code"] == code
+                assert answer.json()["error"]["param"] == "input[0]"
+            else:
+                assert_answers(answer, ids)
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+        deaths = server.metric("nv_embed_worker_deaths_total")
+        started = time.monotonic()
+        again = server.embed(input=marked_ids())
+        assert again.status_code == 500
+        assert time.monotonic() - started < 5
+        assert server.metric("nv_embed_worker_deaths_total") == deaths
+        assert_answers(server.embed(input=[[1, 315, 2]]), [[1, 315, 2]])
+
+
+def test_an_input_beyond_the_devices_memory_is_a_400(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Batches are halved until they fit; only what does not fit alone is refused."""
+    questions = Questions(golden_checkpoint, seed=14)
+    requests = [questions.request() for _ in range(100)]
+    options = ("--runner", RUNNERS + "Cramped", "--no-access-log")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        answers = asyncio.run(ask_all(server, requests))
+        log = server.log
+    refused = 0
+    for answer, (_, ids) in zip(answers, requests, strict=True):
+        if max(map(len, ids)) <= 64:
+            assert_answers(answer, ids)
+        else:
+            refused += 1
+            assert answer.status_code == 400
+            assert answer.json()["error"]["code"] == "input_too_large"
+    assert 0 < refused < 100
+    assert "from now on at most" in log
