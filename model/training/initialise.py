@@ -39,6 +39,8 @@ DEFAULT = NVEmbedConfig(
     name="nv-embed-small",
 )
 """The shipped model's sizes: 8.2 M parameters of embeddings, 4 M of layers."""
+PROJECTION_TEXTS = 32_768
+"""Vectors whose principal axes the projection takes."""
 EMBEDDING_NORM = 4.0
 """Length of a rare token's embedding; a frequent one's is less."""
 FREQUENCY_SCALE = 1e-3
@@ -92,7 +94,7 @@ def main() -> None:
     arguments = parser.parse_args()
     texts = read_texts(arguments.texts)[:100_000]
     projection = Projection.fit(
-        load_vectors(arguments.vectors)[:100_000].astype(np.float32), DEFAULT.hidden_size
+        load_vectors(arguments.vectors)[:PROJECTION_TEXTS].astype(np.float32), DEFAULT.hidden_size
     )
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
     model = new_model(
