@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.server.processes import ROOT, ServerProcess, serving
@@ -199,36 +200,26 @@ def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
 
 
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
-    import httpx
-
     path = tmp_path / "socket"
+    options = ["serve", "--model", str(golden_checkpoint), "--uds", str(path), *SLOW]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "server.cli",
-            "serve",
-            "--model",
-            str(golden_checkpoint),
-            "--uds",
-            str(path),
-            *SLOW,
-        ],
+        [sys.executable, "-m", "server.cli", *options],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    deadline = time.monotonic() + 30
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://x") as client:
-        assert client.get("/livez").status_code == 200
-        second = run_cli("serve", "--model", str(golden_checkpoint), "--uds", str(path))
-        assert second.returncode == 2
-        assert f"cannot listen on {path}: Address already in use (--uds)" in second.stderr
-        assert client.get("/livez").status_code == 200
-    process.terminate()
-    assert process.wait(20) == 0
+    # The name appears a moment before anybody listens.
+    transport = httpx.HTTPTransport(uds=str(path), retries=8)
+    try:
+        with httpx.Client(transport=transport, base_url="http://x", timeout=30) as client:
+            assert client.get("/livez").status_code == 200
+            second = run_cli("serve", "--model", str(golden_checkpoint), "--uds", str(path))
+            assert second.returncode == 2
+            assert f"cannot listen on {path}: Address already in use (--uds)" in second.stderr
+            assert client.get("/livez").status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
     assert not path.exists()
 
 
