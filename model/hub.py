@@ -63,6 +63,14 @@ def locate(model: str, *, revision: str | None = None, offline: bool = False) ->
     return ModelSource(model, path, path.name, card_license(path))
 
 
+def packaged_checkpoint() -> Path:
+    """The folder of the small trained model that ships with the package."""
+    folder = Path(__file__).parent / "checkpoints" / "nv-embed-small"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("no model was named, and this installation holds none: use --model")
+    return folder
+
+
 def _download(model: str, revision: str | None, offline: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (

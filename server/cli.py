@@ -1,4 +1,4 @@
-"""The command `nv-embed`: serve, encode, verify, openapi. Arguments and messages, no more."""
+"""The command `nv-embed`: serve, encode, verify, train, … Arguments and messages, no more."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from model.hub import ModelSource
     from server import bulk
     from server.batch_files import BatchAnswers
-
-_NO_MODEL = """no model was named, and none ships with this version yet.
-  nv-embed serve --model nvidia/NV-Embed-v2     from the hub (15.7 GB; CC-BY-NC-4.0)
-  nv-embed serve --model /path/to/checkpoint    a folder in the official layout
-With make: make serve MODEL=/path/to/checkpoint. To see the server work without weights:
-make tiny-model && make serve MODEL=build/tiny-nv-embed (random weights, meaningless vectors)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify, parser=verify)
 
+    _add_training_commands(commands)
+
     openapi = commands.add_parser("openapi", help="print the OpenAPI document as YAML")
     openapi.set_defaults(run=_openapi, parser=openapi)
     return parser
@@ -106,15 +102,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
     options = settings.load(given, os.environ)
     logs.configure(options.log_format, options.log_level)
-    if options.model is None:
-        raise SettingsError(_NO_MODEL)
-    from model.hub import locate
+    from model.hub import locate, packaged_checkpoint
     from server import lifecycle
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    source = locate(options.model, revision=options.revision, offline=options.offline)
+    model = options.model or str(packaged_checkpoint())
+    source = locate(model, revision=options.revision, offline=options.offline)
     return lifecycle.run(options, source)
 
 
@@ -313,6 +308,94 @@ def _verify(arguments: argparse.Namespace) -> int:
     from model import verify
 
     return verify.run(arguments)
+
+
+def _add_training_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """train, mine and evaluate: they need the extra `training` (model/training)."""
+    train = commands.add_parser(
+        "train",
+        help="train a model by the two-stage recipe",
+        description="Run the training that a settings file describes, or go on with it where it "
+        "stopped. The result is a checkpoint in the official layout.",
+        epilog="Example: nv-embed train stage1.json -o runs/stage1",
+    )
+    train.add_argument("settings", type=Path, metavar="SETTINGS", help="JSON of one run")
+    train.add_argument("-o", "--out", type=Path, required=True, help="the run's folder")
+    train.add_argument(
+        "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
+    )
+    train.add_argument("--threads", type=int, help="CPU threads, in place of the settings'")
+    train.set_defaults(run=_train, parser=train)
+
+    mine = commands.add_parser(
+        "mine",
+        help="find hard negatives for training examples",
+        description="Give each example the best-scoring positives of others whose score is below "
+        "the threshold times that of its own positive.",
+        epilog="Example: nv-embed mine pairs.jsonl -o mined.jsonl --teacher default",
+    )
+    mine.add_argument("examples", type=Path, metavar="FILE", help="JSON lines of examples")
+    mine.add_argument("-o", "--out", type=Path, required=True)
+    mine.add_argument("--count", type=int, default=7, help="negatives each (default: %(default)s)")
+    mine.add_argument("--threshold", type=float, default=0.95, help="(default: %(default)s)")
+    _add_embedder_arguments(mine)
+    mine.set_defaults(run=_mine, parser=mine)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model on sets from files",
+        description="Score embeddings: Spearman (STS); nDCG@10, MRR@10 and recall@100 (retrieval); "
+        "kNN and logistic regression (classification); V-measure (clustering). Each option may be "
+        "repeated. Prints a table and, last, a line of JSON.",
+        epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/",
+    )
+    for name, kind in (
+        ("sts", "STS Benchmark's columns, or JSON lines"),
+        ("retrieval", "folder of corpus.jsonl, queries.jsonl, qrels.tsv, or a SMART collection"),
+        ("classification", "CSV of text and category"),
+        ("clustering", "CSV of text and category"),
+    ):
+        evaluate.add_argument(f"--{name}", type=Path, action="append", default=[], help=kind)
+    evaluate.add_argument(
+        "--no-instructions", dest="instructions", action="store_false", help="embed texts bare"
+    )
+    evaluate.add_argument("--bm25", action="store_true", help="the lexical baseline instead")
+    _add_embedder_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate, parser=evaluate)
+
+
+def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes the vectors: a checkpoint, a sentence-transformer or a running server."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
+    which.add_argument(
+        "--teacher", help="folder of a sentence-transformers model; 'default': all-MiniLM-L6-v2"
+    )
+    which.add_argument("--url", help="address of a running server, for instance http://host:8000")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=512, help="of a text, the rest is cut (%(default)s)"
+    )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    logs.configure("text", "info")
+    from model.training import commands
+
+    return commands.train(arguments)
+
+
+def _mine(arguments: argparse.Namespace) -> int:
+    from model.training import commands
+
+    return commands.mine_negatives(arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from model.training import commands
+
+    return commands.evaluate(arguments)
 
 
 def _openapi(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ class ServerProcess:
 
     def __init__(
         self,
-        model: Path,
+        model: Path | None,
         *options: str,
         log: Path,
         env: dict[str, str] | None = None,
@@ -32,7 +32,8 @@ class ServerProcess:
     ) -> None:
         self.log_file = log
         command = [sys.executable, "-m", "server.cli", "serve"]
-        command += ["--model", str(model), "--port", "0", "--dtype", "float32"]
+        command += ["--model", str(model)] if model else []
+        command += ["--port", "0", "--dtype", "float32"]
         command += [] if "--devices" in options else ["--devices", "cpu"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
         # The tests' own runners are found through PYTHONPATH.

@@ -233,7 +233,6 @@ def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model was named"),
         (["--model", "/no/such/folder"], "neither a folder nor a Hugging Face id"),
         (["--model", "."], "has no config.json"),
         (["--model", "no/folder", "--offline"], "there is no folder no/folder here"),
@@ -261,3 +260,22 @@ def test_an_unknown_environment_variable_stops_the_start() -> None:
     result = run_cli("serve", env={"NV_EMBED_MAX_BATCH_TOKEN": "5"})
     assert result.returncode == 2
     assert "did you mean NV_EMBED_MAX_BATCH_TOKENS?" in result.stderr
+
+
+def test_without_a_model_the_shipped_one_serves(tmp_path: Path) -> None:
+    server = ServerProcess(None, log=tmp_path / "log").wait_ready()
+    try:
+        names = [entry["id"] for entry in server.client.get("/v1/models").json()["data"]]
+        assert "nv-embed-small" in names
+        texts = ["How do I reset my password?", "Passwords and how to change them", "Baking bread"]
+        answer = server.client.post(
+            "/v1/embeddings", json={"model": "nv-embed-small", "input": texts}
+        ).json()
+        query, near, far = (item["embedding"] for item in answer["data"])
+
+        def cosine(a: list[float], b: list[float]) -> float:
+            return sum(x * y for x, y in zip(a, b, strict=True))
+
+        assert cosine(query, near) > cosine(query, far) + 0.2
+    finally:
+        assert server.stop() == 0

@@ -1,0 +1,22 @@
+"""The paper's two-stage recipe, its data, and the evaluation. The server never imports this.
+
+examples.py     JSON lines of query, positive, negatives and task
+sources.py      converters: free texts from Debian packages and data sets -> those lines
+stages.py       the data of stage 1 and stage 2, negatives mined
+teacher.py      a sentence-transformers model that teaches: vectors, a fixed projection
+initialise.py   a new small model: architecture, tokenizer, token embeddings from the teacher
+network.py      the trained module: backbone and plain pooler
+losses.py       contrastive and distillation losses
+settings.py     every choice of a run; stage 1 and stage 2 are two values of it
+trainer.py      the loop: batches, steps, exact resume
+plot.py         losses and scores of a run, drawn
+average.py      the mean of several checkpoints
+export.py       the trained module -> the official checkpoint layout
+attention.py    a kernel whose gradients are fast on a CPU
+mining.py       positive-aware hard negatives
+metrics.py      nDCG, MRR, recall, Spearman, kNN, logistic regression, V-measure
+evaluation.py   `nv-embed evaluate`: sets from files, scores
+bm25.py         the lexical baseline
+decontamination.py  training lines that overlap with evaluation texts
+commands.py     what `nv-embed train`, `mine` and `evaluate` do
+"""

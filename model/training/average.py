@@ -1,0 +1,48 @@
+"""The mean of several checkpoints of one run of stages (a "soup", Wortsman et al. 2022).
+
+    python -m model.training.average OUT CHECKPOINT CHECKPOINT …
+
+Each stage gains on its own data and loses a little elsewhere; their mean keeps most of both. All
+must have the same sizes and descend from one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from model.errors import CheckpointError
+from model.training.export import export
+from model.training.network import load_trained
+
+
+@torch.no_grad()
+def average(folders: Sequence[Path], out: Path) -> Path:
+    """Write the mean, fp16, in the official layout. Raises CheckpointError."""
+    device = torch.device("cpu")
+    first = load_trained(folders[0], device=device)
+    total = dict(first.named_parameters())
+    for folder in folders[1:]:
+        other = load_trained(folder, device=device)
+        if other.config != first.config:
+            raise CheckpointError(f"{folder} is of another size or name than {folders[0]}")
+        for name, parameter in other.named_parameters():
+            total[name].add_(parameter)
+    for parameter in total.values():
+        parameter.div_(len(folders))
+    return export(first, out, folders[0] / "tokenizer.json")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Average checkpoints.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    print(average(arguments.checkpoints, arguments.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Training data: JSON lines, one example each, and how an example becomes prompts.
+
+    {"query": "…", "positive": "…", "negatives": ["…"], "task": "…", "symmetric": false}
+    {"text": "…"}
+
+`task` is the description that stands in the instruction, "Instruct: {task}\\nQuery: "; absent or
+empty means no instruction. `symmetric` puts the instruction on the positive and the negatives
+too (STS). `negatives` may be absent. The second form is a text for distillation alone. Other
+keys (a source, an id) are allowed and ignored. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.errors import ModelError
+from model.tokenizer import query_prefix
+
+
+class DataError(ModelError):
+    """A training or evaluation file is not what it should be; names the file and the line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+    task: str = ""
+    symmetric: bool = False
+
+    @property
+    def query_instruction(self) -> str:
+        return query_prefix(self.task) if self.task else ""
+
+    @property
+    def passage_instruction(self) -> str:
+        return self.query_instruction if self.symmetric else ""
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Every line of a JSON lines file. Raises DataError naming the first bad line."""
+    return [_example(row, path, number) for number, row in _rows(path)]
+
+
+def read_texts(path: Path) -> list[str]:
+    """The `text` of every line. Raises DataError naming the first bad line."""
+    return [_text(row, "text", path, number) for number, row in _rows(path)]
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for example in examples:
+            row: dict[str, Any] = {"query": example.query, "positive": example.positive}
+            if example.negatives:
+                row["negatives"] = list(example.negatives)
+            if example.task:
+                row["task"] = example.task
+            if example.symmetric:
+                row["symmetric"] = True
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        file = path.open(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: not a JSON object")
+            yield number, row
+
+
+def _example(row: dict[str, Any], path: Path, number: int) -> Example:
+    negatives = row.get("negatives") or []
+    if not isinstance(negatives, list) or not all(isinstance(n, str) and n for n in negatives):
+        raise DataError(f"{path}, line {number}: negatives is not a list of texts")
+    task = row.get("task") or ""
+    if not isinstance(task, str):
+        raise DataError(f"{path}, line {number}: task is not a text")
+    symmetric = row.get("symmetric", False)
+    if not isinstance(symmetric, bool):
+        raise DataError(f"{path}, line {number}: symmetric is not true or false")
+    query = _text(row, "query", path, number)
+    positive = _text(row, "positive", path, number)
+    return Example(query, positive, tuple(negatives), task, symmetric)
+
+
+def _text(row: dict[str, Any], key: str, path: Path, number: int) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        what = "empty" if isinstance(value, str) else "not a text"
+        what = what if key in row else "missing"
+        raise DataError(f"{path}, line {number}: {key} is {what}")
+    return value

@@ -1,0 +1,88 @@
+"""A trained module -> a checkpoint folder in the official layout, which `model.loader` reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError
+from model.training.network import TrainedNVEmbed, sources
+
+
+def config_json(config: NVEmbedConfig) -> dict[str, Any]:
+    """The official config.json of these sizes."""
+    return {
+        "_name_or_path": config.name,
+        "architectures": ["NVEmbedModel"],
+        "model_type": "nvembed",
+        "hidden_size": config.hidden_size,
+        "add_eos": True,
+        "add_pad_token": True,
+        "is_mask_instruction": True,
+        "mask_type": "b",
+        "padding_side": "right",
+        "torch_dtype": "float16",
+        "latent_attention_config": {
+            "model_type": "latent_attention",
+            "hidden_dim": config.hidden_size,
+            "latent_dim": config.hidden_size,
+            "num_latents_value": config.num_latents,
+            "num_cross_heads": config.num_cross_heads,
+            "cross_dim_head": config.cross_dim_head,
+            "output_normalize": True,
+        },
+        "text_config": {
+            "model_type": "bidir_mistral",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "intermediate_size": config.intermediate_size,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rope_theta": config.rope_theta,
+            "rms_norm_eps": config.rms_norm_eps,
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    }
+
+
+def export(
+    model: TrainedNVEmbed,
+    folder: Path,
+    tokenizer: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    name: str | None = None,
+) -> Path:
+    """Write config.json, model.safetensors and tokenizer.json (copied). Returns `folder`.
+
+    name: who the weights are (`_name_or_path`), the id that a server shows.
+    Raises CheckpointError when a weight does not fit `dtype`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = config_json(model.config)
+    raw["_name_or_path"] = name or model.config.name or folder.resolve().name
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter, stack in sources(model.config).items():
+        parts = torch.split(parameters[parameter].detach().cpu(), [rows for _, rows in stack])
+        for (tensor, _), part in zip(stack, parts, strict=True):
+            tensors[tensor] = part.to(dtype).contiguous()
+            if not torch.isfinite(tensors[tensor]).all():
+                raise CheckpointError(f"{tensor} does not fit {dtype}: the training diverged")
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    target = folder / "tokenizer.json"
+    if tokenizer.resolve() != target.resolve():
+        shutil.copyfile(tokenizer, target)
+    return folder

@@ -1,0 +1,53 @@
+"""The two losses. Shapes: N queries, M hard negatives of each, D width; all rows of length 1."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def contrastive_loss(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    owners: Tensor,
+    *,
+    temperature: float,
+    in_batch: bool,
+    same: Tensor | None = None,
+) -> Tensor:
+    """Mean over queries of -log softmax of the positive's cosine / temperature (InfoNCE).
+
+    queries, positives [N, D]; negatives [M, D], the hard negatives of all queries;
+    owners [M]: whose negative each one is.
+    in_batch: the positives and hard negatives of the other queries count as negatives too
+    (stage 1); otherwise only a query's own hard negatives do (stage 2).
+    same [N, N] bool: pairs whose positives are the same text, never one another's negatives.
+    """
+    count = len(queries)
+    own = (queries * positives).sum(-1, keepdim=True)
+    identity = torch.eye(count, dtype=torch.bool, device=queries.device)
+    to_positives = queries @ positives.T
+    to_negatives = queries @ negatives.T
+    if in_batch:
+        hidden = identity if same is None else identity | same
+        hidden_negatives = torch.zeros_like(to_negatives, dtype=torch.bool)
+    else:
+        hidden = torch.ones_like(identity)
+        hidden_negatives = owners[None, :] != torch.arange(count, device=owners.device)[:, None]
+    scores = torch.cat(
+        [
+            own,
+            to_positives.masked_fill(hidden, -torch.inf),
+            to_negatives.masked_fill(hidden_negatives, -torch.inf),
+        ],
+        dim=1,
+    )
+    target = torch.zeros(count, dtype=torch.long, device=queries.device)
+    return F.cross_entropy(scores.float() / temperature, target)
+
+
+def distillation_loss(vectors: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cosine distance to the teacher's (projected) vectors; both [N, D]."""
+    return (1 - (vectors * teacher).sum(-1)).mean()

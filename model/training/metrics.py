@@ -1,0 +1,117 @@
+"""Scores of embeddings: similarity, retrieval, classification, clustering. Pure functions.
+
+Retrieval follows trec_eval: ties are broken by the documents' order, gains are the relevance
+grades, and a query without a relevant document is left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.errors import UnsupportedError
+
+Floats = NDArray[np.floating]
+
+
+def ranks(values: Floats) -> NDArray[np.float64]:
+    """1-based ranks; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    mean: NDArray[np.float64] = (last - (counts - 1) / 2)[places]
+    return mean
+
+
+def spearman(first: Floats, second: Floats) -> float:
+    """Rank correlation of two lists, -1 to 1."""
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def cosine_rows(first: Floats, second: Floats) -> Floats:
+    """Cosine of each row of `first` [N, D] with the same row of `second`."""
+    dot: Floats = (first * second).sum(axis=1)
+    return dot / (np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1))  # type: ignore[no-any-return]
+
+
+def ndcg(gains: Sequence[float], ideal: Sequence[float], k: int) -> float:
+    """gains: of the documents in their order; ideal: of all relevant ones, in any order."""
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    best = np.sort(np.asarray(ideal, dtype=np.float64))[::-1][:k]
+    got = np.asarray(gains, dtype=np.float64)[:k]
+    return float((got * discounts[: len(got)]).sum() / (best * discounts[: len(best)]).sum())
+
+
+def retrieval_scores(
+    scores: Floats, relevant: Sequence[Mapping[int, float]], k: int = 10
+) -> dict[str, float]:
+    """nDCG@k, MRR@k and recall@100 of scores [queries, documents].
+
+    relevant: for each query its relevant documents (columns) and their grades.
+    """
+    found: list[tuple[float, float, float]] = []
+    for row, grades in zip(scores, relevant, strict=True):
+        grades = {document: grade for document, grade in grades.items() if grade > 0}
+        if not grades:
+            continue
+        order = np.argsort(-row, kind="stable")[: max(k, 100)].tolist()
+        gains = [grades.get(document, 0.0) for document in order]
+        first = next((i for i, gain in enumerate(gains[:k]) if gain), None)
+        found.append(
+            (
+                ndcg(gains[:k], list(grades.values()), k),
+                0.0 if first is None else 1 / (first + 1),
+                sum(gain > 0 for gain in gains[:100]) / len(grades),
+            )
+        )
+    assert found, "no query has a relevant document"
+    means = np.mean(found, axis=0)
+    names = (f"ndcg@{k}", f"mrr@{k}", "recall@100")
+    return dict(zip(names, map(float, means), strict=True))
+
+
+def knn_accuracy(
+    train: Floats, train_labels: Sequence[str], test: Floats, test_labels: Sequence[str], k: int = 5
+) -> float:
+    """Votes of the k nearest by cosine, each weighted by it; rows have length 1."""
+    names, coded = np.unique(np.asarray(train_labels), return_inverse=True)
+    similar = test @ train.T
+    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+    votes = np.zeros((len(test), len(names)))
+    rows = np.arange(len(test))[:, None]
+    np.add.at(votes, (rows, coded[nearest]), np.take_along_axis(similar, nearest, axis=1))
+    return float((names[votes.argmax(axis=1)] == np.asarray(test_labels)).mean())
+
+
+def logistic_accuracy(
+    train: Floats, train_labels: Sequence[str], test: Floats, test_labels: Sequence[str]
+) -> float:
+    """Accuracy of a logistic regression on the vectors (scikit-learn, 100 iterations as mteb)."""
+    linear_model = _sklearn("linear_model")
+    regression = linear_model.LogisticRegression(max_iter=100, C=10.0)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 100 iterations need not converge
+        regression.fit(train, list(train_labels))
+    return float(regression.score(test, list(test_labels)))
+
+
+def v_measure(vectors: Floats, labels: Sequence[str], seed: int = 0) -> float:
+    """V-measure of k-means with as many clusters as there are labels."""
+    kmeans = _sklearn("cluster").MiniBatchKMeans(
+        len(set(labels)), batch_size=512, n_init=3, random_state=seed
+    )
+    return float(_sklearn("metrics").v_measure_score(list(labels), kmeans.fit_predict(vectors)))
+
+
+def _sklearn(module: str) -> Any:
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError:
+        raise UnsupportedError(
+            "this score needs scikit-learn: pip install 'nv-embed-server[training]'"
+        ) from None

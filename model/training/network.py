@@ -1,0 +1,79 @@
+"""The module that is trained: NVEmbed with the plain pooler, whose latents are parameters.
+
+Parameter names are those of `model.loader`'s tables, so that `export` needs no other map.
+Shapes: N sequences, D width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import AttentionKernel
+from model.config import NVEmbedConfig
+from model.latent_attention import LatentAttention
+from model.loader import Checkpoint, folded_sources, tensor_table
+from model.mistral import MistralBackbone
+from model.packing import PackedBatch
+
+
+class TrainedNVEmbed(nn.Module):
+    """Backbone and plain pooler; bidirectional, instruction rows out of the pool, as served."""
+
+    def __init__(self, config: NVEmbedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MistralBackbone(config)
+        self.pooler = LatentAttention(config)
+
+    def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
+        """-> float32 [N, D], each row of length 1."""
+        hidden_states = self.backbone(batch, attend)
+        return F.normalize(self.pooler(hidden_states, batch.pooled).float(), dim=-1)
+
+
+def sources(config: NVEmbedConfig) -> dict[str, list[tuple[str, int]]]:
+    """Parameter -> (checkpoint tensor, rows) of the tensors stacked to make it."""
+    table = {
+        parameter: [(source.name, source.shape[0]) for source in stack]
+        for parameter, stack in tensor_table(config).items()
+    }
+    for parameter, source in folded_sources(config).items():
+        table[f"pooler.{parameter}"] = [(source.name, source.shape[0])]
+    return table
+
+
+def load_trained(folder: Path, *, device: torch.device) -> TrainedNVEmbed:
+    """An official checkpoint as a trainable module, float32. Raises CheckpointError."""
+    config = NVEmbedConfig.from_dir(folder)
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(config)
+    model = TrainedNVEmbed(config)
+    state = {
+        parameter: torch.cat([checkpoint.rows(name).float() for name, _ in stack])
+        for parameter, stack in sources(config).items()
+    }
+    model.load_state_dict(state)
+    return model.to(device)
+
+
+@torch.no_grad()
+def initialise_weights(model: TrainedNVEmbed, generator: torch.Generator) -> None:
+    """Normal weights; projections back into the residual start near zero.
+
+    So the untrained model is close to a mean of its token embeddings, a fair place to start.
+    """
+    width = model.config.hidden_size
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            continue
+        std = width**-0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight", "to_out.weight")):
+            std *= 0.1
+        elif name.endswith(("embed_tokens.weight", "latents")):
+            std = 1.0
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The whole recipe of the shipped model, on Debian 12 with two cores: about two hours.
+#   STS=sts-train.csv BANKING77=train.csv EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" \
+#     model/training/recipes/small.sh [WORK]
+# STS Benchmark's and Banking77's training files are the reader's to fetch (SOURCES.csv); without
+# them stage 2 learns from the retrieval pairs alone. Every step is skipped when its result exists;
+# a training run that was stopped goes on.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+work="${1:-build/small}"
+python="${PYTHON:-.venv/bin/python}"
+manuals="wordnet-base dict-jargon dict-devil python3.11-doc postgresql-doc-15 apache2-doc
+sqlite3-doc python-django-doc python-sklearn-doc python-statsmodels-doc python-pandas-doc rust-doc"
+sets=(${STS:+--sts "$(realpath "$STS")"} ${BANKING77:+--banking77 "$(realpath "$BANKING77")"})
+python="$(realpath -s "$(command -v "$python")")"
+tokenizer="$(realpath "${TOKENIZER:-$here/../../checkpoints/nv-embed-small/tokenizer.json}")"
+export OMP_WAIT_POLICY=PASSIVE
+mkdir -p "$work/debs" "$work/debian" "$work/lists/partial" "$work/cache"
+cd "$work"
+
+if [ ! -f data/pairs.jsonl ]; then
+  # Debian's packages and, for the long descriptions, its English translation file.
+  apt-get update -o Acquire::Languages=en -o Dir::State::lists="$PWD/lists" \
+    -o Dir::Cache="$PWD/cache"
+  (cd debs && apt-get download $manuals)
+  for deb in debs/*.deb; do
+    name="$(dpkg-deb -f "$deb" Package)"
+    dpkg -x "$deb" "debian/$name"
+  done
+  translations="$(ls -S lists/*_main_i18n_Translation-en* | head -n 1)"
+  "$python" -m model.training.sources data --debian debian --translations "$translations" \
+    "${sets[@]}"
+fi
+"$python" -m model.training.teacher data/texts.jsonl vectors --last-text 204800
+[ -d init ] || "$python" -m model.training.initialise init --texts data/texts.jsonl \
+  --vectors vectors --tokenizer "$tokenizer"
+"$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
+"$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
+if [ ! -f data/stage2.jsonl ]; then
+  "$python" -m model.training.stages data --vectors vectors --last-text 204800 "${sets[@]}"
+  if [ -n "${EVALUATION:-}" ]; then
+    for stage in stage1 stage2; do  # what shares ten words with an evaluation set goes
+      "$python" -m model.training.decontamination "data/$stage.jsonl" $EVALUATION -o clean.jsonl
+      mv clean.jsonl "data/$stage.jsonl"
+    done
+  fi
+fi
+"$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
+"$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2
+"$python" -m model.training.average nv-embed-small runs/{distil2,stage1,stage2}/checkpoint
+echo "the model: $PWD/nv-embed-small"

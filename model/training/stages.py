@@ -1,0 +1,142 @@
+"""The data of the two stages, from pairs, texts, their vectors and the labelled sets.
+
+    python -m model.training.stages DATA --vectors DIR [--sts FILE] [--banking77 FILE]
+
+Reads DATA/pairs.jsonl and DATA/texts.jsonl; writes stage1.jsonl, stage2.jsonl and, for the
+distillation that goes on beside the contrastive loss, stage-texts.jsonl and stage-vectors/.
+Pairs that the teacher finds unrelated are dropped; negatives are mined with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.training.examples import Example, read_examples, read_texts, write_examples
+from model.training.mining import THRESHOLD, hard_negatives, mine
+from model.training.sources import (
+    SEED,
+    TASK_BANKING,
+    TASK_STS,
+    ScoredPair,
+    banking_rows,
+    sts_rows,
+)
+from model.training.teacher import Teacher, load_vectors
+
+RELATED = 0.3
+"""A pair whose teacher's cosine is less is no good pair (headings such as "Notes")."""
+NEGATIVES = 7
+STS_POSITIVE = 4.0
+
+
+class Known:
+    """Texts with their teacher's vectors."""
+
+    def __init__(self, texts: Sequence[str], vectors: NDArray[np.floating]) -> None:
+        rows = vectors.astype(np.float32)
+        self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        self.place = {text: place for place, text in enumerate(texts)}
+
+    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self.rows[[self.place[text] for text in texts]]  # type: ignore[no-any-return]
+
+
+def related(examples: Sequence[Example], known: Known) -> list[Example]:
+    """Pairs with both vectors known and a cosine of at least RELATED."""
+    pairs = [e for e in examples if e.query in known.place and e.positive in known.place]
+    cosines = (known([e.query for e in pairs]) * known([e.positive for e in pairs])).sum(axis=1)
+    return [pair for pair, cosine in zip(pairs, cosines, strict=True) if cosine >= RELATED]
+
+
+def banking_examples(
+    rows: Sequence[tuple[str, str]], known: Known, rng: random.Random
+) -> list[Example]:
+    """Classification by example: a class-mate, and the nearest texts of other classes."""
+    classes: dict[str, list[str]] = defaultdict(list)
+    for text, label in rows:
+        classes[label].append(text)
+    labels = np.array([label for _, label in rows])
+    matrix = known([text for text, _ in rows])
+    examples = []
+    for place, (text, label) in enumerate(rows):
+        mates = [mate for mate in classes[label] if mate != text]
+        if not mates:
+            continue
+        scores = np.where(labels == label, -np.inf, matrix @ matrix[place])
+        nearest = np.argpartition(-scores, 4 * NEGATIVES)[: 4 * NEGATIVES]
+        chosen = rng.sample([rows[i][0] for i in nearest], NEGATIVES)
+        examples.append(Example(text, rng.choice(mates), tuple(chosen), TASK_BANKING, True))
+    return examples
+
+
+def sts_examples(rows: Sequence[ScoredPair], known: Known) -> list[Example]:
+    """Pairs of score >= 4, both ways round; negatives mined among all sentences."""
+    sentences = list(dict.fromkeys(s for row in rows for s in (row.first, row.second)))
+    place = {sentence: row for row, sentence in enumerate(sentences)}
+    alike: dict[str, set[int]] = defaultdict(set)  # scored 3 and more: not a negative
+    for row in rows:
+        if row.score >= 3:
+            alike[row.first].add(place[row.second])
+            alike[row.second].add(place[row.first])
+    matrix = known(sentences)
+    examples = []
+    for row in rows:
+        if row.score < STS_POSITIVE or row.first == row.second:
+            continue
+        for query, positive in ((row.first, row.second), (row.second, row.first)):
+            scores = matrix @ matrix[place[query]]
+            scores[[place[query], *(alike[query] - {place[positive]})]] = -np.inf
+            chosen = hard_negatives(scores, place[positive], NEGATIVES, THRESHOLD)
+            texts = tuple(sentences[i] for i in chosen)
+            examples.append(Example(query, positive, texts, TASK_STS, True))
+    return examples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the data of stage 1 and stage 2.")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--vectors", type=Path, required=True)
+    parser.add_argument("--last-text", type=int, help="use the first so many texts only")
+    parser.add_argument("--sts", type=Path)
+    parser.add_argument("--banking77", type=Path)
+    parser.add_argument("--teacher", help="folder of a sentence-transformers model")
+    arguments = parser.parse_args()
+    data: Path = arguments.data
+    rng = random.Random(SEED)  # noqa: S311
+    vectors = load_vectors(arguments.vectors)[: arguments.last_text]
+    texts = read_texts(data / "texts.jsonl")[: len(vectors)]
+
+    sts = sts_rows(arguments.sts) if arguments.sts else []
+    banking = banking_rows(arguments.banking77, development=False) if arguments.banking77 else []
+    labelled = [text for text, _ in banking] + [t for row in sts for t in (row.first, row.second)]
+    extra = sorted(set(labelled) - set(texts))
+    if extra:
+        vectors = np.concatenate([vectors, Teacher(arguments.teacher).encode(extra)])
+        texts += extra
+    known = Known(texts, vectors)
+
+    pairs = related(read_examples(data / "pairs.jsonl"), known)
+    mined = [e for e in mine(pairs, known, known, count=NEGATIVES) if e.negatives]
+    stage2 = mined[:6000] + sts_examples(sts, known)
+    if banking:
+        stage2 += banking_examples(banking, known, rng)
+    rng.shuffle(stage2)
+    write_examples(data / "stage1.jsonl", mined)
+    write_examples(data / "stage2.jsonl", stage2)
+    with (data / "stage-texts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+    (data / "stage-vectors").mkdir(exist_ok=True)
+    np.save(data / "stage-vectors" / "00000.npy", vectors.astype(np.float16))
+    print(f"stage 1: {len(mined)} examples; stage 2: {len(stage2)}; {len(texts)} texts")
+
+
+if __name__ == "__main__":
+    main()

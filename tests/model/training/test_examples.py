@@ -1,0 +1,65 @@
+"""The data format, and what a bad line says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from model.training.examples import (
+    DataError,
+    Example,
+    read_examples,
+    read_texts,
+    write_examples,
+)
+
+GOOD = {"query": "q", "positive": "p"}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    examples = [Example("q", "p", ("n", "m"), "a task", True), Example("ü", "p")]
+    write_examples(tmp_path / "x.jsonl", examples)
+    assert read_examples(tmp_path / "x.jsonl") == examples
+
+
+def test_instructions() -> None:
+    plain, task, both = (
+        Example("q", "p"),
+        Example("q", "p", (), "t"),
+        Example("q", "p", (), "t", True),
+    )
+    assert (plain.query_instruction, plain.passage_instruction) == ("", "")
+    assert (task.query_instruction, task.passage_instruction) == ("Instruct: t\nQuery: ", "")
+    assert both.passage_instruction == both.query_instruction
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        (json.dumps({"query": "q"}), "positive is missing"),
+        (json.dumps({"query": " ", "positive": "p"}), "query is empty"),
+        (json.dumps({"query": 5, "positive": "p"}), "query is not a text"),
+        (json.dumps({**GOOD, "negatives": "n"}), "negatives is not a list of texts"),
+        (json.dumps({**GOOD, "negatives": [""]}), "negatives is not a list of texts"),
+        (json.dumps({**GOOD, "task": 1}), "task is not a text"),
+        (json.dumps({**GOOD, "symmetric": "yes"}), "symmetric is not true or false"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + line + "\n" + json.dumps(GOOD) + "\n")
+    with pytest.raises(DataError, match=f"x.jsonl, line 2: {reason}"):
+        read_examples(file)
+
+
+def test_texts(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a", "source": "s"}\n{"source": "s"}\n')
+    with pytest.raises(DataError, match="line 2: text is missing"):
+        read_texts(file)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_texts(tmp_path / "absent.jsonl")

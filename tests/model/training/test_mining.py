@@ -1,0 +1,167 @@
+"""Mining, and the converters' rules of which rows may be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model.errors import UnsupportedError
+from model.training.examples import Example
+from model.training.mining import ServerEmbedder, hard_negatives, mine
+from model.training.sources import (
+    ScoredPair,
+    banking_rows,
+    is_banking_development,
+    manual_pairs,
+    package_descriptions,
+    sts_rows,
+    synsets,
+)
+from model.training.stages import Known, banking_examples, sts_examples
+
+
+def test_negatives_stay_below_the_threshold() -> None:
+    scores = np.array([0.8, 0.99, 0.77, 0.75, 0.1, 0.3])
+    assert hard_negatives(scores, positive=0, count=2, threshold=0.95) == [3, 5]
+    assert hard_negatives(scores, positive=0, count=9, threshold=0.95) == [3, 5, 4]
+    assert hard_negatives(scores, positive=4, count=2, threshold=0.95) == []
+
+
+def test_mining_gives_each_query_the_nearest_others() -> None:
+    angles = {"q": 0.0, "p": 0.3, "near": 0.5, "far": 2.0, "nearer": 0.31}
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        found = [angles[text] for text in texts]
+        return np.array([[np.cos(a), np.sin(a)] for a in found], dtype=np.float32)
+
+    rows = [("q", "p"), ("near", "near"), ("far", "far"), ("nearer", "nearer")]
+    mined = list(mine([Example(q, p) for q, p in rows], embed, embed, count=2))
+    # "nearer" scores 0.952 against the positive's 0.955: too close to be a sure negative.
+    assert mined[0].negatives == ("near", "far")
+    assert all(example.query not in example.negatives for example in mined)
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers with vectors [length of the text, length of the prompt], in reversed order."""
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "fake-embed"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] == "fake-embed"
+        rows = [
+            {"index": index, "embedding": [len(text), len(body["prompt"])]}
+            for index, text in enumerate(body["input"])
+        ]
+        self._answer({"data": rows[::-1]})
+
+    def _answer(self, value: object) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(value).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_as_the_teacher() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        embed = ServerEmbedder(f"http://127.0.0.1:{server.server_port}/")
+        texts = ["x" * n for n in range(1, 301)]  # more than one request
+        assert embed(texts, "abc").tolist() == [[n, 3] for n in range(1, 301)]
+        server.shutdown()
+    with pytest.raises(UnsupportedError, match="not an http address"):
+        ServerEmbedder("file:///etc/passwd")
+
+
+def test_sts_leaves_out_what_is_not_free(tmp_path: Path) -> None:
+    file = tmp_path / "sts.csv"
+    names = ("MSRvid", "MSRpar", "headlines", "deft-forum", "deft-news", "images")
+    file.write_text("".join(f"g\t{name}\t2012\t1\t4.5\tin {name}\tb\n" for name in names))
+    assert [row.first for row in sts_rows(file)] == ["in MSRvid", "in images"]
+
+
+def test_banking_development_rows_are_kept_apart(tmp_path: Path) -> None:
+    texts = [f"question, number {i}" for i in range(50)]
+    file = tmp_path / "train.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([("text", "category"), *((text, "x") for text in texts)])
+    development = [text for text, _ in banking_rows(file, development=True)]
+    assert development == [text for text in texts if is_banking_development(text)]
+    assert 0 < len(development) < 25
+    rest = [text for text, _ in banking_rows(file, development=False)]
+    assert sorted(development + rest) == sorted(texts)
+
+
+def test_examples_of_the_labelled_sets() -> None:
+    rng = np.random.default_rng(1)
+    rows = [(f"{label} {i}", label) for label in "abcdefgh" for i in range(5)]
+    known = Known([text for text, _ in rows], rng.standard_normal((40, 6)))
+    found = banking_examples(rows, known, random.Random(1))
+    assert len(found) == 40
+    for example in found:
+        label = example.query[0]
+        assert example.positive[0] == label
+        assert example.positive != example.query
+        assert len(example.negatives) == 7
+        assert not any(text.startswith(label) for text in example.negatives)
+        assert example.symmetric
+
+    pairs = [ScoredPair("s0", "s1", 4.0), ScoredPair("s0", "s2", 3.5), ScoredPair("s3", "s4", 1.0)]
+    sentences = [f"s{i}" for i in range(5)]
+    vectors = rng.standard_normal((5, 6))
+    vectors[1] = vectors[0] + 0.01
+    both = sts_examples(pairs, Known(sentences, vectors))
+    assert [(e.query, e.positive) for e in both] == [("s0", "s1"), ("s1", "s0")]
+    assert not set(both[0].negatives) & {"s0", "s1", "s2"}  # s2 is too like s0
+
+
+def test_wordnet_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "wordnet-base/usr/share/wordnet"
+    folder.mkdir(parents=True)
+    line = (
+        "00006269 03 n 02 life 0 living_thing(p) 1 002 @ 00004258 n 0000 ~ 07993776 n 0000 | "
+        'living things collectively; "the oceans are teeming with life"'
+    )
+    (folder / "data.noun").write_text("  1 a licence line\n" + line + "  \n")
+    for part in ("verb", "adj", "adv"):
+        (folder / f"data.{part}").write_text("")
+    (found,) = synsets(tmp_path)
+    assert found.words == ("life", "living thing")
+    assert found.gloss == "living things collectively"
+    assert found.examples == ("the oceans are teeming with life",)
+
+
+def test_package_descriptions(tmp_path: Path) -> None:
+    file = tmp_path / "Translation-en"
+    file.write_text(
+        "Package: tool\nDescription-md5: 0\nDescription-en: small tool\n It does a thing and\n"
+        " another.\n .\n  * a list\n .\n And more things.\n\nPackage: bare\n\n"
+    )
+    expected = ("tool", "small tool", "It does a thing and another. And more things.")
+    assert list(package_descriptions(file)) == [expected]
+
+
+def test_pages_become_headings_and_passages(tmp_path: Path) -> None:
+    folder = tmp_path / "sqlite3-doc/usr/share/doc/sqlite3"
+    folder.mkdir(parents=True)
+    text = "Rows are kept in pages, and pages are kept in one single file on a disk. "
+    (folder / "a.html").write_text(
+        f"<title>no</title><nav>menu menu</nav><h1>1. The File Format¶</h1><p>{text}"
+        f"<pre>code();</pre>{text}</p><script>x</script><h2>Pages of it</h2><p>{text}{text}</p>"
+    )
+    pairs = list(manual_pairs(tmp_path, "sqlite3-doc", random.Random(0)))
+    assert [pair.query for pair in pairs] == ["The File Format", "The File Format: Pages of it"]
+    assert pairs[0].positive.startswith("Rows are kept")
+    assert "code" not in pairs[0].positive

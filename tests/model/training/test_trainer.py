@@ -1,0 +1,276 @@
+"""The loop: it learns, goes on exactly where it was killed, and exports what the server loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.attention import sdpa_per_sequence
+from model.batch import Encoding
+from model.encoder import Encoder
+from model.errors import CheckpointError
+from model.packing import Segments, pack
+from model.training.attention import grouped_products
+from model.training.average import average
+from model.training.examples import DataError
+from model.training.network import load_trained
+from model.training.plot import _smooth, plot
+from model.training.settings import TrainingSettings, TrainingSettingsError
+from model.training.trainer import Shuffle, Trainer, load_corpus
+
+ROOT = Path(__file__).parents[3]
+
+
+def settings_of(checkpoint: Path, folder: Path, **changes: object) -> TrainingSettings:
+    raw = {
+        "model": str(checkpoint),
+        "steps": 12,
+        "data": {str(folder / "pairs.jsonl"): 1},
+        "pairs_per_step": 6,
+        "max_negatives": 1,
+        "texts": str(folder / "texts.jsonl"),
+        "vectors": str(folder / "vectors"),
+        "projection": str(folder / "projection.safetensors"),
+        "texts_per_step": 4,
+        "learning_rate": 3e-3,
+        "warmup_steps": 2,
+        "validate_every": 6,
+        "validation_rows": 8,
+        "save_every": 3,
+        "threads": 1,
+        "dtype": "float32",
+        **changes,
+    }
+    return TrainingSettings(**raw)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_checkpoint: Path, tiny_data: Path) -> TrainingSettings:
+    return settings_of(tiny_checkpoint, tiny_data)
+
+
+@pytest.fixture(scope="module")
+def finished(settings: TrainingSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    checkpoint = Trainer(settings, folder).run(progress=False)
+    assert checkpoint == folder / "checkpoint"
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (state,) = folder.glob("state/step-0000012")
+    return load_file(str(state / "model.safetensors"))
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_loss_falls(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for loss in ("contrastive", "distillation"):
+        values = [line[loss] for line in lines]
+        assert np.mean(values[-3:]) < 0.9 * np.mean(values[:3]), values
+    assert {"validation_mrr", "validation_cosine"} <= lines[-1].keys()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stopped_run_goes_on_exactly(
+    settings: TrainingSettings, finished: Path, tmp_path: Path, stage: int
+) -> None:
+    if stage == 2:
+        settings = dataclasses.replace(settings, stage=2)
+        Trainer(settings, tmp_path / "whole").run(progress=False)
+    stopped = tmp_path / "stopped"
+    assert Trainer(settings, stopped).run(stop_after=7, progress=False) is None  # saved: 3, 6
+    Trainer(settings, stopped).run(progress=False)
+    whole = finished if stage == 1 else tmp_path / "whole"
+    assert same_weights(stopped, whole)
+    figures = [
+        [(json.loads(x)["step"], json.loads(x)["loss"]) for x in path.read_text().splitlines()]
+        for path in (stopped / "metrics.jsonl", whole / "metrics.jsonl")
+    ]
+    assert figures[0] == figures[1]
+    if stage == 2:
+        assert not same_weights(stopped, finished)
+
+
+def test_a_killed_process_goes_on_exactly(
+    settings: TrainingSettings, finished: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings.to_json()))
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "server.cli", "train", str(file), "-o", str(run)]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
+        deadline = time.monotonic() + 60
+        while not list(run.glob("state/step-*")) and time.monotonic() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    Trainer(settings, run).run(progress=False)
+    assert same_weights(run, finished)
+
+
+def test_the_metrics_are_drawn(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "metrics.jsonl").write_text((finished / "metrics.jsonl").read_text())
+    for path in plot(tmp_path):
+        assert path.stat().st_size > 5_000, path
+
+
+def test_a_running_mean() -> None:
+    assert _smooth(np.arange(4.0)).tolist() == [0, 0.5, 1, 1.5]
+    assert _smooth(np.arange(60.0))[-1] == np.arange(35, 60).mean()
+
+
+def test_a_folder_of_another_run_is_refused(settings: TrainingSettings, finished: Path) -> None:
+    other = dataclasses.replace(settings, temperature=0.5)
+    with pytest.raises(TrainingSettingsError, match="other settings"):
+        Trainer(other, finished).run(progress=False)
+
+
+def test_the_export_serves_the_same_vectors(finished: Path, tiny_checkpoint: Path) -> None:
+    texts = ["a cat over here", "the moon", "bread " * 20]
+    encoder = Encoder(finished / "checkpoint", device="cpu", dtype="float32")
+    trained = load_trained(finished / "checkpoint", device=torch.device("cpu"))
+    for instruction in ("", "Instruct: find the phrase\nQuery: "):
+        encodings = [encoder.tokenizer.encode(text, instruction, max_tokens=99) for text in texts]
+        with torch.no_grad():
+            expected = trained(pack(encodings, torch.device("cpu")), sdpa_per_sequence).numpy()
+        served = encoder.encode(texts, instruction)
+        assert np.abs(served - expected).max() < 1e-5
+    before = Encoder(tiny_checkpoint, device="cpu", dtype="float32").encode(texts)
+    assert np.abs(before - encoder.encode(texts)).max() > 0.01
+    assert encoder.tokenizer.vocab_size == 32_000
+
+
+def test_the_average_of_checkpoints(
+    finished: Path, tiny_checkpoint: Path, golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    folders = [finished / "checkpoint", tiny_checkpoint]
+    mean = load_trained(average(folders, tmp_path / "mean"), device=torch.device("cpu"))
+    first, second = (load_trained(f, device=torch.device("cpu")).state_dict() for f in folders)
+    for name, parameter in mean.state_dict().items():
+        assert torch.allclose(parameter, (first[name] + second[name]) / 2, atol=2e-3), name
+    with pytest.raises(CheckpointError, match="another size"):
+        average([golden_checkpoint, tiny_checkpoint], tmp_path / "no")
+
+
+def test_instruction_tokens_stay_out_of_the_pool(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """Exchanging the hidden states of instruction rows changes nothing behind the backbone."""
+    trainer = Trainer(settings, tmp_path)
+    seen: list[tuple[int, Segments]] = []
+
+    def hook(_module: object, inputs: tuple[torch.Tensor, Segments]) -> None:
+        seen.append((len(inputs[0]), inputs[1]))
+
+    trainer.model.pooler.register_forward_pre_hook(hook)
+    instruction = "Instruct: find the phrase\nQuery: "
+    trainer.embed([("a cat", instruction), ("a cat", "")])
+    skipped = trainer.tokenizer.pool_start(instruction)
+    whole = len(trainer.tokenizer.encode("a cat", instruction, max_tokens=99))
+    alone = len(trainer.tokenizer.encode("a cat", max_tokens=99))
+    assert seen[0][0] == whole - skipped + alone
+    assert seen[0][1].lengths == (whole - skipped, alone)
+
+
+def test_vectors_come_in_the_order_of_the_prompts(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    trainer = Trainer(settings, tmp_path)
+    prompts = [("fish", ""), ("a long text about a fish and a boat", "x: "), ("tea milk", "")]
+    together, tokens = trainer.embed(prompts)
+    alone = torch.cat([trainer.embed([prompt])[0] for prompt in prompts])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert tokens == sum(trainer.embed([prompt])[1] for prompt in prompts)
+
+
+def test_the_training_kernel_equals_the_served_one() -> None:
+    rng = np.random.default_rng(0)
+    encodings = [
+        Encoding(rng.integers(3, 99, n).astype(np.int32), start)
+        for n, start in ((30, 4), (29, 0), (17, 3), (17, 16), (5, 0), (2, 1))
+    ]
+    batch = pack(encodings, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for queries in (batch.seqs, batch.pooled):
+        q = torch.randn(sum(queries.lengths), 4, 8, generator=generator)
+        k, v = torch.randn(2, batch.num_tokens, 2, 8, generator=generator)
+        expected = sdpa_per_sequence(q, k, v, queries, batch.seqs)
+        assert torch.allclose(grouped_products(q, k, v, queries, batch.seqs), expected, atol=1e-5)
+
+
+def test_an_epoch_sees_every_row_once() -> None:
+    shuffle = Shuffle(10, seed=1, stream=2)
+    drawn = [row for step in range(5) for row in shuffle.draw(step, 4)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert Shuffle(10, seed=1, stream=2).draw(3, 4) == drawn[12:16]
+
+
+def test_held_out_rows_are_not_learnt_from(settings: TrainingSettings) -> None:
+    corpus = load_corpus(settings)
+    assert len(corpus.held_out) == 6
+    assert not {e.query for e in corpus.held_out} & {e.query for e in corpus.examples}
+    assert len(corpus.held_out_texts) == 8
+    assert not set(corpus.held_out_texts) & set(corpus.drawn)
+    assert not set(corpus.held_out_texts) & set(corpus.places.values())
+
+
+def test_a_weight_repeats_rows(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    data = {str(tiny_data / "pairs.jsonl"): 2.5}
+    corpus = load_corpus(settings_of(tiny_checkpoint, tiny_data, data=data, validation_rows=0))
+    assert len(corpus.examples) == 150
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": 3}, "stage is 3"),
+        ({"texts": None}, "texts_per_step needs texts"),
+        ({"vectors": None}, "texts need vectors"),
+        ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_contradictions_are_refused(
+    tiny_checkpoint: Path, tiny_data: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TrainingSettingsError, match=message):
+        settings_of(tiny_checkpoint, tiny_data, **changes)
+
+
+def test_settings_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model": "m", "steps": 5, "data": {"d.jsonl": 1}}))
+    read = TrainingSettings.read(file, threads=2)
+    assert read.model == str(tmp_path / "m")
+    assert read.data == {str(tmp_path / "d.jsonl"): 1}
+    assert read.threads == 2
+    file.write_text(json.dumps({"model": "m", "stepps": 5}))
+    with pytest.raises(TrainingSettingsError, match="unknown stepps"):
+        TrainingSettings.read(file)
+
+
+def test_too_few_vectors_are_an_error(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    with pytest.raises(DataError, match="120 vectors of 500"):
+        load_corpus(settings_of(tiny_checkpoint, tiny_data, last_text=500))
