@@ -31,7 +31,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         *,
         revision: str | None = None,
         offline: bool = False,
@@ -43,11 +43,14 @@ class Encoder:
         max_batch_tokens: int | None = None,
         max_batch_seqs: int = 256,
     ) -> None:
-        """Load `model`, a folder or a hub id. The options are the server's (README.md).
+        """Load `model`, a folder or a hub id; by default the small model that ships.
+
+        The options are the server's (README.md).
 
         Raises CheckpointError or UnsupportedError.
         """
-        source = locate(str(model), revision=revision, offline=offline)
+        name = None if model is None else str(model)
+        source = locate(name, revision=revision, offline=offline)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
         runner = ModelRunner(
             RunnerOptions(

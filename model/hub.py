@@ -45,11 +45,14 @@ class ModelSource:
         return self.model_id.lower().startswith("nvidia/nv-embed")
 
 
-def locate(model: str, *, revision: str | None = None, offline: bool = False) -> ModelSource:
-    """Find `model`, downloading it when it is a hub id that is not cached.
+def locate(model: str | None, *, revision: str | None = None, offline: bool = False) -> ModelSource:
+    """Find `model`, downloading it when it is a hub id that is not cached; None is the small
+    model that ships with the package.
 
     Raises CheckpointError with what to do about it.
     """
+    if model is None:
+        model = str(packaged_checkpoint())
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:

@@ -102,14 +102,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
     options = settings.load(given, os.environ)
     logs.configure(options.log_format, options.log_level)
-    from model.hub import locate, packaged_checkpoint
+    from model.hub import locate
     from server import lifecycle
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    model = options.model or str(packaged_checkpoint())
-    source = locate(model, revision=options.revision, offline=options.offline)
+    source = locate(options.model, revision=options.revision, offline=options.offline)
     return lifecycle.run(options, source)
 
 
@@ -161,7 +160,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it runs: for the commands without a server."""
-    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--offline", action="store_true", help="use the local cache only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -1,18 +1,23 @@
 """BM25 (Robertson; k1 = 0.9, b = 0.4 as in Anserini), the lexical baseline of retrieval.
 
-Words are lower-cased runs of letters and digits, a fixed list of English stop words left out,
-plural and -ing/-ed endings cut by a light stemmer. Knows nothing of embeddings.
+Words are lower-cased runs of letters and digits, Lucene's English stop words left out, the rest cut
+by Porter's stemmer. Knows nothing of embeddings.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from model.errors import UnsupportedError
 
 _WORD = re.compile(r"[a-z0-9]+")
 _STOP_WORDS = frozenset(
@@ -25,20 +30,18 @@ _STOP_WORDS = frozenset(
 
 
 def words(text: str) -> list[str]:
-    return [_stem(word) for word in _WORD.findall(text.lower()) if word not in _STOP_WORDS]
+    found = (word for word in _WORD.findall(text.lower()) if word not in _STOP_WORDS)
+    return _stemmer().stemWords(list(found))  # type: ignore[no-any-return]
 
 
-def _stem(word: str) -> str:
-    """Harman's S-stemmer and -ing, -ed: little, and the same on both sides."""
-    if len(word) > 4 and word.endswith("ies"):
-        return word[:-3] + "y"
-    if len(word) > 5 and word.endswith("ing"):
-        return word[:-3]
-    if len(word) > 4 and word.endswith("ed"):
-        return word[:-2]
-    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us")):
-        return word[:-1]
-    return word
+@functools.cache
+def _stemmer() -> Any:
+    try:
+        return importlib.import_module("snowballstemmer").stemmer("porter")
+    except ImportError:
+        raise UnsupportedError(
+            "BM25 needs snowballstemmer: pip install 'snowballstemmer>=3'"
+        ) from None
 
 
 class BM25:

@@ -39,11 +39,7 @@ def mine_negatives(arguments: argparse.Namespace) -> int:
     """Read examples, write them with negatives."""
     examples = read_examples(arguments.examples)
     embed = embedder(arguments)
-
-    def plain(texts: Sequence[str]) -> NDArray[np.float32]:
-        return embed(texts, "")
-
-    mined = mine(examples, plain, plain, count=arguments.count, threshold=arguments.threshold)
+    mined = mine(examples, embed, count=arguments.count, threshold=arguments.threshold)
     write_examples(arguments.out, mined)
     print(f"{len(examples)} examples with negatives in {arguments.out}")
     return 0
@@ -53,28 +49,37 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Score a model (or BM25) on the sets that were named."""
     from model.training import evaluation
 
+    if arguments.bm25 and not arguments.retrieval:
+        raise UnsupportedError("--bm25 is a baseline of retrieval: name a set with --retrieval")
+    if arguments.bm25 and (arguments.sts or arguments.classification or arguments.clustering):
+        raise UnsupportedError("--bm25 scores --retrieval alone")
+    sets = arguments.retrieval + arguments.sts + arguments.classification + arguments.clustering
+    if not sets:
+        raise UnsupportedError(
+            "nothing to evaluate: name a set with --retrieval, --sts, --classification or "
+            "--clustering"
+        )
     tasks = evaluation.Tasks() if arguments.instructions else evaluation.Tasks("", "", "")
     scores: dict[str, dict[str, float]] = {}
     embed = None if arguments.bm25 else embedder(arguments)
     for folder in arguments.retrieval:
         data = evaluation.read_retrieval(folder)
-        scores[folder.name] = (
+        scores[str(folder)] = (
             evaluation.score_retrieval(embed, data, tasks) if embed else evaluation.score_bm25(data)
         )
     if embed:
         for path in arguments.sts:
-            scores[path.name] = evaluation.score_sts(embed, path, tasks)
+            scores[str(path)] = evaluation.score_sts(embed, path, tasks)
         labelled: dict[Path, list[str]] = {}
         for path in arguments.classification:
             labelled.setdefault(path, []).extend(("knn", "logistic"))
         for path in arguments.clustering:
             labelled.setdefault(path, []).append("v-measure")
         for path, which in labelled.items():
-            name = path.name if path.name not in scores else str(path)
-            data_ = evaluation.read_labelled(path)
-            scores[name] = evaluation.score_labelled(embed, data_, tasks, which)
-    for name, found in scores.items():
-        for metric, value in found.items():
+            found = evaluation.score_labelled(embed, evaluation.read_labelled(path), tasks, which)
+            scores.setdefault(str(path), {}).update(found)
+    for name, metrics in scores.items():
+        for metric, value in metrics.items():
             print(f"{name:32} {metric:20} {value:.4f}")
     print(json.dumps({"model": _name(arguments), "scores": scores}))
     return 0
@@ -99,12 +104,9 @@ def embedder(
         teacher = Teacher(folder, dtype=arguments.dtype)
         return lambda texts, _instruction: teacher.encode(texts)
     from model.encoder import Encoder
-    from model.hub import packaged_checkpoint
     from model.tokenizer import Truncation
 
-    encoder = Encoder(
-        arguments.model or packaged_checkpoint(), dtype=arguments.dtype, threads=arguments.threads
-    )
+    encoder = Encoder(arguments.model, dtype=arguments.dtype, threads=arguments.threads)
     return lambda texts, instruction: encoder.encode(
         texts, instruction, max_tokens=arguments.max_tokens, truncate=Truncation.END
     )

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from model.config import NVEmbedConfig
+from model.training.examples import read_texts
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
-from model.training.teacher import Projection, Teacher, load_vectors, read_texts
+from model.training.teacher import Projection, Teacher, load_vectors
 
 DEFAULT = NVEmbedConfig(
     vocab_size=32_000,

@@ -16,6 +16,7 @@ def contrastive_loss(
     temperature: float,
     in_batch: bool,
     same: Tensor | None = None,
+    same_negatives: Tensor | None = None,
 ) -> Tensor:
     """Mean over queries of -log softmax of the positive's cosine / temperature (InfoNCE).
 
@@ -24,6 +25,7 @@ def contrastive_loss(
     in_batch: the positives and hard negatives of the other queries count as negatives too
     (stage 1); otherwise only a query's own hard negatives do (stage 2).
     same [N, N] bool: pairs whose positives are the same text, never one another's negatives.
+    same_negatives [N, M] bool: hard negatives that are the text of this query's positive.
     """
     count = len(queries)
     own = (queries * positives).sum(-1, keepdim=True)
@@ -32,7 +34,8 @@ def contrastive_loss(
     to_negatives = queries @ negatives.T
     if in_batch:
         hidden = identity if same is None else identity | same
-        hidden_negatives = torch.zeros_like(to_negatives, dtype=torch.bool)
+        none = torch.zeros_like(to_negatives, dtype=torch.bool)
+        hidden_negatives = none if same_negatives is None else same_negatives
     else:
         hidden = torch.ones_like(identity)
         hidden_negatives = owners[None, :] != torch.arange(count, device=owners.device)[:, None]

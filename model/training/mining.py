@@ -20,15 +20,15 @@ from model.training.examples import Example
 
 THRESHOLD = 0.95
 _BLOCK = 1024
+_TIMEOUT_S = 600
 
-Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""texts -> [N, W], of length 1"""
+Embed = Callable[[Sequence[str], str], NDArray[np.float32]]
+"""texts, instruction -> [N, W], of length 1; a teacher that knows no instructions ignores them"""
 
 
 def mine(
     examples: Sequence[Example],
-    embed_queries: Embed,
-    embed_passages: Embed,
+    embed: Embed,
     *,
     count: int = 7,
     threshold: float = THRESHOLD,
@@ -39,22 +39,45 @@ def mine(
     """
     passages = list(dict.fromkeys(example.positive for example in examples))
     place = {passage: row for row, passage in enumerate(passages)}
-    matrix = embed_passages(passages)
+    never: dict[str, list[int]] = {}  # a query's own positives, and itself
+    for example in examples:
+        never.setdefault(example.query, []).append(place[example.positive])
+    for query, rows in never.items():
+        rows += [place[query]] if query in place else []
+    matrix = embed(passages, "")
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        scores = embed_queries([example.query for example in block]) @ matrix.T
+        scores = _embed_queries(block, embed) @ matrix.T
         for example, row in zip(block, scores, strict=True):
-            chosen = hard_negatives(row, place[example.positive], count, threshold)
-            texts = tuple(passages[i] for i in chosen if passages[i] != example.query)
-            yield replace(example, negatives=texts)
+            most = below(row[place[example.positive]], threshold)
+            row[never[example.query]] = -np.inf
+            chosen = hard_negatives(row, most, count)
+            yield replace(example, negatives=tuple(passages[i] for i in chosen))
 
 
-def hard_negatives(
-    scores: NDArray[np.floating], positive: int, count: int, threshold: float
-) -> list[int]:
-    """Places of the `count` best scores below threshold × the positive's, best first."""
-    allowed = np.where(scores < threshold * scores[positive], scores, -np.inf)
-    allowed[positive] = -np.inf
+def _embed_queries(examples: Sequence[Example], embed: Embed) -> NDArray[np.float32]:
+    """Each query with its own instruction, in order."""
+    groups: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example.query_instruction, []).append(index)
+    parts = [
+        (rows, embed([examples[row].query for row in rows], instruction))
+        for instruction, rows in groups.items()
+    ]
+    vectors = np.empty((len(examples), parts[0][1].shape[1]), dtype=np.float32)
+    for rows, part in parts:
+        vectors[rows] = part
+    return vectors
+
+
+def below(score: float, threshold: float) -> float:
+    """What a negative must stay under: 0.95 × the positive's score; below it for negative ones."""
+    return score - (1 - threshold) * abs(score)
+
+
+def hard_negatives(scores: NDArray[np.floating], most: float, count: int) -> list[int]:
+    """Places of the `count` best scores below `most`, best first."""
+    allowed = np.where(scores < most, scores, -np.inf)
     top = np.argpartition(-allowed, min(count, len(allowed) - 1))[:count]
     top = top[np.argsort(-allowed[top], kind="stable")]
     return [int(i) for i in top if allowed[i] > -np.inf]
@@ -91,5 +114,5 @@ class ServerEmbedder:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"},
         )
-        with urllib.request.urlopen(request) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
             return json.loads(response.read())  # type: ignore[no-any-return]

@@ -85,7 +85,7 @@ MANUALS: dict[str, tuple[str, ...]] = {
     ),
     "rust-doc": tuple(
         f"usr/share/doc/rust-doc/html/{part}/**/*.html"
-        for part in ("book", "reference", "nomicon", "rust-by-example", "embedded-book", "cargo")
+        for part in ("book", "reference", "nomicon", "rust-by-example", "cargo")
     ),
 }
 

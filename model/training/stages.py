@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.training.examples import Example, read_examples, read_texts, write_examples
-from model.training.mining import THRESHOLD, hard_negatives, mine
+from model.training.mining import THRESHOLD, below, hard_negatives, mine
 from model.training.sources import (
     SEED,
     TASK_BANKING,
@@ -45,7 +45,7 @@ class Known:
         self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         self.place = {text: place for place, text in enumerate(texts)}
 
-    def __call__(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def __call__(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
         return self.rows[[self.place[text] for text in texts]]  # type: ignore[no-any-return]
 
 
@@ -93,8 +93,9 @@ def sts_examples(rows: Sequence[ScoredPair], known: Known) -> list[Example]:
             continue
         for query, positive in ((row.first, row.second), (row.second, row.first)):
             scores = matrix @ matrix[place[query]]
-            scores[[place[query], *(alike[query] - {place[positive]})]] = -np.inf
-            chosen = hard_negatives(scores, place[positive], NEGATIVES, THRESHOLD)
+            most = below(scores[place[positive]], THRESHOLD)
+            scores[[place[query], *alike[query]]] = -np.inf
+            chosen = hard_negatives(scores, most, NEGATIVES)
             texts = tuple(sentences[i] for i in chosen)
             examples.append(Example(query, positive, texts, TASK_STS, True))
     return examples
@@ -124,7 +125,7 @@ def main() -> None:
     known = Known(texts, vectors)
 
     pairs = related(read_examples(data / "pairs.jsonl"), known)
-    mined = [e for e in mine(pairs, known, known, count=NEGATIVES) if e.negatives]
+    mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
     if banking:
         stage2 += banking_examples(banking, known, rng)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from model import host
 from model.errors import UnsupportedError
+from model.training.examples import read_texts
 
 SHARD = 8_192
 """Texts of a shard of vectors."""
@@ -96,11 +96,6 @@ class Projection:
     @classmethod
     def load(cls, path: Path) -> Projection:
         return cls(load_file(str(path))["projection"])
-
-
-def read_texts(path: Path) -> list[str]:
-    with path.open(encoding="utf-8") as file:
-        return [str(json.loads(line)["text"]) for line in file]
 
 
 def load_vectors(folder: Path) -> NDArray[np.float16]:

@@ -229,6 +229,9 @@ class Trainer:
         if count:
             positives = [e.positive for e in examples]
             same = np.array([[a == b for b in positives] for a in positives])
+            same_negatives = np.array(
+                [[a == text for text, _ in negatives] for a in positives], dtype=bool
+            ).reshape(count, len(negatives))
             losses["contrastive"] = s.contrastive_weight * contrastive_loss(
                 vectors[:count],
                 vectors[count : 2 * count],
@@ -237,6 +240,7 @@ class Trainer:
                 temperature=s.temperature,
                 in_batch=s.in_batch_negatives,
                 same=torch.from_numpy(same).to(self.device),
+                same_negatives=torch.from_numpy(same_negatives).to(self.device),
             )
         if s.texts:
             # Not only the drawn texts: whatever else in the batch has a teacher's vector, too.
@@ -303,8 +307,12 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         mine = json.dumps(self.settings.to_json(), indent=1)
+        for part in (self.folder / "state").glob(".part-*"):  # of a run that was killed
+            shutil.rmtree(part)
         if not path.exists():
-            path.write_text(mine + "\n", encoding="utf-8")
+            part = path.with_suffix(".part")
+            part.write_text(mine + "\n", encoding="utf-8")
+            part.replace(path)
         elif json.loads(path.read_text(encoding="utf-8")) != json.loads(mine):
             raise TrainingSettingsError(
                 f"{self.folder} holds a run of other settings; choose another folder"
@@ -343,7 +351,7 @@ class Trainer:
         torch.set_rng_state(moments.pop("torch_rng"))
         for name, parameter in self.model.named_parameters():
             self.optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device if key != "step" else "cpu")
+                key: moments[f"{name}.{key}"].to(parameter.device)  # fused Adam: `step` too
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         self.step = int(json.loads((state / "state.json").read_text())["step"])

@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work/debs" "$work/debian" "$work/lists/partial" "$work/cache"
 cd "$work"
 
-if [ ! -f data/pairs.jsonl ]; then
+if [ ! -d data ]; then
   # Debian's packages and, for the long descriptions, its English translation file.
   apt-get update -o Acquire::Languages=en -o Dir::State::lists="$PWD/lists" \
     -o Dir::Cache="$PWD/cache"
@@ -28,15 +28,21 @@ if [ ! -f data/pairs.jsonl ]; then
     dpkg -x "$deb" "debian/$name"
   done
   translations="$(ls -S lists/*_main_i18n_Translation-en* | head -n 1)"
-  "$python" -m model.training.sources data --debian debian --translations "$translations" \
+  rm -rf data.part
+  "$python" -m model.training.sources data.part --debian debian --translations "$translations" \
     "${sets[@]}"
+  mv data.part data
 fi
 "$python" -m model.training.teacher data/texts.jsonl vectors --last-text 204800
-[ -d init ] || "$python" -m model.training.initialise init --texts data/texts.jsonl \
-  --vectors vectors --tokenizer "$tokenizer"
+if [ ! -d init ]; then
+  rm -rf init.part
+  "$python" -m model.training.initialise init.part --texts data/texts.jsonl \
+    --vectors vectors --tokenizer "$tokenizer"
+  mv init.part init
+fi
 "$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
 "$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
-if [ ! -f data/stage2.jsonl ]; then
+if [ ! -f data/stages-done ]; then
   "$python" -m model.training.stages data --vectors vectors --last-text 204800 "${sets[@]}"
   if [ -n "${EVALUATION:-}" ]; then
     for stage in stage1 stage2; do  # what shares ten words with an evaluation set goes
@@ -44,6 +50,7 @@ if [ ! -f data/stage2.jsonl ]; then
       mv clean.jsonl "data/$stage.jsonl"
     done
   fi
+  touch data/stages-done # last: what was killed before is made again
 fi
 "$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
 "$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2

@@ -46,23 +46,45 @@ def test_contrastive_loss_is_the_formula(in_batch: bool, same: set[tuple[int, in
     assert found.item() == pytest.approx(naive(in_batch=in_batch, same=same), rel=1e-5)
 
 
-def test_without_in_batch_negatives_other_examples_do_not_matter() -> None:
-    def loss(positives: Tensor, negatives: Tensor) -> float:
-        return contrastive_loss(
-            QUERIES[:2], positives, negatives, OWNERS[:3], temperature=0.1, in_batch=False
-        ).item()
-
-    def of_first(positives: Tensor, negatives: Tensor) -> float:
-        alone = contrastive_loss(
-            QUERIES[:1], positives[:1], negatives[:2], OWNERS[:2], temperature=0.1, in_batch=False
-        )
-        return alone.item()
-
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_other_examples_matter_with_in_batch_negatives_only(in_batch: bool) -> None:
+    """By the gradient: whether the first query is pushed away from the second's positive."""
+    queries = QUERIES[:2].clone().requires_grad_()
+    contrastive_loss(
+        queries, POSITIVES[:2], NEGATIVES[:3], OWNERS[:3], temperature=0.1, in_batch=in_batch
+    ).backward()
     changed = POSITIVES[:2].clone()
     changed[1] = unit(8, seed=9)
-    before, after = loss(POSITIVES[:2], NEGATIVES[:3]), loss(changed, NEGATIVES[:3])
-    assert before != after  # the second query's own loss
-    assert of_first(POSITIVES, NEGATIVES) == of_first(changed, NEGATIVES)
+    again = QUERIES[:2].clone().requires_grad_()
+    contrastive_loss(
+        again, changed, NEGATIVES[:3], OWNERS[:3], temperature=0.1, in_batch=in_batch
+    ).backward()
+    assert queries.grad is not None
+    assert again.grad is not None
+    assert torch.equal(queries.grad[0], again.grad[0]) is not in_batch
+    assert not torch.equal(queries.grad[1], again.grad[1])  # its own positive changed
+
+
+def test_a_negative_that_is_ones_positive_is_hidden() -> None:
+    """Another query's hard negative may be the text of this query's positive."""
+    negatives = torch.cat([NEGATIVES[:2], POSITIVES[:1]])
+    owners = torch.tensor([0, 1, 1])
+    hidden = torch.tensor([[False, False, True], [False, False, False]])
+
+    def loss(rows: Tensor, **options: Tensor) -> float:
+        return contrastive_loss(
+            QUERIES[:1],
+            POSITIVES[:1],
+            rows,
+            owners[: len(rows)],
+            temperature=0.1,
+            in_batch=True,
+            **options,
+        ).item()
+
+    without = loss(negatives[:2])
+    assert loss(negatives, same_negatives=hidden[:1]) == pytest.approx(without, rel=1e-6)
+    assert loss(negatives) > without
 
 
 def test_no_hard_negatives_at_all() -> None:

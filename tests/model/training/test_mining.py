@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
 from model.training.examples import Example
-from model.training.mining import ServerEmbedder, hard_negatives, mine
+from model.training.mining import ServerEmbedder, below, hard_negatives, mine
 from model.training.sources import (
     ScoredPair,
     banking_rows,
@@ -31,23 +31,30 @@ from model.training.stages import Known, banking_examples, sts_examples
 
 def test_negatives_stay_below_the_threshold() -> None:
     scores = np.array([0.8, 0.99, 0.77, 0.75, 0.1, 0.3])
-    assert hard_negatives(scores, positive=0, count=2, threshold=0.95) == [3, 5]
-    assert hard_negatives(scores, positive=0, count=9, threshold=0.95) == [3, 5, 4]
-    assert hard_negatives(scores, positive=4, count=2, threshold=0.95) == []
+    most = below(0.8, 0.95)
+    assert most == pytest.approx(0.76)
+    assert hard_negatives(scores, most, count=2) == [3, 5]
+    assert hard_negatives(scores, most, count=9) == [3, 5, 4]
+    assert hard_negatives(scores, below(0.1, 0.95), count=2) == []
+    assert below(-0.2, 0.95) == pytest.approx(-0.21)  # below it, for a negative score too
 
 
 def test_mining_gives_each_query_the_nearest_others() -> None:
     angles = {"q": 0.0, "p": 0.3, "near": 0.5, "far": 2.0, "nearer": 0.31}
 
-    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+    def embed(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
+        asked.append(instruction)
         found = [angles[text] for text in texts]
         return np.array([[np.cos(a), np.sin(a)] for a in found], dtype=np.float32)
 
-    rows = [("q", "p"), ("near", "near"), ("far", "far"), ("nearer", "nearer")]
-    mined = list(mine([Example(q, p) for q, p in rows], embed, embed, count=2))
-    # "nearer" scores 0.952 against the positive's 0.955: too close to be a sure negative.
-    assert mined[0].negatives == ("near", "far")
+    asked: list[str] = []
+    rows = [("q", "p"), ("near", "near"), ("far", "far"), ("nearer", "nearer"), ("q", "far")]
+    mined = list(mine([Example(q, p, task="t") for q, p in rows], embed, count=2))
+    # "nearer" scores 0.952 against the positive's 0.955: too close to be a sure negative. "far"
+    # is another positive of the same query.
+    assert mined[0].negatives == ("near",)
     assert all(example.query not in example.negatives for example in mined)
+    assert asked == ["", "Instruct: t\nQuery: "]
 
 
 class FakeServer(BaseHTTPRequestHandler):

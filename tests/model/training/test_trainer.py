@@ -122,7 +122,10 @@ def test_a_killed_process_goes_on_exactly(
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    states = sorted(path.name for path in run.glob("state/step-*"))
+    assert states, "it was killed before its first state"
+    assert states[-1] < "step-0000012", "it was killed after its last step"
     Trainer(settings, run).run(progress=False)
     assert same_weights(run, finished)
 
