@@ -36,6 +36,10 @@ def _both(text: str) -> Task:
     return Task(text, text)
 
 
+def _mteb(text: str) -> Task:
+    return Task(text, text, "mteb")
+
+
 _ANSWERS = "Given a question, retrieve passages that answer the question"
 _CLAIM = "Given a claim, retrieve documents that support or refute the claim"
 _SAME_QUESTION = (
@@ -69,6 +73,72 @@ TASKS: dict[str, Task] = {
     ),
     "STS": _both("Retrieve semantically similar text"),
     "SUMM": _both("Given a news summary, retrieve other semantically similar summaries"),
+    # MTEB's, from mteb 2.26 (Apache-2.0), word for word; the same on both sides.
+    "AmazonCounterfactualClassification": _mteb(
+        "Classify a given Amazon customer review text as either counterfactual or not-"
+        "counterfactual"
+    ),
+    "AmazonPolarityClassification": _mteb(
+        "Classify Amazon reviews into positive or negative sentiment"
+    ),
+    "AmazonReviewsClassification": _mteb(
+        "Classify the given Amazon review into its appropriate rating category"
+    ),
+    "Banking77Classification": _mteb(
+        "Given a online banking query, find the corresponding intents"
+    ),
+    "EmotionClassification": _mteb(
+        "Classify the emotion expressed in the given Twitter message into one of the six "
+        "emotions: anger, fear, joy, love, sadness, and surprise"
+    ),
+    "ImdbClassification": _mteb(
+        "Classify the sentiment expressed in the given movie review text from the IMDB dataset"
+    ),
+    "MTOPDomainClassification": _mteb(
+        "Classify the intent domain of the given utterance in task-oriented conversation"
+    ),
+    "MTOPIntentClassification": _mteb(
+        "Classify the intent of the given utterance in task-oriented conversation"
+    ),
+    "MassiveIntentClassification": _mteb("Given a user utterance as query, find the user intents"),
+    "MassiveScenarioClassification": _mteb(
+        "Given a user utterance as query, find the user scenarios"
+    ),
+    "ToxicConversationsClassification": _mteb(
+        "Classify the given comments as either toxic or not toxic"
+    ),
+    "TweetSentimentExtractionClassification": _mteb(
+        "Classify the sentiment of a given tweet as either positive, negative, or neutral"
+    ),
+    "ArxivClusteringP2P": _mteb(
+        "Identify the main and secondary category of Arxiv papers based on the titles and abstracts"
+    ),
+    "ArxivClusteringS2S": _mteb(
+        "Identify the main and secondary category of Arxiv papers based on the titles"
+    ),
+    "BiorxivClusteringP2P": _mteb(
+        "Identify the main category of Biorxiv papers based on the titles and abstracts"
+    ),
+    "BiorxivClusteringS2S": _mteb(
+        "Identify the main category of Biorxiv papers based on the titles"
+    ),
+    "MedrxivClusteringP2P": _mteb(
+        "Identify the main category of Medrxiv papers based on the titles and abstracts"
+    ),
+    "MedrxivClusteringS2S": _mteb(
+        "Identify the main category of Medrxiv papers based on the titles"
+    ),
+    "RedditClustering": _mteb("Identify the topic or theme of Reddit posts based on the titles"),
+    "RedditClusteringP2P": _mteb(
+        "Identify the topic or theme of Reddit posts based on the titles and posts"
+    ),
+    "StackExchangeClustering": _mteb(
+        "Identify the topic or theme of StackExchange posts based on the titles"
+    ),
+    "StackExchangeClusteringP2P": _mteb(
+        "Identify the topic or theme of StackExchange posts based on the given paragraphs"
+    ),
+    "TwentyNewsgroupsClustering": _mteb("Identify the topic or theme of the given news articles"),
 }
 _BY_LOWER_NAME = {name.lower(): task for name, task in TASKS.items()}
 

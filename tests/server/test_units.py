@@ -240,6 +240,19 @@ def test_the_first_field_that_is_given_decides(fields: dict, expected: str | Non
     assert choose_prefix(SERVER, **fields) == expected
 
 
+def test_tasks_say_where_their_words_come_from() -> None:
+    """The authors' 16; MTEB's where they publish none: classification and clustering."""
+    by_source: dict[str, list[str]] = {"nv-embed": [], "mteb": []}
+    for name, task in instructions.TASKS.items():
+        by_source[task.source].append(name)
+    assert len(by_source["nv-embed"]) == 16
+    assert len(by_source["mteb"]) == 23
+    assert all("Classification" in n or "Clustering" in n for n in by_source["mteb"])
+    banking = choose_prefix(SERVER, task="banking77classification", input_type="passage")
+    text = "Given a online banking query, find the corresponding intents"
+    assert banking == f"Instruct: {text}\nQuery: "
+
+
 def test_the_servers_default_decides_last() -> None:
     defaults = Defaults.of("NQ", "query")
     assert choose_prefix(defaults) == NQ
