@@ -145,10 +145,6 @@ class EmbeddingEngine:
         """What the ready workers run on."""
         return [worker.info for worker in self._batcher.workers]
 
-    @property
-    def worker_pids(self) -> dict[int, int]:
-        return self._supervisor.pids
-
     # Requests
 
     async def embed(

@@ -122,11 +122,6 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    @property
-    def pids(self) -> dict[int, int]:
-        """Slot -> process id of the workers that are running."""
-        return {slot: process.pid for slot, process in self._processes.items()}
-
     async def _keep_alive(self, slot: int) -> None:
         failures = 0
         while True:
