@@ -69,6 +69,7 @@ TRAINING = [
     "network",
     "export",
     "average",
+    "deepen",
     "teacher",
     "initialise",
     "trainer",
@@ -80,6 +81,7 @@ TRAINING = [
     "evaluation",
     "decontamination",
     "plot",
+    "ablation",
     "commands",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}

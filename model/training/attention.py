@@ -20,8 +20,14 @@ _SLACK = 0.75
 """A sequence shorter than this part of its group's longest starts the next group."""
 
 
-def grouped_products(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """An AttentionKernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E]."""
+def grouped_products(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+) -> Tensor:
+    """An AttentionKernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
+
+    causal: rows see none behind them, as in the decoder that Mistral was; for the ablation only.
+    The queries of a sequence are its last rows.
+    """
     outputs = []
     q_at = k_at = 0
     for first, last in _groups(keys.lengths):
@@ -34,6 +40,7 @@ def grouped_products(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: S
                 v[k_at : k_at + k_rows],
                 np.array(q_lengths),
                 np.array(k_lengths),
+                causal,
             )
         )
         q_at, k_at = q_at + q_rows, k_at + k_rows
@@ -53,7 +60,7 @@ def _groups(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: np.ndarray, k_lengths: np.ndarray
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: np.ndarray, k_lengths: np.ndarray, causal: bool
 ) -> Tensor:
     heads, width = q.shape[1:]
     kv_heads = k.shape[1]
@@ -70,6 +77,11 @@ def _attend(
     if int(k_lengths.min()) < k_max:
         beyond = torch.from_numpy(np.arange(k_max)[None] >= k_lengths[:, None]).to(q.device)
         scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
+    if causal:
+        positions = (k_lengths - q_lengths)[:, None] + np.arange(q_max)[None]  # [N, q_max]
+        behind = torch.from_numpy(np.arange(k_max)[None, None] > positions[:, :, None])
+        behind = behind.repeat(1, heads // kv_heads, 1).to(q.device)
+        scores = scores.masked_fill(behind[:, None], -torch.inf)
     out = scores.softmax(dim=-1).to(v.dtype) @ v.transpose(1, 2)
     out = out.view(count, kv_heads, heads // kv_heads, q_max, width).permute(0, 3, 1, 2, 4)
     out = out.reshape(count * q_max, heads, width)

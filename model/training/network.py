@@ -6,6 +6,7 @@ Shapes: N sequences, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,20 +15,46 @@ from torch import Tensor, nn
 
 from model.attention import AttentionKernel
 from model.config import NVEmbedConfig
-from model.latent_attention import LatentAttention
+from model.latent_attention import LatentAttention, segment_mean
 from model.loader import Checkpoint, folded_sources, tensor_table
 from model.mistral import MistralBackbone
-from model.packing import PackedBatch
+from model.packing import PackedBatch, Segments
+
+
+class MeanPooler(nn.Module):
+    """The mean of the pooled rows: an ablation of the paper, not served."""
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D]."""
+        return segment_mean(h, pooled)
+
+
+class LastPooler(nn.Module):
+    """The last row, EOS: an ablation of the paper, not served."""
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D]."""
+        return h.index_select(0, pooled.cu_seqlens[1:].long() - 1).float()
+
+
+POOLERS: dict[str, Callable[[NVEmbedConfig], nn.Module]] = {
+    "latent": LatentAttention,
+    "mean": lambda _config: MeanPooler(),
+    "eos": lambda _config: LastPooler(),
+}
 
 
 class TrainedNVEmbed(nn.Module):
-    """Backbone and plain pooler; bidirectional, instruction rows out of the pool, as served."""
+    """Backbone and plain pooler; instruction rows out of the pool, as served.
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    The mask is the kernel's affair: bidirectional for all that is served.
+    """
+
+    def __init__(self, config: NVEmbedConfig, pooling: str = "latent") -> None:
         super().__init__()
         self.config = config
         self.backbone = MistralBackbone(config)
-        self.pooler = LatentAttention(config)
+        self.pooler = POOLERS[pooling](config)
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""
@@ -46,15 +73,19 @@ def sources(config: NVEmbedConfig) -> dict[str, list[tuple[str, int]]]:
     return table
 
 
-def load_trained(folder: Path, *, device: torch.device) -> TrainedNVEmbed:
-    """An official checkpoint as a trainable module, float32. Raises CheckpointError."""
+def load_trained(folder: Path, *, device: torch.device, pooling: str = "latent") -> TrainedNVEmbed:
+    """An official checkpoint as a trainable module, float32. Raises CheckpointError.
+
+    pooling: one of POOLERS; other ones than "latent" leave the checkpoint's pooler out.
+    """
     config = NVEmbedConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    model = TrainedNVEmbed(config)
+    model = TrainedNVEmbed(config, pooling)
     state = {
         parameter: torch.cat([checkpoint.rows(name).float() for name, _ in stack])
         for parameter, stack in sources(config).items()
+        if pooling == "latent" or not parameter.startswith("pooler.")
     }
     model.load_state_dict(state)
     return model.to(device)

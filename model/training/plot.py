@@ -1,10 +1,11 @@
-"""Losses and validation scores of a run, from its metrics.jsonl, as PNG and SVG."""
+"""Losses and validation scores of a run, and the scores of an ablation, as PNG and SVG."""
 
 from __future__ import annotations
 
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +18,7 @@ _WINDOW = 25
 
 def plot(run: Path) -> list[Path]:
     """Draw run/metrics.png and .svg; returns them. Raises UnsupportedError without matplotlib."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        raise UnsupportedError(
-            "a plot needs matplotlib: pip install 'nv-embed-server[training]'"
-        ) from None
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot = _pyplot()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 7))
     for name in _LOSSES:
@@ -42,11 +36,48 @@ def plot(run: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
+    return _save(figure, run / "metrics")
+
+
+def plot_cells(found: dict[str, list[dict[str, dict[str, float]]]], out: Path) -> list[Path]:
+    """Draw out/scores.png and .svg: a panel for each score, a dot for each seed of each cell.
+
+    found: cell -> its seeds' scores (set -> metric -> value), as `ablation` collects them.
+    """
+    (first, *_), *_ = found.values()
+    columns = [(name, metric) for name, metrics in first.items() for metric in metrics]
+    figure, panels = _pyplot().subplots(
+        1, len(columns), sharey=True, squeeze=False, figsize=(3 * len(columns) + 2, 4)
+    )
+    for axes, (name, metric) in zip(panels[0], columns, strict=True):
+        for row, seeds in enumerate(found.values()):
+            values = [scores[name][metric] for scores in seeds]
+            axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.6)
+            axes.plot([np.mean(values)], [row], "|", color="black", markersize=18)
+        axes.set_title(f"{name}\n{metric}", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_yticks(range(len(found)), list(found))
+    panels[0][0].invert_yaxis()
+    return _save(figure, out / "scores")
+
+
+def _pyplot() -> Any:
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except ImportError:
+        raise UnsupportedError(
+            "a plot needs matplotlib: pip install 'nv-embed-server[training]'"
+        ) from None
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def _save(figure: Any, stem: Path) -> list[Path]:
     figure.tight_layout()
-    paths = [run / "metrics.png", run / "metrics.svg"]
+    paths = [stem.with_suffix(".png"), stem.with_suffix(".svg")]
     for path in paths:
         figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    _pyplot().close(figure)
     return paths
 
 

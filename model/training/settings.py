@@ -41,6 +41,9 @@ class TrainingSettings:
     last_text: int | None = None
     texts_per_step: int = 0
     distillation_weight: float = 1.0
+    pooling: str = "latent"
+    """latent, mean or eos. Only latent and bidirectional is exported; the rest is ablation."""
+    causal: bool = False
     max_tokens: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -54,7 +57,7 @@ class TrainingSettings:
     save_every: int = 500
     validate_every: int = 500
     validation_rows: int = 500
-    """Rows of each kind that are kept out of training and measured instead."""
+    """At most so many held-out rows of each kind are measured; see `examples.is_held_out`."""
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2):
@@ -67,10 +70,17 @@ class TrainingSettings:
             raise TrainingSettingsError("texts need vectors and a projection")
         if not self.data and not self.texts_per_step:
             raise TrainingSettingsError("neither data nor texts_per_step: nothing to learn")
+        if self.pooling not in ("latent", "mean", "eos"):
+            raise TrainingSettingsError(f"pooling is {self.pooling!r}; latent, mean or eos")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainingSettingsError(f"dtype is {self.dtype!r}; auto, float32 or bfloat16")
         if self.steps < 1 or self.save_every < 1 or self.validate_every < 1:
             raise TrainingSettingsError("steps, save_every and validate_every are at least 1")
+
+    @property
+    def servable(self) -> bool:
+        """Whether the outcome is an NV-Embed."""
+        return self.pooling == "latent" and not self.causal
 
     @property
     def in_batch_negatives(self) -> bool:
@@ -85,11 +95,15 @@ class TrainingSettings:
             raise TrainingSettingsError(f"{path} cannot be read: {error}") from error
         if not isinstance(raw, dict):
             raise TrainingSettingsError(f"{path}: not a JSON object")
-        raw |= changes
+        return cls.of(raw | changes, path, path.parent if base is None else base)
+
+    @classmethod
+    def of(cls, raw: dict[str, Any], path: Path, base: Path) -> TrainingSettings:
+        """From the object that `path` held; relative paths in it start at `base`."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := raw.keys() - known:
             raise TrainingSettingsError(f"{path}: unknown {', '.join(sorted(unknown))}")
-        base = path.parent if base is None else base
+        raw = dict(raw)
         for key in ("model", "texts", "vectors", "projection"):
             if raw.get(key):
                 raw[key] = str(base / raw[key])

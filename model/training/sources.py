@@ -1,7 +1,7 @@
 """Converters: freely licensed texts -> distillation texts and training pairs.
 
     python -m model.training.sources OUT --debian DIR [--translations FILE] [--sts FILE]
-                                        [--banking77 FILE]
+                                        [--banking77 FILE] [--prose DIR]
 
 DIR holds unpacked Debian packages, one folder each (`apt-get download NAME`, `dpkg -x`); a
 package that is not there is left out. Which rows of a source may be used is decided here and
@@ -87,6 +87,12 @@ MANUALS: dict[str, tuple[str, ...]] = {
         f"usr/share/doc/rust-doc/html/{part}/**/*.html"
         for part in ("book", "reference", "nomicon", "rust-by-example", "cargo")
     ),
+    "python-scipy-doc": ("usr/share/doc/python-scipy-doc/html/**/*.html",),
+    "python-astropy-doc": ("usr/share/doc/python-astropy-doc/html/**/*.html",),
+    "python-sympy-doc": ("usr/share/doc/python-sympy-doc/html/**/*.html",),
+    "python-skimage-doc": ("usr/share/doc/python-skimage-doc/html/**/*.html",),
+    "nodejs-doc": ("usr/share/doc/nodejs/api/*.html",),
+    "llvm-15-doc": ("usr/share/doc/llvm-15-doc/html/*.html",),
 }
 
 
@@ -302,6 +308,21 @@ def dictionary_pairs(root: Path) -> Iterator[Pair]:
                 yield Pair(f"what does {word} mean?", passage, TASK_QUESTION, package)
 
 
+def prose_pairs(root: Path, rng: random.Random) -> Iterator[Pair]:
+    """Speeches and books: one folder each with *.txt; a sentence and the passage around it."""
+    for path in sorted(root.glob("*/**/*.txt")):
+        source = path.relative_to(root).parts[0]
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        paragraphs = [_squeeze(part) for part in re.split(r"\n\s*\n", text)]
+        limit = LONG_PASSAGE if rng.random() < 0.2 else SHORT_PASSAGE
+        for passage in passages(filter(is_prose, paragraphs), limit):
+            parts = split_sentences(passage)
+            at = rng.randrange(len(parts))
+            if len(parts) > 1 and 30 <= len(parts[at]) <= 250:
+                rest = " ".join(parts[:at] + parts[at + 1 :])
+                yield Pair(parts[at], rest, TASK_SENTENCE, source)
+
+
 @dataclass(frozen=True, slots=True)
 class ScoredPair:
     first: str
@@ -350,6 +371,8 @@ def distillation_texts(
         if rng.random() < 0.3:
             word = rng.choice(synset.words)
             texts.setdefault(f"{word}: {synset.gloss}", "wordnet-base")
+        for word in synset.words:  # rare words and terms alone: a few tokens each
+            texts.setdefault(word, "wordnet-base")
     for text, source in extra:
         texts.setdefault(text, source)
     shuffled = list(texts.items())
@@ -364,12 +387,15 @@ def main() -> None:
     parser.add_argument("--translations", type=Path, help="Debian's Translation-en file")
     parser.add_argument("--sts", type=Path, help="STS Benchmark, training file")
     parser.add_argument("--banking77", type=Path, help="Banking77, train.csv")
+    parser.add_argument("--prose", type=Path, help="folders of *.txt, in the public domain")
     arguments = parser.parse_args()
     rng = random.Random(SEED)  # noqa: S311
     pairs = list(wordnet_pairs(arguments.debian, rng))
     pairs += dictionary_pairs(arguments.debian)
     for package in MANUALS:
         pairs += manual_pairs(arguments.debian, package, rng)
+    if arguments.prose:
+        pairs += prose_pairs(arguments.prose, rng)
     if arguments.translations:
         pairs += package_pairs(arguments.translations, rng)
     rng.shuffle(pairs)

@@ -7,6 +7,7 @@ killed goes on from its last state as if nothing had happened: the same weights,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from model.batch import Encoding
 from model.packing import pack
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training.attention import grouped_products
-from model.training.examples import DataError, Example, read_examples, read_texts
+from model.training.examples import DataError, Example, is_held_out, read_examples, read_texts
 from model.training.export import export
 from model.training.losses import contrastive_loss, distillation_loss
 from model.training.network import load_trained
@@ -73,25 +75,27 @@ class Corpus:
     held_out: list[Example]
     texts: list[str]
     targets: NDArray[np.float32]  # [len(texts), D], the teacher's vectors, projected
-    drawn: range  # rows of texts from which a step's texts are drawn
-    held_out_texts: range  # rows of texts that are measured instead
-    places: dict[str, int]  # text -> its row, but for the held-out ones
+    drawn: list[int]  # rows of texts from which a step's texts are drawn
+    held_out_texts: list[int]  # rows of texts that are measured instead
+    places: dict[str, int]  # text -> its row
 
 
 def load_corpus(settings: TrainingSettings) -> Corpus:
-    """Read all data. The held-out rows are drawn by the seed. Raises DataError."""
+    """Read all data; held-out texts go to validation and nowhere else. Raises DataError."""
     rng = np.random.default_rng([settings.seed, 99])
     examples: list[Example] = []
     held_out: list[Example] = []
     for name, weight in settings.data.items():
         rows = read_examples(Path(name))
-        order = rng.permutation(len(rows))
-        keep_out = min(settings.validation_rows // len(settings.data), len(rows) // 10)
-        held_out += [rows[i] for i in order[:keep_out]]
-        kept = order[keep_out:]
+        share = settings.validation_rows // len(settings.data)
+        held_out += [row for row in rows if is_held_out(row.query)][:share]
+        kept = [trained for row in rows if (trained := without_held_out(row))]
         whole, part = divmod(weight, 1)
-        seen = [*np.tile(kept, int(whole)), *kept[: round(part * len(kept))]]
-        examples += [rows[i] for i in seen]
+        order = rng.permutation(len(kept))
+        seen = [*np.tile(order, int(whole)), *order[: round(part * len(order))]]
+        examples += [kept[i] for i in seen]
+    if settings.data and not examples:
+        raise DataError(f"{', '.join(settings.data)}: no example to train on")
     texts: list[str] = []
     targets = np.empty((0, 0), dtype=np.float32)
     if settings.texts:
@@ -105,10 +109,18 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
         texts = texts[:count]
         targets = Projection.load(Path(settings.projection))(vectors[:count])
     span = range(settings.first_text, settings.last_text or len(texts))
-    keep_out = min(settings.validation_rows, len(span) // 10)
-    measured = span[:keep_out]
-    places = {text: row for row, text in enumerate(texts) if row not in measured}
-    return Corpus(examples, held_out, texts, targets, span[keep_out:], measured, places)
+    measured = [row for row in span if is_held_out(texts[row])][: settings.validation_rows]
+    drawn = [row for row in span if not is_held_out(texts[row])]
+    places = {text: row for row, text in enumerate(texts)}
+    return Corpus(examples, held_out, texts, targets, drawn, measured, places)
+
+
+def without_held_out(example: Example) -> Example | None:
+    """The example as it may be trained on: no text of it is held out; None when it may not."""
+    if is_held_out(example.query) or is_held_out(example.positive):
+        return None
+    kept = tuple(text for text in example.negatives if not is_held_out(text))
+    return dataclasses.replace(example, negatives=kept)
 
 
 class Trainer:
@@ -126,7 +138,8 @@ class Trainer:
         self.start = Path(settings.model)
         self.tokenizer = NVEmbedTokenizer.from_dir(self.start)
         self.corpus = load_corpus(settings)
-        self.model = load_trained(self.start, device=self.device)
+        self.model = load_trained(self.start, device=self.device, pooling=settings.pooling)
+        self.attend = partial(grouped_products, causal=settings.causal)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -142,7 +155,7 @@ class Trainer:
     # The run
 
     def run(self, *, stop_after: int | None = None, progress: bool | None = None) -> Path | None:
-        """Train to the end; returns the exported checkpoint.
+        """Train to the end; returns the exported checkpoint (None of an ablation).
 
         stop_after: stop at this step without exporting, and return None (for tests).
         Raises TrainingSettingsError when the folder holds a run of other settings.
@@ -165,6 +178,8 @@ class Trainer:
                     self.save()
                 if stop_after == self.step:
                     return None
+        if not self.settings.servable:
+            return None
         tokenizer = self.start / "tokenizer.json"
         target = export(self.model, self.folder / "checkpoint", tokenizer)
         if self.settings.projection:
@@ -273,7 +288,7 @@ class Trainer:
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             sdpa_kernel(SDPBackend.MATH),  # for the pooler; the fused one is slow backwards
         ):
-            vectors = self.model(batch, grouped_products)
+            vectors = self.model(batch, self.attend)
         places = torch.empty(len(order), dtype=torch.long)
         places[torch.tensor(order)] = torch.arange(len(order))
         return vectors.index_select(0, places.to(self.device)), batch.num_tokens
@@ -285,7 +300,7 @@ class Trainer:
         """On the held-out rows: cosine to the teacher; MRR of positives among one another."""
         corpus = self.corpus
         scores: dict[str, float] = {}
-        if rows := list(corpus.held_out_texts):
+        if rows := corpus.held_out_texts:
             vectors = self._embed_all([(corpus.texts[row], "") for row in rows])
             targets = torch.from_numpy(corpus.targets[rows])
             scores["validation_cosine"] = round((vectors * targets).sum(-1).mean().item(), 5)
@@ -296,6 +311,12 @@ class Trainer:
             ranks = (similar > similar.diagonal()[:, None]).sum(-1) + 1
             scores["validation_mrr"] = round((1 / ranks).mean().item(), 5)
         return scores
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
+        """An `evaluation.Embedder` of the weights as they are now."""
+        vectors = self._embed_all([(text, instruction) for text in texts])
+        return vectors.numpy()
 
     def _embed_all(self, prompts: Sequence[Prompt]) -> Tensor:
         parts = [self.embed(prompts[i : i + 128])[0] for i in range(0, len(prompts), 128)]

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 
 from model.attention import sdpa_per_sequence
 from model.batch import Encoding
+from model.config import NVEmbedConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError
 from model.packing import Segments, pack
+from model.training import deepen
 from model.training.attention import grouped_products
 from model.training.average import average
-from model.training.examples import DataError
+from model.training.examples import DataError, is_held_out
 from model.training.network import load_trained
 from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
@@ -221,6 +223,66 @@ def test_the_training_kernel_equals_the_served_one() -> None:
         assert torch.allclose(grouped_products(q, k, v, queries, batch.seqs), expected, atol=1e-5)
 
 
+def test_the_causal_mask_hides_the_rows_behind() -> None:
+    """Row by row against plain attention over the rows up to it, pooled queries included."""
+    rng = np.random.default_rng(0)
+    encodings = [
+        Encoding(rng.integers(3, 99, n).astype(np.int32), start) for n, start in ((9, 4), (7, 0))
+    ]
+    batch = pack(encodings, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, batch.num_tokens, 2, 8, generator=generator)
+    for queries, starts in ((batch.seqs, (0, 0)), (batch.pooled, (4, 0))):
+        q = torch.randn(sum(queries.lengths), 4, 8, generator=generator)
+        found = grouped_products(q, k, v, queries, batch.seqs, causal=True)
+        row = 0
+        for start, first, length in zip(starts, (0, 9), (9, 7), strict=True):
+            for position in range(start, length):
+                for head in range(4):
+                    keys = k[first : first + position + 1, head // 2]
+                    weights = (keys @ q[row, head] * 8**-0.5).softmax(0)
+                    expected = weights @ v[first : first + position + 1, head // 2]
+                    assert torch.allclose(found[row, head], expected, atol=1e-5)
+                row += 1
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos"])
+def test_an_ablated_pooler_learns_and_is_not_exported(
+    settings: TrainingSettings, tmp_path: Path, pooling: str
+) -> None:
+    ablated = dataclasses.replace(settings, pooling=pooling, causal=True, steps=6)
+    trainer = Trainer(ablated, tmp_path)
+    before = trainer.embed_texts(["a cat"], "")
+    hidden: list[torch.Tensor] = []
+    trainer.model.backbone.register_forward_hook(lambda *args: hidden.append(args[2]))
+    after = trainer.embed_texts(["a cat over here"], "find: ")
+    rows = hidden[0].mean(0) if pooling == "mean" else hidden[0][-1]
+    assert np.abs(after[0] - torch.nn.functional.normalize(rows, dim=0).numpy()).max() < 1e-5
+    assert trainer.run(progress=False) is None
+    assert not (tmp_path / "checkpoint").exists()
+    assert np.abs(trainer.embed_texts(["a cat"], "") - before).max() > 1e-3
+
+
+def test_a_deeper_checkpoint_computes_the_same_at_first(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "deep"
+    monkeypatch.setattr(sys, "argv", ["deepen", str(tiny_checkpoint), str(out), "--layers", "4"])
+    deepen.main()
+    encoders = [Encoder(folder, device="cpu", dtype="float32") for folder in (tiny_checkpoint, out)]
+    first, second = (encoder.encode(["a cat", "the moon " * 9]) for encoder in encoders)
+    assert NVEmbedConfig.from_dir(out).num_hidden_layers == 4
+    assert np.abs(first - second).max() < 1e-6
+    deeper = load_trained(out, device=torch.device("cpu"))
+    trained = deeper(
+        pack([Encoding(np.array([1, 9, 2], np.int32), 0)], torch.device("cpu")), sdpa_per_sequence
+    )
+    trained[0, 0].backward()
+    new = deeper.backbone.layers[2].mlp.down_proj.weight.grad
+    assert new is not None
+    assert new.abs().max() > 0
+
+
 def test_an_epoch_sees_every_row_once() -> None:
     shuffle = Shuffle(10, seed=1, stream=2)
     drawn = [row for step in range(5) for row in shuffle.draw(step, 4)]
@@ -229,18 +291,39 @@ def test_an_epoch_sees_every_row_once() -> None:
     assert Shuffle(10, seed=1, stream=2).draw(3, 4) == drawn[12:16]
 
 
-def test_held_out_rows_are_not_learnt_from(settings: TrainingSettings) -> None:
+def test_held_out_texts_are_not_learnt_from(
+    settings: TrainingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_corpus(settings)
+    monkeypatch.setattr("model.training.examples.HELD_OUT", 4)
     corpus = load_corpus(settings)
-    assert len(corpus.held_out) == 6
-    assert not {e.query for e in corpus.held_out} & {e.query for e in corpus.examples}
-    assert len(corpus.held_out_texts) == 8
-    assert not set(corpus.held_out_texts) & set(corpus.drawn)
-    assert not set(corpus.held_out_texts) & set(corpus.places.values())
+    measured = {corpus.texts[row] for row in corpus.held_out_texts}
+    assert 0 < len(corpus.held_out) <= 8
+    assert 0 < len(measured) <= 8
+    assert len(corpus.drawn) < 0.9 * len(whole.drawn)
+    learnt = {corpus.texts[row] for row in corpus.drawn}
+    for example in corpus.examples:
+        learnt |= {example.query, example.positive, *example.negatives}
+    assert not any(map(is_held_out, learnt))
+    assert all(is_held_out(e.query) for e in corpus.held_out)
+    assert all(map(is_held_out, measured))
 
 
-def test_a_weight_repeats_rows(tiny_checkpoint: Path, tiny_data: Path) -> None:
+def test_the_same_texts_are_held_out_in_every_run(
+    settings: TrainingSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.training.examples.HELD_OUT", 4)
+    other = load_corpus(dataclasses.replace(settings, seed=77))
+    assert load_corpus(settings).held_out_texts == other.held_out_texts
+    assert load_corpus(settings).held_out == other.held_out
+
+
+def test_a_weight_repeats_rows(
+    tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.training.trainer.is_held_out", lambda _text: False)
     data = {str(tiny_data / "pairs.jsonl"): 2.5}
-    corpus = load_corpus(settings_of(tiny_checkpoint, tiny_data, data=data, validation_rows=0))
+    corpus = load_corpus(settings_of(tiny_checkpoint, tiny_data, data=data))
     assert len(corpus.examples) == 150
 
 
@@ -252,6 +335,7 @@ def test_a_weight_repeats_rows(tiny_checkpoint: Path, tiny_data: Path) -> None:
         ({"vectors": None}, "texts need vectors"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
+        ({"pooling": "max"}, "pooling"),
         ({"steps": 0}, "at least 1"),
     ],
 )

@@ -1,0 +1,68 @@
+"""More layers for a checkpoint: it computes the same until it is trained further.
+
+    python -m model.training.deepen CHECKPOINT OUT --layers 6
+
+The new layers stand on top, copies of the last one whose projections back into the residual are
+zero (stacking: Gong et al. 2019). Reads and writes the official layout; knows no module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import NVEmbedConfig
+from model.errors import CheckpointError
+from model.training.export import config_json
+
+_LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
+_INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+
+
+def deepen(tensors: dict[str, Tensor], before: int, layers: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with `before` layers, and those of the new ones."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        match = _LAYER.fullmatch(name)
+        if match and int(match[2]) == before - 1:
+            for layer in range(before, layers):
+                zero = name.endswith(_INTO_RESIDUAL)
+                copy = torch.zeros_like(tensor) if zero else tensor.clone()
+                found[f"{match[1]}{layer}{match[3]}"] = copy
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Add layers to a checkpoint of one file.")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=int, required=True, help="how many there shall be")
+    arguments = parser.parse_args()
+    config = NVEmbedConfig.from_dir(arguments.checkpoint)
+    before = config.num_hidden_layers
+    if arguments.layers < before:
+        raise CheckpointError(f"{arguments.checkpoint} has {before} layers already")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tensors = load_file(str(arguments.checkpoint / "model.safetensors"))
+    save_file(
+        deepen(tensors, before, arguments.layers),
+        str(arguments.out / "model.safetensors"),
+        metadata={"format": "pt"},
+    )
+    deeper = dataclasses.replace(config, num_hidden_layers=arguments.layers)
+    (arguments.out / "config.json").write_text(
+        json.dumps(config_json(deeper), indent=1) + "\n", encoding="utf-8"
+    )
+    shutil.copyfile(arguments.checkpoint / "tokenizer.json", arguments.out / "tokenizer.json")
+
+
+if __name__ == "__main__":
+    main()
