@@ -76,6 +76,7 @@ TRAINING = [
     "sources",
     "mining",
     "stages",
+    "baseline",
     "metrics",
     "bm25",
     "evaluation",

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--vectors", type=Path, required=True)
     parser.add_argument("--last-text", type=int, help="use the first so many texts only")
+    parser.add_argument("--pairs", type=int, help="mine for the first so many pairs only")
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--banking77", type=Path)
     parser.add_argument("--teacher", help="folder of a sentence-transformers model")
@@ -124,7 +125,7 @@ def main() -> None:
         texts += extra
     known = Known(texts, vectors)
 
-    pairs = related(read_examples(data / "pairs.jsonl"), known)
+    pairs = related(read_examples(data / "pairs.jsonl")[: arguments.pairs], known)
     mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
     if banking:

@@ -55,7 +55,7 @@ class Teacher:
             fast = torch.cuda.is_available() or host.has_amx()
             dtype = "bfloat16" if fast else "float32"
         # `device` keeps the library from looking for one; local folders only, no remote code.
-        self._model = library.SentenceTransformer(
+        self.network = library.SentenceTransformer(
             str(folder or packaged_teacher()),
             device="cuda" if torch.cuda.is_available() else "cpu",
             model_kwargs={"torch_dtype": dtype},
@@ -63,7 +63,7 @@ class Teacher:
         )
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
-        rows = self._model.encode(
+        rows = self.network.encode(
             list(texts), batch_size=64, show_progress_bar=progress, convert_to_numpy=True
         )
         rows = np.asarray(rows, dtype=np.float32)
