@@ -22,11 +22,12 @@ from model.errors import CheckpointError
 from model.packing import Segments, pack
 from model.training.attention import grouped_products
 from model.training.average import average
+from model.training.corpus import Shuffle, load_corpus
 from model.training.examples import DataError
 from model.training.network import load_trained
 from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
-from model.training.trainer import Shuffle, Trainer, load_corpus
+from model.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 
