@@ -102,6 +102,8 @@ def write_papers(source: Path, folder: Path, how: str) -> None:
     """
     name = json.loads((source / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
     name = name or source.resolve().name
+    if name.count("/") != 1 or name.startswith("/"):  # no hub id: a path, maybe a private one
+        name = Path(name).name
     license_ = card_license(source)
     papers = [
         path

@@ -51,7 +51,8 @@ def mistral_config(
         "num_cross_heads": num_cross_heads or 8,
         "cross_dim_head": cross_dim_head or width,
     }
-    name = f"{raw.get('_name_or_path') or folder.resolve().name}-embed"
+    # Saved by an older transformers, it has a hub id or a path of another machine in it.
+    name = f"{Path(raw.get('_name_or_path') or folder.resolve()).name}-embed"
     parts: dict[str, Any] = {"text_config": _DEFAULTS | raw, "latent_attention_config": pooler}
     try:
         config = NVEmbedConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)

@@ -59,8 +59,8 @@ class Draw:
 class Trainer:
     """One run in one folder: `run()` starts it, or goes on where it stopped.
 
-    The folder gets settings.json, metrics.jsonl, states in `state/` and, at the end, the
-    exported checkpoint in `checkpoint/`.
+    The folder gets what `states` keeps there and, at the end, the exported checkpoint in
+    `checkpoint/`.
     """
 
     def __init__(self, settings: TrainingSettings, folder: Path) -> None:

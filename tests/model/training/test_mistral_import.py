@@ -74,11 +74,13 @@ def test_what_config_json_leaves_out_is_transformers_default(
     raw = json.loads((tiny_mistral / "config.json").read_text())
     for key in ("rms_norm_eps", "num_key_value_heads", "head_dim", "rope_parameters"):
         del raw[key]
+    raw["_name_or_path"] = "mistralai/Mistral-7B-v0.1"
     raw["num_attention_heads"] = 8
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = mistral_config(tmp_path)
     assert (config.rms_norm_eps, config.num_kv_heads, config.head_dim) == (1e-6, 8, 4)
     assert config.rope_theta == 10_000
+    assert config.name == "Mistral-7B-v0.1-embed"
 
 
 @pytest.mark.parametrize(
