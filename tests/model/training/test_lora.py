@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from model.encoder import Encoder
+from model.errors import UnsupportedError
 from model.tokenizer import query_prefix
 from model.training.adapters import PROJECTIONS, add_lora
 from model.training.network import load_trained
@@ -81,6 +82,14 @@ def test_adapters_and_the_pooler_are_trained(tiny_checkpoint: Path) -> None:
             owners = [n for n in adapters if f"layers.{layer}." in n and f".{projection}." in n]
             shapes = {n.rsplit(".", 3)[1]: model.get_parameter(n).shape for n in owners}
             assert shapes["lora_A"][0] == shapes["lora_B"][1] == 3, (layer, projection)
+
+
+def test_without_peft_it_says_what_to_install(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UnsupportedError, match=r"needs peft: pip install 'nv-embed-server\["):
+        add_lora(load_trained(tiny_checkpoint, device=CPU), rank=1, alpha=1, dropout=0)
 
 
 def test_a_state_holds_what_is_trained(trained: Trainer) -> None:
