@@ -142,21 +142,7 @@ class Checkpoint:
 
     def check(self, config: NVEmbedConfig) -> None:
         """Raise CheckpointError naming what is missing, surplus or of another shape."""
-        expected, found = expected_shapes(config), self.shapes()
-        problems = []
-        if missing := expected.keys() - found.keys():
-            problems.append(f"missing: {_list(missing)}")
-        if surplus := found.keys() - expected.keys():
-            problems.append(f"surplus: {_list(surplus)}")
-        problems += [
-            f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if expected[name] != found[name]
-        ][:10]
-        if problems:
-            raise CheckpointError(
-                "the tensors are not those of an NV-Embed of this config: " + "; ".join(problems)
-            )
+        check_shapes(expected_shapes(config), self.shapes(), "an NV-Embed")
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype."""
@@ -166,6 +152,26 @@ class Checkpoint:
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         return self._files[name].get_slice(name)[:, start:stop]  # type: ignore[no-any-return]
+
+
+def check_shapes(
+    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], kind: str
+) -> None:
+    """Raise CheckpointError naming what is missing, surplus or of another shape."""
+    problems = []
+    if missing := expected.keys() - found.keys():
+        problems.append(f"missing: {_list(missing)}")
+    if surplus := found.keys() - expected.keys():
+        problems.append(f"surplus: {_list(surplus)}")
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
+    ][:10]
+    if problems:
+        raise CheckpointError(
+            f"the tensors are not those of {kind} of this config: " + "; ".join(problems)
+        )
 
 
 def _list(names: set[str]) -> str:

@@ -65,7 +65,8 @@ class NVEmbedTokenizer:
         self._pool_start = lru_cache(maxsize=1024)(self._count_pool_start)
 
     @classmethod
-    def from_dir(cls, folder: Path) -> NVEmbedTokenizer:
+    def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
+        """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(f"{folder} has no tokenizer.json")
@@ -74,7 +75,7 @@ class NVEmbedTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         ours = cls(tokenizer)
-        rows = NVEmbedConfig.from_dir(folder).vocab_size
+        rows = vocab_size or NVEmbedConfig.from_dir(folder).vocab_size
         if ours.vocab_size > rows:
             raise CheckpointError(
                 f"{path} has {ours.vocab_size} pieces, the model embeds {rows}: it is not its own"

@@ -8,10 +8,15 @@ initialise.py   a new small model: architecture, tokenizer, token embeddings fro
 network.py      the trained module: backbone and plain pooler
 losses.py       contrastive and distillation losses
 settings.py     every choice of a run; stage 1 and stage 2 are two values of it
-trainer.py      the loop: batches, steps, exact resume
+corpus.py       what a run learns from, and which rows a step sees
+adapters.py     LoRA on the backbone's projections, through peft
+mistral_import.py  a Mistral as transformers saves it -> a module to train
+gradient_cache.py  a loss over many vectors with the graph of only a few
+states.py       a run's folder: whose it is, its states, exact resume
+trainer.py      the loop: batches, steps, validation
 plot.py         losses and scores of a run, drawn
 average.py      the mean of several checkpoints
-export.py       the trained module -> the official checkpoint layout
+export.py       the trained module, LoRA merged -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives
 metrics.py      nDCG, MRR, recall, Spearman, kNN, logistic regression, V-measure

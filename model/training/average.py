@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from model.errors import CheckpointError
-from model.training.export import export
+from model.training.export import export, write_papers
 from model.training.network import load_trained
 
 
@@ -33,7 +33,9 @@ def average(folders: Sequence[Path], out: Path) -> Path:
             total[name].add_(parameter)
     for parameter in total.values():
         parameter.div_(len(folders))
-    return export(first, out, folders[0] / "tokenizer.json")
+    export(first, out, folders[0] / "tokenizer.json")
+    write_papers(folders[0], out, f"The mean of {len(folders)} checkpoints.")
+    return out
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from model.training.corpus import without_held_out
 from model.training.examples import Example, read_examples
 from model.training.losses import contrastive_loss
 from model.training.teacher import Teacher
-from model.training.trainer import without_held_out
 
 _NEGATIVES = 3
 

@@ -1,4 +1,7 @@
-"""A trained module -> a checkpoint folder in the official layout, which `model.loader` reads."""
+"""A trained module -> a checkpoint folder in the official layout, which `model.loader` reads.
+
+LoRA's adapters are merged on the way. `write_papers` says whose weights these were.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from model.card import card_license
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+from model.training.adapters import merged_weight
 from model.training.network import TrainedNVEmbed, sources
 
 
@@ -27,7 +33,6 @@ def config_json(config: NVEmbedConfig) -> dict[str, Any]:
         "is_mask_instruction": True,
         "mask_type": "b",
         "padding_side": "right",
-        "torch_dtype": "float16",
         "latent_attention_config": {
             "model_type": "latent_attention",
             "hidden_dim": config.hidden_size,
@@ -72,12 +77,13 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     raw = config_json(model.config)
     raw["_name_or_path"] = name or model.config.name or folder.resolve().name
-    parameters = dict(model.named_parameters())
+    raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     tensors: dict[str, torch.Tensor] = {}
     for parameter, stack in sources(model.config).items():
-        parts = torch.split(parameters[parameter].detach().cpu(), [rows for _, rows in stack])
+        value = merged_weight(model, parameter).detach().cpu()
+        parts = torch.split(value, [rows for _, rows in stack])
         for (tensor, _), part in zip(stack, parts, strict=True):
-            tensors[tensor] = part.to(dtype).contiguous()
+            tensors[tensor] = part.to(dtype, copy=True).contiguous()
             if not torch.isfinite(tensors[tensor]).all():
                 raise CheckpointError(f"{tensor} does not fit {dtype}: the training diverged")
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
@@ -86,3 +92,36 @@ def export(
     if tokenizer.resolve() != target.resolve():
         shutil.copyfile(tokenizer, target)
     return folder
+
+
+def write_papers(source: Path, folder: Path, how: str) -> None:
+    """A model card that names the checkpoint `folder` comes from and that one's licence, which
+    the server shows; and copies of its licence and notice files. A card that is there stays.
+
+    how: what was done to it, a sentence.
+    """
+    name = json.loads((source / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    name = name or source.resolve().name
+    if name.count("/") != 1 or name.startswith("/"):  # no hub id: a path, maybe a private one
+        name = Path(name).name
+    license_ = card_license(source)
+    papers = [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file() and path.name.lower().startswith(("license", "licence", "notice"))
+    ]
+    for path in papers:
+        shutil.copyfile(path, folder / path.name)
+    matter = {"license": license_, "base_model": name, "library_name": "nv-embed-server"}
+    terms = (
+        f"Its licence, {license_}, holds for these weights, too."
+        if license_
+        else "Its folder names no licence in a model card; what holds for it holds here, too."
+    )
+    copied = f" Copied from it: {', '.join(path.name for path in papers)}." if papers else ""
+    title = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    front = yaml.safe_dump({k: v for k, v in matter.items() if v}, sort_keys=False)
+    text = f"---\n{front}---\n# {title}\n\nTrained from `{name}`. {how} {terms}{copied}\n"
+    card = folder / "README.md"
+    if not card.exists():
+        card.write_text(text, encoding="utf-8")

@@ -73,32 +73,68 @@ def sources(config: NVEmbedConfig) -> dict[str, list[tuple[str, int]]]:
     return table
 
 
-def load_trained(folder: Path, *, device: torch.device, pooling: str = "latent") -> TrainedNVEmbed:
+def load_trained(
+    folder: Path,
+    *,
+    device: torch.device,
+    projections: torch.dtype = torch.float32,
+    pooling: str = "latent",
+) -> TrainedNVEmbed:
     """An official checkpoint as a trainable module, float32. Raises CheckpointError.
 
+    projections: the dtype of the layers' matrices, for those that are frozen.
     pooling: one of POOLERS; other ones than "latent" leave the checkpoint's pooler out.
     """
     config = NVEmbedConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    model = TrainedNVEmbed(config, pooling)
-    state = {
-        parameter: torch.cat([checkpoint.rows(name).float() for name, _ in stack])
-        for parameter, stack in sources(config).items()
-        if pooling == "latent" or not parameter.startswith("pooler.")
-    }
-    model.load_state_dict(state)
-    return model.to(device)
+    return assemble(
+        config,
+        {
+            parameter: stacked(checkpoint, parameter, [n for n, _ in stack], device, projections)
+            for parameter, stack in sources(config).items()
+            if pooling == "latent" or not parameter.startswith("pooler.")
+        },
+        pooling,
+    )
+
+
+def stacked(
+    checkpoint: Checkpoint,
+    parameter: str,
+    names: list[str],
+    device: torch.device,
+    projections: torch.dtype,
+) -> Tensor:
+    """The value of one parameter on the device: the named tensors, end to end."""
+    layers = parameter.startswith("backbone.layers.") and parameter.endswith("_proj.weight")
+    dtype = projections if layers else torch.float32
+    return torch.cat([checkpoint.rows(name).to(device, dtype) for name in names])
+
+
+def assemble(
+    config: NVEmbedConfig, state: dict[str, Tensor], pooling: str = "latent"
+) -> TrainedNVEmbed:
+    """The module of these values, which it takes over as they are."""
+    with torch.device("meta"):
+        model = TrainedNVEmbed(config, pooling)
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 @torch.no_grad()
-def initialise_weights(model: TrainedNVEmbed, generator: torch.Generator) -> None:
+def initialise_weights(
+    model: TrainedNVEmbed, generator: torch.Generator, *, only: str = ""
+) -> None:
     """Normal weights; projections back into the residual start near zero.
 
-    So the untrained model is close to a mean of its token embeddings, a fair place to start.
+    So the untrained model is close to a mean of its token embeddings, a fair place to start; a
+    new pooler (`only="pooler."`) behind a trained backbone, to a mean of its hidden states.
     """
     width = model.config.hidden_size
     for name, parameter in model.named_parameters():
+        if not name.startswith(only):
+            continue
         if parameter.dim() == 1:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
             continue

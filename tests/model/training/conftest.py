@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from model.config import NVEmbedConfig
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
 from model.training.teacher import Projection
+from tests.checkpoints import official_tokenizer
 
 TINY = NVEmbedConfig(
     vocab_size=32_000,
@@ -40,6 +42,33 @@ def tiny_checkpoint(golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     initialise_weights(model, torch.Generator().manual_seed(3))
     folder = tmp_path_factory.mktemp("tiny") / "tiny-embed"
     return export(model, folder, golden_checkpoint / "tokenizer.json", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mistral with its output layer and its tokenizer, written by transformers."""
+    torch.manual_seed(4)
+    config = MistralConfig(
+        vocab_size=32_000,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,  # not width / heads
+        intermediate_size=48,
+        max_position_embeddings=128,
+        sliding_window=4,
+        initializer_range=0.2,
+    )
+    folder = tmp_path_factory.mktemp("mistral") / "tiny-mistral"
+    MistralForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=official_tokenizer(),
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    ).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,15 +21,18 @@ from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError
+from model.hub import locate
 from model.packing import Segments, pack
 from model.training import deepen
 from model.training.attention import grouped_products
 from model.training.average import average
+from model.training.corpus import Shuffle, load_corpus
 from model.training.examples import DataError, is_held_out
 from model.training.network import load_trained
 from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
-from model.training.trainer import Shuffle, Trainer, load_corpus
+from model.training.states import RunFolder
+from model.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 
@@ -146,8 +150,106 @@ def test_a_running_mean() -> None:
 
 def test_a_folder_of_another_run_is_refused(settings: TrainingSettings, finished: Path) -> None:
     other = dataclasses.replace(settings, temperature=0.5)
-    with pytest.raises(TrainingSettingsError, match="other settings"):
+    message = r"other settings \(temperature: 0\.05 there, 0\.5 now\); set them back"
+    with pytest.raises(TrainingSettingsError, match=message):
         Trainer(other, finished).run(progress=False)
+
+
+def test_a_run_of_before_a_setting_existed_goes_on(
+    settings: TrainingSettings, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(finished, folder)
+    old = json.loads((folder / "settings.json").read_text())
+    del old["lora_rank"], old["tokens_per_pass"]
+    (folder / "settings.json").write_text(json.dumps(old))
+    (folder / "inputs.json").unlink()
+    RunFolder(folder).claim(settings)
+    assert (folder / "inputs.json").exists()
+    with pytest.raises(TrainingSettingsError, match="lora_rank: None there, 2 now"):
+        RunFolder(folder).claim(dataclasses.replace(settings, lora_rank=2))
+
+
+def test_other_threads_go_on_with_a_warning(
+    settings: TrainingSettings, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    RunFolder(finished).claim(settings)
+    assert not caplog.records
+    RunFolder(finished).claim(dataclasses.replace(settings, threads=3))
+    assert "threads = 1 and goes on with 3" in caplog.text
+
+
+def test_changed_data_are_refused(
+    settings: TrainingSettings, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    ours = settings_of(Path(settings.model), data)
+    folder = RunFolder(tmp_path / "run")
+    folder.claim(ours)
+    folder.claim(ours)
+    (data / "vectors" / "00001.npy").write_bytes(b"one more")
+    with pytest.raises(TrainingSettingsError, match=r"other contents of \S+00001\.npy; put"):
+        folder.claim(ours)
+    (data / "vectors" / "00001.npy").unlink()
+    lines = (data / "pairs.jsonl").read_text()
+    (data / "pairs.jsonl").write_text(lines.replace("red", "pink"))
+    with pytest.raises(TrainingSettingsError, match=r"other contents of \S+pairs\.jsonl; put"):
+        folder.claim(ours)
+
+
+def test_losses_are_logged_unweighted(settings: TrainingSettings, tmp_path: Path) -> None:
+    heavy = dataclasses.replace(settings, distillation_weight=8.0, contrastive_weight=0.5)
+    Trainer(settings, tmp_path / "one").run(stop_after=1, progress=False)
+    Trainer(heavy, tmp_path / "heavy").run(stop_after=1, progress=False)
+    one, other = (
+        json.loads((tmp_path / run / "metrics.jsonl").read_text()) for run in ("one", "heavy")
+    )
+    for loss in ("contrastive", "distillation"):
+        assert one[loss] == other[loss]
+    assert one["loss"] == pytest.approx(one["contrastive"] + one["distillation"])
+    assert other["loss"] == pytest.approx(0.5 * one["contrastive"] + 8 * one["distillation"])
+
+
+def test_stage_2_refuses_an_example_without_negatives(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    lines = (tiny_data / "pairs.jsonl").read_text().splitlines()
+    row = json.loads(lines[4])
+    lines[4] = json.dumps({"query": row["query"], "positive": row["positive"]})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(lines))
+    ours = settings_of(tiny_checkpoint, tiny_data, data={str(file): 1})
+    assert load_corpus(ours).examples
+    with pytest.raises(DataError, match=r"pairs\.jsonl, line 5: no negatives"):
+        load_corpus(dataclasses.replace(ours, stage=2))
+    file.write_text("")
+    with pytest.raises(DataError, match="holds no examples"):
+        load_corpus(ours)
+
+
+def test_an_export_names_its_source(
+    finished: Path, settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """And carries its licence over; the folder holds nothing that serving has no use for."""
+    assert {path.name for path in (finished / "checkpoint").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "README.md")
+    }
+    assert "Trained from `tiny-embed`. 12 steps" in (finished / "checkpoint/README.md").read_text()
+    start = tmp_path / "start"
+    shutil.copytree(settings.model, start)
+    (start / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
+    (start / "LICENSE.txt").write_text("the terms")
+    run = dataclasses.replace(settings, model=str(start), steps=1, name="mine", stage=2)
+    checkpoint = Trainer(run, tmp_path / "run").run(progress=False)
+    assert checkpoint is not None
+    source = locate(str(checkpoint))
+    assert (source.license, source.model_id) == ("cc-by-nc-4.0", "mine")
+    assert (checkpoint / "LICENSE.txt").read_text() == "the terms"
+    card = (checkpoint / "README.md").read_text()
+    assert "base_model: tiny-embed" in card
+    assert "1 steps of `nv-embed train` (stage 2; all weights)." in card
+    assert "cc-by-nc-4.0, holds for these weights, too. Copied from it: LICENSE.txt." in card
 
 
 def test_the_export_serves_the_same_vectors(finished: Path, tiny_checkpoint: Path) -> None:
@@ -321,7 +423,7 @@ def test_the_same_texts_are_held_out_in_every_run(
 def test_a_weight_repeats_rows(
     tiny_checkpoint: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.training.trainer.is_held_out", lambda _text: False)
+    monkeypatch.setattr("model.training.corpus.is_held_out", lambda _text: False)
     data = {str(tiny_data / "pairs.jsonl"): 2.5}
     corpus = load_corpus(settings_of(tiny_checkpoint, tiny_data, data=data))
     assert len(corpus.examples) == 150
@@ -337,6 +439,20 @@ def test_a_weight_repeats_rows(
         ({"dtype": "int8"}, "dtype"),
         ({"pooling": "max"}, "pooling"),
         ({"steps": 0}, "at least 1"),
+        ({"steps": "9"}, "steps is '9', not a whole number"),
+        ({"save_every": True}, "save_every is True"),
+        ({"temperature": 0}, "temperature is 0, it is above 0"),
+        ({"learning_rate": -1e-3}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"decay": 1.5}, "decay is 1.5, it is at most 1"),
+        ({"first_text": -1}, "first_text is -1, it is at least 0"),
+        ({"first_text": 50, "last_text": 50}, "last_text is 50, not behind first_text, 50"),
+        ({"lora_rank": 0}, "lora_rank"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"data": {"pairs.jsonl": 0}}, "the weight of pairs.jsonl is 0"),
+        ({"data": ["pairs.jsonl"]}, "data is .*, not an object"),
+        ({"stage": 2, "max_negatives": 0}, "max_negatives is 0"),
+        ({"export_dtype": "int8"}, "export_dtype"),
     ],
 )
 def test_contradictions_are_refused(
@@ -361,3 +477,8 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
 def test_too_few_vectors_are_an_error(tiny_checkpoint: Path, tiny_data: Path) -> None:
     with pytest.raises(DataError, match="120 vectors of 500"):
         load_corpus(settings_of(tiny_checkpoint, tiny_data, last_text=500))
+
+
+def test_a_first_text_behind_the_last_is_an_error(tiny_checkpoint: Path, tiny_data: Path) -> None:
+    with pytest.raises(DataError, match=r"first_text is 120, and .* has 120 texts"):
+        load_corpus(settings_of(tiny_checkpoint, tiny_data, first_text=120))
