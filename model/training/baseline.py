@@ -43,7 +43,7 @@ def fine_tune(
     losses = []
 
     def embed(texts: list[str]) -> Tensor:
-        features = network.tokenize(texts)
+        features = network.preprocess(texts)
         return F.normalize(network(features)["sentence_embedding"], dim=-1)
 
     for step in tqdm(range(steps), "Fine-tuning"):
