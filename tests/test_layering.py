@@ -21,6 +21,7 @@ MODEL = [
     "card",
     "hub",
     "tokenizer",
+    "tasks",
     "packing",
     "attention",
     "mistral",
@@ -83,7 +84,14 @@ TRAINING = [
     "commands",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}
-TORCH_FREE = ["model.tokenizer", "model.hub", "model.config", "model.batch", "model.host"]
+TORCH_FREE = [
+    "model.tokenizer",
+    "model.tasks",
+    "model.hub",
+    "model.config",
+    "model.batch",
+    "model.host",
+]
 
 
 def modules(package: str) -> dict[str, Path]:
