@@ -83,6 +83,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         kind: [_named_set(argument, kind, arguments.instructions) for argument in texts]
         for kind, texts in given.items()
     }
+    for named in (named for of_kind in sets.values() for named in of_kind):
+        if not named.path.exists():  # said before an hour of work on the others
+            raise DataError(f"there is no {named.path}")
     mteb_tasks = mteb_adapter.named_tasks(arguments.mteb) if arguments.mteb else []
     scores: dict[str, dict[str, float]] = {}
     embed = None if arguments.bm25 else embedder(arguments)
