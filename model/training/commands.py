@@ -142,7 +142,8 @@ def _name(arguments: argparse.Namespace) -> str:
 def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
     """The model that the arguments name: a checkpoint, a server or a sentence-transformer."""
     if arguments.url:
-        return ServerEmbedder(arguments.url, api_key=arguments.api_key or os.environ.get(KEY_NAME))
+        known = os.environ.get(KEY_NAME, "").split(",")[0].strip()  # a server may have several
+        return ServerEmbedder(arguments.url, api_key=arguments.api_key or known)
     if arguments.teacher:
         from model.training.teacher import Teacher
 

@@ -8,6 +8,9 @@
     mteb.evaluate(MtebModel(Encoder().encode, "local/nv-embed-small"), mteb.get_tasks(["STS12"]))
     mteb.evaluate(MtebModel(ServerEmbedder("http://host:8000"), "served/nv-embed"), …)
 
+Texts longer than the model takes are an error there; `functools.partial(encoder.encode,
+truncate=Truncation.END)` cuts them, as `nv-embed evaluate --mteb` does.
+
 Owns which instruction each side of a task gets. mteb is imported only where it is called: what it
 is told, and why, can be read and tested without it.
 """

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from model.errors import UnsupportedError
 from model.training import remote
 from model.training.remote import RemoteError, ServerEmbedder, request_batches
+from server import cli
 
 KEY = "a-secret"
 
@@ -149,3 +151,19 @@ def test_refusals_are_sentences_without_the_key() -> None:
         ServerEmbedder(url)  # it has gone
     with pytest.raises(UnsupportedError, match="not an http address"):
         ServerEmbedder("file:///etc/passwd")
+
+
+def test_the_commands_take_the_key_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts = tmp_path / "sts.jsonl"
+    rows = [{"first": "x" * n, "second": "x" * n * n, "score": n} for n in range(1, 4)]
+    sts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("NV_EMBED_API_KEY", f"{KEY},another")
+    with serving() as (url, seen):
+        assert cli.main(["evaluate", "--url", url, "--sts", f"{sts}=Find alike"]) == 0
+        assert cli.main(["evaluate", "--url", url, "--sts", f"{sts}=", "--api-key", "mine"]) == 0
+    prefix = "Instruct: Find alike\nQuery: "
+    found = [(request["key"], request["prompt"]) for request in seen.requests]
+    assert found == [(f"Bearer {KEY}", prefix)] * 2 + [("Bearer mine", "")] * 2
+    assert KEY not in "".join(capsys.readouterr())
