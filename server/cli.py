@@ -329,32 +329,75 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     mine = commands.add_parser(
         "mine",
         help="find hard negatives for training examples",
-        description="Give each example the best-scoring positives of others whose score is below "
-        "the threshold times that of its own positive.",
+        description="Give each example hard negatives: positives of other examples that a teacher "
+        "finds close to the query, but clearly less close than the example's own positive. Those "
+        "nearer than the threshold are left out, for they may answer the query as well. The "
+        "teacher is whichever model is named below; the larger, the better the negatives. Old "
+        "negatives are replaced; a bad line stops the command with its number.",
         epilog="Example: nv-embed mine pairs.jsonl -o mined.jsonl --teacher default",
     )
-    mine.add_argument("examples", type=Path, metavar="FILE", help="JSON lines of examples")
-    mine.add_argument("-o", "--out", type=Path, required=True)
-    mine.add_argument("--count", type=int, default=7, help="negatives each (default: %(default)s)")
-    mine.add_argument("--threshold", type=float, default=0.95, help="(default: %(default)s)")
+    mine.add_argument(
+        "examples",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines of query, positive and, if wanted, task (model/training/README.md)",
+    )
+    mine.add_argument("-o", "--out", type=Path, required=True, help="JSON lines with negatives")
+    mine.add_argument(
+        "--count",
+        type=int,
+        default=7,
+        help="negatives of each example, fewer where there are no more (default: %(default)s, as "
+        "in the paper)",
+    )
+    mine.add_argument(
+        "--threshold",
+        type=float,
+        default=0.95,
+        help="a negative's score stays below this times the positive's; smaller is safer and "
+        "easier (default: %(default)s, as in the paper)",
+    )
     _add_embedder_arguments(mine)
     mine.set_defaults(run=_mine, parser=mine)
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="score a model on sets from files",
+        help="score a model on sets from files, or on mteb's tasks",
         description="Score embeddings: Spearman (STS); nDCG@10, MRR@10 and recall@100 (retrieval); "
         "kNN and logistic regression (classification); V-measure (clustering). Each option may be "
-        "repeated. Prints a table and, last, a line of JSON.",
-        epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/",
+        "repeated. Prints a table and, last, a line of JSON. The instruction of a set stands "
+        "behind its path: PATH=TASK, TASK being a name that GET /v1/instructions lists (NQ, STS, "
+        "Banking77, … in any case), a description in words, or nothing for none. Without it: NQ's "
+        "for retrieval, STS's for STS, and mteb's general ones for classification (Classify user "
+        "passages.) and clustering (Identify categories in user passages.). Queries alone get it "
+        "in retrieval, all texts elsewhere.",
+        epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/=nq "
+        "--classification banking77/train.csv=banking77",
     )
     for name, kind in (
-        ("sts", "STS Benchmark's columns, or JSON lines"),
+        ("sts", "STS Benchmark's columns, or JSON lines of first, second and score"),
         ("retrieval", "folder of corpus.jsonl, queries.jsonl, qrels.tsv, or a SMART collection"),
-        ("classification", "CSV of text and category"),
-        ("clustering", "CSV of text and category"),
+        ("classification", "CSV of text and category or label, and perhaps split"),
+        ("clustering", "likewise; the test part is scored"),
     ):
-        evaluate.add_argument(f"--{name}", type=Path, action="append", default=[], help=kind)
+        evaluate.add_argument(
+            f"--{name}", action="append", default=[], metavar="PATH[=TASK]", help=kind
+        )
+    evaluate.add_argument(
+        "--mteb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="mteb's tasks by name, for instance STS12 SciFact; their data are downloaded. "
+        "Instructions: the authors' where there are any, else mteb's (extra mteb)",
+    )
+    evaluate.add_argument(
+        "--results",
+        type=Path,
+        default=Path("mteb-results"),
+        help="folder for the files that mteb writes (default: %(default)s)",
+    )
     evaluate.add_argument(
         "--no-instructions", dest="instructions", action="store_false", help="embed texts bare"
     )
@@ -371,10 +414,15 @@ def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", help="folder of a sentence-transformers model; 'default': all-MiniLM-L6-v2"
     )
     which.add_argument("--url", help="address of a running server, for instance http://host:8000")
+    parser.add_argument("--api-key", help="of the server at --url [NV_EMBED_API_KEY]")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
-        "--max-tokens", type=int, default=512, help="of a text, the rest is cut (%(default)s)"
+        "--max-tokens",
+        type=int,
+        default=512,
+        help="of a text, the rest is cut (default: %(default)s; a server at --url cuts at its own "
+        "limit)",
     )
 
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
 
+from model.tasks import TASKS
 from server import instructions, schemas, serialize
 from server.byte_budget import ByteBudgetError
 from server.engine import EmbeddingEngine
@@ -179,7 +180,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         """The named tasks, and what the server does when a request does not say."""
         data = [
             {"task": name, "query": task.query, "passage": task.passage, "source": task.source}
-            for name, task in instructions.TASKS.items()
+            for name, task in TASKS.items()
         ]
         return _json(
             {

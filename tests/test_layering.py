@@ -21,6 +21,7 @@ MODEL = [
     "card",
     "hub",
     "tokenizer",
+    "tasks",
     "packing",
     "attention",
     "mistral",
@@ -79,19 +80,30 @@ TRAINING = [
     "states",
     "trainer",
     "sources",
+    "validation_sets",
     "mining",
+    "remote",
     "stages",
     "baseline",
     "metrics",
     "bm25",
     "evaluation",
+    "mteb_adapter",
+    "convert",
     "decontamination",
     "plot",
     "ablation",
     "commands",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}
-TORCH_FREE = ["model.tokenizer", "model.hub", "model.config", "model.batch", "model.host"]
+TORCH_FREE = [
+    "model.tokenizer",
+    "model.tasks",
+    "model.hub",
+    "model.config",
+    "model.batch",
+    "model.host",
+]
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -19,8 +19,12 @@ average.py      the mean of several checkpoints
 export.py       the trained module, LoRA merged -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives
+remote.py       vectors from a running server
+convert.py      one's own labelled or scored file -> training lines
+validation_sets.py  a retrieval set to choose checkpoints by
 metrics.py      nDCG, MRR, recall, Spearman, kNN, logistic regression, V-measure
-evaluation.py   `nv-embed evaluate`: sets from files, scores
+evaluation.py   `nv-embed evaluate`: sets from files, their instructions, scores
+mteb_adapter.py mteb's tasks on a model or a server
 bm25.py         the lexical baseline
 decontamination.py  training lines that overlap with evaluation texts
 commands.py     what `nv-embed train`, `mine` and `evaluate` do

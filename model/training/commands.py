@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
 from model.errors import UnsupportedError
-from model.training.examples import read_examples, write_examples
-from model.training.mining import ServerEmbedder, mine
+from model.hub import packaged_checkpoint
+from model.training import evaluation, mteb_adapter
+from model.training.examples import DataError, Example, read_examples, write_examples
+from model.training.mining import mine
 from model.training.plot import plot
+from model.training.remote import ServerEmbedder
 from model.training.settings import TrainingSettings
+
+KEY_NAME = "NV_EMBED_API_KEY"
+"""The environment's name of the key for --url; the server's own option reads the same one."""
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -38,51 +46,91 @@ def train(arguments: argparse.Namespace) -> int:
 def mine_negatives(arguments: argparse.Namespace) -> int:
     """Read examples, write them with negatives."""
     examples = read_examples(arguments.examples)
+    if not examples:
+        raise DataError(f"{arguments.examples} is empty")
     embed = embedder(arguments)
     mined = mine(examples, embed, count=arguments.count, threshold=arguments.threshold)
-    write_examples(arguments.out, mined)
-    print(f"{len(examples)} examples with negatives in {arguments.out}")
+    bar = tqdm(mined, "Mining", total=len(examples), unit=" examples", disable=None)
+    found: Counter[int] = Counter()
+
+    def counted() -> Iterator[Example]:
+        for example in bar:
+            found[len(example.negatives)] += 1
+            yield example
+
+    write_examples(arguments.out, counted())
+    few = sum(number for negatives, number in found.items() if negatives < arguments.count)
+    print(
+        f"{len(examples)} examples in {arguments.out}; {few} of them have fewer than "
+        f"{arguments.count} negatives, {found[0]} none"
+    )
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Score a model (or BM25) on the sets that were named."""
-    from model.training import evaluation
-
+    """Score a model (or BM25) on the sets and mteb tasks that were named."""
+    given = {kind: getattr(arguments, kind) for kind in evaluation.DEFAULT_TASKS}
+    if arguments.bm25 and (arguments.mteb or any(given[k] for k in given if k != "retrieval")):
+        raise UnsupportedError("--bm25 scores --retrieval alone")
     if arguments.bm25 and not arguments.retrieval:
         raise UnsupportedError("--bm25 is a baseline of retrieval: name a set with --retrieval")
-    if arguments.bm25 and (arguments.sts or arguments.classification or arguments.clustering):
-        raise UnsupportedError("--bm25 scores --retrieval alone")
-    sets = arguments.retrieval + arguments.sts + arguments.classification + arguments.clustering
-    if not sets:
+    if not arguments.mteb and not any(given.values()):
         raise UnsupportedError(
             "nothing to evaluate: name a set with --retrieval, --sts, --classification or "
-            "--clustering"
+            "--clustering, or a task with --mteb"
         )
-    tasks = evaluation.Tasks() if arguments.instructions else evaluation.Tasks("", "", "")
+    sets = {
+        kind: [_named_set(argument, kind, arguments.instructions) for argument in texts]
+        for kind, texts in given.items()
+    }
+    for named in (named for of_kind in sets.values() for named in of_kind):
+        if not named.path.exists():  # said before an hour of work on the others
+            raise DataError(f"there is no {named.path}")
+    mteb_tasks = mteb_adapter.named_tasks(arguments.mteb) if arguments.mteb else []
     scores: dict[str, dict[str, float]] = {}
     embed = None if arguments.bm25 else embedder(arguments)
-    for folder in arguments.retrieval:
-        data = evaluation.read_retrieval(folder)
-        scores[str(folder)] = (
-            evaluation.score_retrieval(embed, data, tasks) if embed else evaluation.score_bm25(data)
+    for named in sets["retrieval"]:
+        data = evaluation.read_retrieval(named.path)
+        if data.missing:
+            print(f"{named.path}: {data.missing} relevant documents are not in its corpus")
+        scores[named.name] = (
+            evaluation.score_retrieval(embed, data, named) if embed else evaluation.score_bm25(data)
         )
     if embed:
-        for path in arguments.sts:
-            scores[str(path)] = evaluation.score_sts(embed, path, tasks)
-        labelled: dict[Path, list[str]] = {}
-        for path in arguments.classification:
-            labelled.setdefault(path, []).extend(("knn", "logistic"))
-        for path in arguments.clustering:
-            labelled.setdefault(path, []).append("v-measure")
-        for path, which in labelled.items():
-            found = evaluation.score_labelled(embed, evaluation.read_labelled(path), tasks, which)
-            scores.setdefault(str(path), {}).update(found)
+        for named in sets["sts"]:
+            scores[named.name] = evaluation.score_sts(embed, named)
+        labelled: dict[evaluation.NamedSet, list[str]] = {}
+        for named in sets["classification"]:
+            labelled.setdefault(named, []).extend(("knn", "logistic"))
+        for named in sets["clustering"]:
+            labelled.setdefault(named, []).append("v-measure")
+        for named, which in labelled.items():
+            found = evaluation.score_labelled(embed, named, which)
+            scores.setdefault(named.name, {}).update(found)
+    if embed and mteb_tasks:
+        model = mteb_adapter.MtebModel(
+            embed, _mteb_name(arguments, embed), instructions=arguments.instructions
+        )
+        scores.update(mteb_adapter.evaluate_tasks(model, mteb_tasks, arguments.results))
     for name, metrics in scores.items():
         for metric, value in metrics.items():
             print(f"{name:32} {metric:20} {value:.4f}")
     print(json.dumps({"model": _name(arguments), "scores": scores}))
     return 0
+
+
+def _named_set(argument: str, kind: evaluation.Kind, instructions: bool) -> evaluation.NamedSet:
+    named = evaluation.named_set(argument, kind)
+    return named if instructions else evaluation.NamedSet(named.name, named.path)
+
+
+def _mteb_name(arguments: argparse.Namespace, embed: evaluation.Embedder) -> str:
+    """organisation/model, the folder of the results."""
+    if isinstance(embed, ServerEmbedder):
+        return f"served/{embed.model}"
+    named = arguments.teacher or arguments.model or str(packaged_checkpoint())
+    is_hub_id = "/" in named and not Path(named).is_dir()
+    return named if is_hub_id else f"local/{Path(named).resolve().name}"
 
 
 def _name(arguments: argparse.Namespace) -> str:
@@ -91,18 +139,17 @@ def _name(arguments: argparse.Namespace) -> str:
     return str(arguments.url or arguments.teacher or arguments.model or "the shipped model")
 
 
-def embedder(
-    arguments: argparse.Namespace,
-) -> Callable[[Sequence[str], str], NDArray[np.float32]]:
+def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
     """The model that the arguments name: a checkpoint, a server or a sentence-transformer."""
     if arguments.url:
-        return ServerEmbedder(arguments.url)
+        known = os.environ.get(KEY_NAME, "").split(",")[0].strip()  # a server may have several
+        return ServerEmbedder(arguments.url, api_key=arguments.api_key or known)
     if arguments.teacher:
         from model.training.teacher import Teacher
 
         folder = None if arguments.teacher == "default" else arguments.teacher
         teacher = Teacher(folder, dtype=arguments.dtype)
-        return lambda texts, _instruction: teacher.encode(texts)
+        return lambda texts, _instruction: teacher.encode(texts, progress=sys.stderr.isatty())
     from model.encoder import Encoder
     from model.tokenizer import Truncation
 

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model.training import evaluation
+from model.training.examples import read_lines, read_text
+
 NGRAM = 10
 _WORD = re.compile(r"\w+")
 
@@ -47,15 +50,12 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 
 def evaluation_texts(path: Path) -> list[str]:
     """Every text of an evaluation set: STS, retrieval folder, CSV's test part, JSON lines."""
-    from model.training import evaluation
-
     if path.is_dir():
         data = evaluation.read_retrieval(path)
         return data.documents + data.queries
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
-            return [text for line in file for text in texts_of(json.loads(line))]
-    if "\t" in path.read_text(encoding="utf-8").partition("\n")[0]:
+        return [text for line in read_lines(path) for text in texts_of(json.loads(line))]
+    if "\t" in read_text(path).partition("\n")[0]:
         first, second, _ = evaluation.read_sts(path)
         return first + second
     return [text for text, _ in evaluation.read_labelled(path).test]

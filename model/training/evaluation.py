@@ -1,35 +1,47 @@
-"""`nv-embed evaluate`: score a model on sets from files.
+"""Sets from files and their scores, for `nv-embed evaluate`.
 
-The sets:
 - STS: tab-separated as the STS Benchmark (…, score in column 5, sentences in 6 and 7), or JSON
   lines of `first`, `second`, `score`. Spearman of the cosines, the instruction on both sides.
 - retrieval: a folder with corpus.jsonl and queries.jsonl (`id`, `text`) and qrels.tsv (query,
-  document, grade), or with a SMART collection (*.ALL, *.QRY, *.REL).
+  document, grade), or with a SMART collection (*.ALL, *.QRY, *.REL). The instruction on the
+  queries alone, but for a task that names one for passages. A relevant document that the corpus
+  lacks counts as not found, as in trec_eval.
 - classification and clustering: CSV with the columns text and category (or label), and an
   optional column split (train, test); without it, one row in five by a checksum of its text is
-  the test part.
-Knows nothing of how the vectors are made: see `Embedder`.
+  the test part. The instruction on every text.
+
+Owns which instruction a set gets when none is named. Knows nothing of how the vectors are made:
+see `Embedder`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.tokenizer import query_prefix
+from model.errors import UnsupportedError
+from model.tasks import TASKS, find_variant, prefix_of
 from model.training import metrics
 from model.training.bm25 import BM25
-from model.training.examples import DataError
-from model.training.sources import TASK_BANKING, TASK_QUESTION, TASK_STS
+from model.training.examples import DataError, read_lines
+from model.training.sources import read_labelled_rows
+
+Kind = Literal["sts", "retrieval", "classification", "clustering"]
+
+DEFAULT_TASKS: dict[Kind, str] = {
+    "sts": "STS",
+    "retrieval": "NQ",
+    # mteb's, for sets that have none of their own
+    "classification": "Classify user passages.",
+    "clustering": "Identify categories in user passages.",
+}
 
 
 class Embedder(Protocol):
@@ -39,10 +51,27 @@ class Embedder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class NamedSet:
+    """A set of the command line, and its task: what the instruction of each side says."""
+
+    name: str  # as it was given
+    path: Path
+    query: str = ""  # empty: no instruction
+    passage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RetrievalSet:
     documents: list[str]
     queries: list[str]
-    relevant: list[dict[int, float]]  # of each query: place in documents -> grade
+    relevant: list[dict[int, float]]
+    """Of each query: place in documents -> grade; places behind the end are missing ones."""
+
+    @property
+    def missing(self) -> int:
+        """Relevant documents that the corpus lacks."""
+        last = len(self.documents)
+        return len({place for judged in self.relevant for place in judged if place >= last})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +80,36 @@ class LabelledSet:
     test: list[tuple[str, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Tasks:
-    """The instructions' task descriptions; empty means none. The first two are the authors'
-    (NQ, STS), the third mteb's for Banking77, used for every classification and clustering."""
+def named_set(argument: str, kind: Kind) -> NamedSet:
+    """PATH or PATH=TASK, where TASK is a name or a text (`task_texts`), or nothing for none.
 
-    retrieval: str = TASK_QUESTION
-    sts: str = TASK_STS
-    classification: str = TASK_BANKING
+    An argument that is an existing path is taken whole, whatever it holds.
+    """
+    path, equals, task = argument.partition("=")
+    if not equals or Path(argument).exists():
+        path, task = argument, DEFAULT_TASKS[kind]
+    query, passage = task_texts(task)
+    return NamedSet(argument, Path(path), query, passage if kind == "retrieval" else query)
+
+
+def task_texts(task: str) -> tuple[str, str]:
+    """The descriptions for query and passage of a task of the shared table (nq, sts, banking77, …),
+    or a text, verbatim, for the query. Raises UnsupportedError for one word that is no name.
+    """
+    if found := find_variant(task):
+        return found.query, found.passage
+    if task and not re.search(r"\s", task):
+        raise UnsupportedError(
+            f"there is no task {task!r}; known: {', '.join(TASKS)} (a text of several words is "
+            "taken verbatim)"
+        )
+    return task, ""
 
 
 def read_sts(path: Path) -> tuple[list[str], list[str], NDArray[np.float64]]:
+    """First sentences, second sentences, scores. Raises DataError."""
     rows: list[tuple[str, str, float]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             if path.suffix == ".jsonl":
                 row = json.loads(line)
@@ -73,6 +119,8 @@ def read_sts(path: Path) -> tuple[list[str], list[str], NDArray[np.float64]]:
                 rows.append((columns[5], columns[6], float(columns[4])))
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise DataError(f"{path}, line {number}: {error!r}") from None
+    if not rows:
+        raise DataError(f"{path} is empty")
     first, second, scores = zip(*rows, strict=True)
     return list(first), list(second), np.array(scores)
 
@@ -85,23 +133,19 @@ def read_retrieval(folder: Path) -> RetrievalSet:
     queries = _read_jsonl(folder / "queries.jsonl")
     judged: dict[str, dict[str, float]] = {}
     path = folder / "qrels.tsv"
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")
         try:
             judged.setdefault(columns[0], {})[columns[-2]] = float(columns[-1])
         except (ValueError, IndexError):
             if number > 1:  # the first line may name the columns
                 raise DataError(f"{path}, line {number}: not query, document, grade") from None
-    return _retrieval_set(documents, queries, judged)
+    return _retrieval_set(folder, documents, queries, judged)
 
 
 def _read_jsonl(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
             title = f"{row['title']} " if row.get("title") else ""
@@ -114,16 +158,20 @@ def _read_jsonl(path: Path) -> dict[str, str]:
 def _read_smart(path: Path) -> RetrievalSet:
     """SMART's fields: .I id, .T title, .W text; others (.A, .B, .X) are left out."""
     judged: dict[str, dict[str, float]] = {}
-    for line in path.with_suffix(".REL").read_text().splitlines():
-        query, document = line.split()[:2]
-        judged.setdefault(query, {})[document] = 1.0
-    documents = _smart_records(path)
-    return _retrieval_set(documents, _smart_records(path.with_suffix(".QRY")), judged)
+    relevances = path.with_suffix(".REL")
+    for number, line in enumerate(read_lines(relevances), 1):
+        columns = line.split()
+        if len(columns) < 2:
+            raise DataError(f"{relevances}, line {number}: not query, document")
+        judged.setdefault(columns[0], {})[columns[1]] = 1.0
+    queries = _smart_records(path.with_suffix(".QRY"))
+    return _retrieval_set(path.parent, _smart_records(path), queries, judged)
 
 
 def _smart_records(path: Path) -> dict[str, str]:
     records: dict[str, str] = {}
-    for record in re.split(r"(?m)^\.I ", path.read_text(encoding="latin-1"))[1:]:
+    text = "\n".join(read_lines(path, "latin-1"))
+    for record in re.split(r"(?m)^\.I ", text)[1:]:
         number, _, body = record.partition("\n")
         fields = re.findall(r"(?ms)^\.([A-Z])\s*\n(.*?)(?=^\.[A-Z]\s*$|\Z)", body)
         text = " ".join(value for name, value in fields if name in "TW")
@@ -132,59 +180,62 @@ def _smart_records(path: Path) -> dict[str, str]:
 
 
 def _retrieval_set(
-    documents: dict[str, str], queries: dict[str, str], judged: dict[str, dict[str, float]]
+    folder: Path,
+    documents: dict[str, str],
+    queries: dict[str, str],
+    judged: dict[str, dict[str, float]],
 ) -> RetrievalSet:
     places = {name: place for place, name in enumerate(documents)}
-    used = [name for name in queries if judged.get(name)]
-    relevant = [{places[d]: grade for d, grade in judged[q].items() if d in places} for q in used]
+    used = [name for name in queries if any(grade > 0 for grade in judged.get(name, {}).values())]
+    if not documents or not used:
+        raise DataError(f"{folder}: no document, or no query with a relevant one")
+    relevant = [
+        {places.setdefault(d, len(places)): grade for d, grade in judged[q].items() if grade > 0}
+        for q in used
+    ]
     return RetrievalSet(list(documents.values()), [queries[q] for q in used], relevant)
 
 
 def read_labelled(path: Path) -> LabelledSet:
-    """CSV with text, category or label, and perhaps split. Raises DataError."""
-    train: list[tuple[str, str]] = []
-    test: list[tuple[str, str]] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            label = row.get("category") or row.get("label")
-            text = row.get("text")
-            if not label or not text:
-                raise DataError(f"{path}, line {number}: no text or no category")
-            chosen = row.get("split") or ("train", "test")[zlib.crc32(text.encode()) % 5 == 0]
-            (test if chosen == "test" else train).append((text, label))
+    """Raises DataError naming the file and the line."""
+    rows = read_labelled_rows(path)
+    train = [(row.text, row.label) for row in rows if not row.development]
+    test = [(row.text, row.label) for row in rows if row.development]
+    if not test:
+        raise DataError(f"{path} has no test rows")
     return LabelledSet(train, test)
 
 
-def score_sts(embed: Embedder, path: Path, tasks: Tasks) -> dict[str, float]:
-    first, second, scores = read_sts(path)
-    instruction = query_prefix(tasks.sts) if tasks.sts else ""
-    cosines = metrics.cosine_rows(embed(first, instruction), embed(second, instruction))
-    return {"spearman": metrics.spearman(cosines, scores)}
+def score_sts(embed: Embedder, data: NamedSet) -> dict[str, float]:
+    first, second, scores = read_sts(data.path)
+    vectors = embed(first, prefix_of(data.query)), embed(second, prefix_of(data.passage))
+    return {"spearman": metrics.spearman(metrics.cosine_rows(*vectors), scores)}
 
 
-def score_retrieval(embed: Embedder, data: RetrievalSet, tasks: Tasks) -> dict[str, float]:
-    instruction = query_prefix(tasks.retrieval) if tasks.retrieval else ""
-    queries = embed(data.queries, instruction)
-    return metrics.retrieval_scores(queries @ embed(data.documents, "").T, data.relevant)
+def score_retrieval(embed: Embedder, data: RetrievalSet, named: NamedSet) -> dict[str, float]:
+    queries = embed(data.queries, prefix_of(named.query))
+    documents = embed(data.documents, prefix_of(named.passage))
+    return metrics.retrieval_scores(queries @ documents.T, data.relevant)
 
 
 def score_bm25(data: RetrievalSet) -> dict[str, float]:
     return metrics.retrieval_scores(BM25(data.documents).scores(data.queries), data.relevant)
 
 
-def score_labelled(
-    embed: Embedder, data: LabelledSet, tasks: Tasks, which: Sequence[str]
-) -> dict[str, float]:
-    """which: of knn, logistic and v-measure (of the test part)."""
-    instruction = query_prefix(tasks.classification) if tasks.classification else ""
-    labels = [label for _, label in data.test]
-    test = embed([text for text, _ in data.test], instruction)
+def score_labelled(embed: Embedder, data: NamedSet, which: Sequence[str]) -> dict[str, float]:
+    """which: of knn, logistic and v-measure (of the test part). Raises DataError."""
+    rows = read_labelled(data.path)
+    train_labels, labels = ([label for _, label in part] for part in (rows.train, rows.test))
+    fitted = {"knn", "logistic"} & set(which)
+    if fitted and len(set(train_labels)) < 2:
+        raise DataError(f"{data.path}: the training rows have fewer than two labels")
+    instruction = prefix_of(data.query)
+    test = embed([text for text, _ in rows.test], instruction)
     scores: dict[str, float] = {}
     if "v-measure" in which:
         scores["v_measure"] = metrics.v_measure(test, labels)
-    if {"knn", "logistic"} & set(which):
-        train_labels = [label for _, label in data.train]
-        train = embed([text for text, _ in data.train], instruction)
+    if fitted:
+        train = embed([text for text, _ in rows.train], instruction)
         known: dict[str, Callable[..., float]] = {
             "knn": metrics.knn_accuracy,
             "logistic": metrics.logistic_accuracy,

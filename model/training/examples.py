@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ModelError
-from model.tokenizer import query_prefix
+from model.tasks import prefix_of
 
 
 class DataError(ModelError):
@@ -36,7 +36,7 @@ class Example:
 
     @property
     def query_instruction(self) -> str:
-        return query_prefix(self.task) if self.task else ""
+        return prefix_of(self.task)
 
     @property
     def passage_instruction(self) -> str:
@@ -62,8 +62,35 @@ def read_texts(path: Path) -> list[str]:
     return [_text(row, "text", path, number) for number, row in _rows(path)]
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
+    """A whole file, its line ends as they are. Raises DataError naming the file."""
+    try:
+        return path.read_bytes().decode(encoding)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """The lines of a text file, without their ends. Raises DataError naming the file."""
+    text = read_text(path, encoding).replace("\r\n", "\n").removesuffix("\n")
+    # Not splitlines(): it also cuts at U+2028 and the like, which JSON leaves in texts.
+    return text.split("\n") if text else []
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> int:
+    """JSON lines; the number of examples. The file appears when the last of them is written.
+
+    Raises DataError before the first example is asked for when `path` cannot be written.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        file = part.open("w", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+    count = 0
+    with file:
         for example in examples:
             row: dict[str, Any] = {"query": example.query, "positive": example.positive}
             if example.negatives:
@@ -73,22 +100,20 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
             if example.symmetric:
                 row["symmetric"] = True
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    part.replace(path)
+    return count
 
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        file = path.open(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: not a JSON object")
-            yield number, row
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: not a JSON object")
+        yield number, row
 
 
 def _example(row: dict[str, Any], path: Path, number: int) -> Example:

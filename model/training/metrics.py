@@ -1,7 +1,9 @@
 """Scores of embeddings: similarity, retrieval, classification, clustering. Pure functions.
 
-Retrieval follows trec_eval: ties are broken by the documents' order, gains are the relevance
-grades, and a query without a relevant document is left out.
+Retrieval has trec_eval's measures: gains are the relevance grades, discounts 1 / log2(rank + 1),
+the ideal holds every relevant document, and a query without one is left out. Equal scores are
+ranked by the documents' order (trec_eval: by their ids, backwards), nearest neighbours likewise:
+the same scores always give the same figures.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ def ranks(values: Floats) -> NDArray[np.float64]:
 
 
 def spearman(first: Floats, second: Floats) -> float:
-    """Rank correlation of two lists, -1 to 1."""
+    """Rank correlation of two lists, -1 to 1; 0 where one of them is constant and ranks nothing."""
+    if (first == first[0]).all() or (second == second[0]).all():
+        return 0.0
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
@@ -50,7 +54,8 @@ def retrieval_scores(
 ) -> dict[str, float]:
     """nDCG@k, MRR@k and recall@100 of scores [queries, documents].
 
-    relevant: for each query its relevant documents (columns) and their grades.
+    relevant: for each query its relevant documents (columns) and their grades. A place behind the
+    last column is a relevant document that the corpus lacks: in the ideal, and never found.
     """
     found: list[tuple[float, float, float]] = []
     for row, grades in zip(scores, relevant, strict=True):
@@ -76,10 +81,11 @@ def retrieval_scores(
 def knn_accuracy(
     train: Floats, train_labels: Sequence[str], test: Floats, test_labels: Sequence[str], k: int = 5
 ) -> float:
-    """Votes of the k nearest by cosine, each weighted by it; rows have length 1."""
+    """Votes of the k nearest by cosine, each weighted by it; rows have length 1. With fewer than k
+    training rows, of all of them."""
     names, coded = np.unique(np.asarray(train_labels), return_inverse=True)
     similar = test @ train.T
-    nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+    nearest = np.argsort(-similar, axis=1, kind="stable")[:, :k]
     votes = np.zeros((len(test), len(names)))
     rows = np.arange(len(test))[:, None]
     np.add.at(votes, (rows, coded[nearest]), np.take_along_axis(similar, nearest, axis=1))

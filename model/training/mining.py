@@ -6,11 +6,8 @@ teacher. Candidates are the positives of all examples, each text once. Knows no 
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +17,6 @@ from model.training.examples import Example
 
 THRESHOLD = 0.95
 _BLOCK = 1024
-_TIMEOUT_S = 600
 
 Embed = Callable[[Sequence[str], str], NDArray[np.float32]]
 """texts, instruction -> [N, W], of length 1; a teacher that knows no instructions ignores them"""
@@ -36,7 +32,19 @@ def mine(
     """The examples with up to `count` negatives each; their old negatives are replaced.
 
     An example none of whose candidates is below the threshold keeps an empty list.
+    Raises UnsupportedError for a count or threshold that makes no sense.
     """
+    if count < 1 or not 0 < threshold <= 1:
+        raise UnsupportedError(
+            f"{count} negatives below {threshold} x the positive's score: the number must be 1 or "
+            "more, the threshold above 0 and at most 1"
+        )
+    return _mine(examples, embed, count, threshold)
+
+
+def _mine(
+    examples: Sequence[Example], embed: Embed, count: int, threshold: float
+) -> Iterator[Example]:
     passages = list(dict.fromkeys(example.positive for example in examples))
     place = {passage: row for row, passage in enumerate(passages)}
     never: dict[str, list[int]] = {}  # a query's own positives, and itself
@@ -81,38 +89,3 @@ def hard_negatives(scores: NDArray[np.floating], most: float, count: int) -> lis
     top = np.argpartition(-allowed, min(count, len(allowed) - 1))[:count]
     top = top[np.argsort(-allowed[top], kind="stable")]
     return [int(i) for i in top if allowed[i] > -np.inf]
-
-
-class ServerEmbedder:
-    """Vectors from a running server that speaks OpenAI's embeddings API."""
-
-    def __init__(self, url: str, model: str | None = None, api_key: str = "none") -> None:
-        self.url, self.api_key = url.rstrip("/"), api_key
-        self.model = model or self._first_model()
-
-    def __call__(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
-        """instruction: verbatim prefix, sent as `prompt`."""
-        rows: list[list[float]] = []
-        for start in range(0, len(texts), 256):
-            body: dict[str, Any] = {
-                "model": self.model,
-                "input": list(texts[start : start + 256]),
-                "prompt": instruction,
-            }
-            found = self._call("/v1/embeddings", body)["data"]
-            rows += [item["embedding"] for item in sorted(found, key=lambda item: item["index"])]
-        return np.array(rows, dtype=np.float32)
-
-    def _first_model(self) -> str:
-        return str(self._call("/v1/models", None)["data"][0]["id"])
-
-    def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        if not self.url.startswith(("http://", "https://")):
-            raise UnsupportedError(f"{self.url} is not an http address")
-        request = urllib.request.Request(  # noqa: S310
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key}"},
-        )
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
-            return json.loads(response.read())  # type: ignore[no-any-return]

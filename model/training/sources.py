@@ -15,6 +15,7 @@ import argparse
 import csv
 import gzip
 import hashlib
+import io
 import json
 import random
 import re
@@ -24,6 +25,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+
+from model.training.examples import DataError, read_lines, read_text
 
 SEED = 20240527
 SHORT_PASSAGE, LONG_PASSAGE = 420, 900
@@ -61,7 +64,9 @@ class Section:
     paragraphs: tuple[str, ...]
 
 
-# Manuals under permissive licences: package -> globs of the pages that are prose.
+# Manuals under permissive licences: package -> globs of the pages that are prose. Of pandas'
+# user guide the cookbook is not among them: upstream it is made of Stack Overflow's answers,
+# CC BY-SA, which is not permissive (Debian's own package leaves it empty; others need not).
 MANUALS: dict[str, tuple[str, ...]] = {
     "python3.11-doc": ("usr/share/doc/python3.11/html/**/*.html",),
     "postgresql-doc-15": ("usr/share/doc/postgresql-doc-15/html/*.html",),
@@ -80,7 +85,8 @@ MANUALS: dict[str, tuple[str, ...]] = {
         "usr/share/doc/python-statsmodels-doc/html/examples/**/*.html",
     ),
     "python-pandas-doc": (
-        "usr/share/doc/python-pandas-doc/html/user_guide/*.html",
+        "usr/share/doc/python-pandas-doc/html/user_guide/[!c]*.html",
+        "usr/share/doc/python-pandas-doc/html/user_guide/c[!o]*.html",
         "usr/share/doc/python-pandas-doc/html/getting_started/**/*.html",
     ),
     "rust-doc": tuple(
@@ -125,7 +131,7 @@ class _Page(HTMLParser):
             if tag == self._skipping[-1]:
                 self._skipping.pop()
         elif tag == self._in_heading:
-            heading = re.sub(r"^(Chapter )?[\dA-Z]?[\d.]*\.\s", "", _squeeze("".join(self._text)))
+            heading = re.sub(r"^(Chapter )?[\dA-Z]?[\d.]*\.\s", "", squeeze("".join(self._text)))
             heading = heading.rstrip("¶# ")
             self.sections.append((heading, []))
             if heading not in _MENU_HEADINGS:
@@ -139,13 +145,13 @@ class _Page(HTMLParser):
             self._text.append(data)
 
     def _flush(self) -> None:
-        text = _squeeze("".join(self._text))
+        text = squeeze("".join(self._text))
         self._text = []
         if self.sections and len(text) >= 40:
             self.sections[-1][1].append(text)
 
 
-def _squeeze(text: str) -> str:
+def squeeze(text: str) -> str:
     return _SPACES.sub(" ", text).strip()
 
 
@@ -173,11 +179,11 @@ def passages(paragraphs: Iterable[str], limit: int) -> Iterator[str]:
         yield current
 
 
-def manual_sections(root: Path, package: str) -> Iterator[Section]:
-    """All sections of a package's pages, each page once."""
+def manual_sections(folder: Path, patterns: Iterable[str]) -> Iterator[Section]:
+    """All sections of an unpacked package's pages, each page once."""
     seen: set[str] = set()
-    for pattern in MANUALS[package]:
-        for path in sorted((root / package).glob(pattern)):
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
             text = path.read_text(encoding="utf-8", errors="ignore")
             digest = hashlib.sha256(text.encode()).hexdigest()
             if digest in seen or path.is_symlink():
@@ -193,7 +199,7 @@ def manual_sections(root: Path, package: str) -> Iterator[Section]:
 
 def manual_pairs(root: Path, package: str, rng: random.Random) -> Iterator[Pair]:
     """Heading -> first passage; a sentence -> the passage without it."""
-    for section in manual_sections(root, package):
+    for section in manual_sections(root / package, MANUALS[package]):
         limit = LONG_PASSAGE if rng.random() < 0.2 else SHORT_PASSAGE
         for index, passage in enumerate(passages(section.paragraphs, limit)):
             if len(passage) < 60:
@@ -232,9 +238,9 @@ def synsets(root: Path) -> Iterator[Synset]:
             words = [columns[4 + 2 * i].replace("_", " ") for i in range(count)]
             words = [re.sub(r"\((a|p|ip)\)$", "", word) for word in words]
             examples = re.findall(r'"([^"]{12,})"', gloss)
-            definition = _squeeze(re.sub(r';?\s*"[^"]*"?', "", gloss)).strip("; ")
+            definition = squeeze(re.sub(r';?\s*"[^"]*"?', "", gloss)).strip("; ")
             if definition:
-                yield Synset(tuple(words), definition, tuple(_squeeze(e) for e in examples))
+                yield Synset(tuple(words), definition, tuple(squeeze(e) for e in examples))
 
 
 def wordnet_pairs(root: Path, rng: random.Random) -> Iterator[Pair]:
@@ -257,7 +263,7 @@ def package_descriptions(translations: Path) -> Iterator[tuple[str, str, str]]:
         if match:
             paragraphs = re.sub(r"(?m)^ \.$", "\n", match[3])
             body = [
-                _squeeze(p)
+                squeeze(p)
                 for p in re.split(r"\n\s*\n", paragraphs)
                 if not re.search(r"(?m)^  |^ [*-]", p)  # lists and verbatim lines
             ]
@@ -300,7 +306,7 @@ def dictionary_pairs(root: Path) -> Iterator[Pair]:
                 re.DOTALL,
             )
         for word, body in entries:
-            prose = [_squeeze(p) for p in re.split(r"\n\s*\n", body)]
+            prose = [squeeze(p) for p in re.split(r"\n\s*\n", body)]
             prose = [re.sub(r"[{}]", "", p) for p in prose if len(p) > 60]
             passage = next(passages(prose, SHORT_PASSAGE), "")
             if passage and len(word) < 40:
@@ -333,22 +339,50 @@ class ScoredPair:
 def sts_rows(path: Path) -> list[ScoredPair]:
     """STS Benchmark rows whose sentences are freely licensed."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")
-        if not columns[1].startswith(STS_EXCLUDED):
-            rows.append(ScoredPair(columns[5], columns[6], float(columns[4])))
+        try:
+            if not columns[1].startswith(STS_EXCLUDED):
+                rows.append(ScoredPair(columns[5], columns[6], float(columns[4])))
+        except (IndexError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: {error!r}") from None
     return rows
 
 
-def is_banking_development(text: str) -> bool:
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    text: str
+    label: str
+    development: bool  # scored, and kept out of training
+
+
+def is_development(text: str) -> bool:
+    """One row in five, wherever it stands in the file."""
     return zlib.crc32(text.encode()) % 5 == 0
+
+
+def read_labelled_rows(path: Path) -> list[LabelledRow]:
+    """CSV with the columns text, category (or label) and perhaps split (train, test); without a
+    split `is_development` decides. Raises DataError naming the file and the line."""
+    rows = []
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        for row in reader:
+            text, label = row.get("text"), row.get("category") or row.get("label")
+            if not label or not text:
+                raise DataError(f"{path}, line {reader.line_num}: no text, or no category or label")
+            split = row.get("split")
+            development = split == "test" if split else is_development(text)
+            rows.append(LabelledRow(text, label, development))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}") from None
+    return rows
 
 
 def banking_rows(path: Path, *, development: bool) -> list[tuple[str, str]]:
     """(text, label) of Banking77's training file: the development rows, or the others."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [(row["text"], row["category"]) for row in csv.DictReader(file)]
-    return [row for row in rows if is_banking_development(row[0]) == development]
+    rows = read_labelled_rows(path)
+    return [(row.text, row.label) for row in rows if row.development == development]
 
 
 def distillation_texts(

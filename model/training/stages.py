@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.training.examples import Example, read_examples, read_texts, write_examples
+from model.training.examples import (
+    DataError,
+    Example,
+    read_examples,
+    read_texts,
+    write_examples,
+)
 from model.training.mining import THRESHOLD, below, hard_negatives, mine
 from model.training.sources import (
     SEED,
@@ -56,13 +62,19 @@ def related(examples: Sequence[Example], known: Known) -> list[Example]:
     return [pair for pair, cosine in zip(pairs, cosines, strict=True) if cosine >= RELATED]
 
 
-def banking_examples(
-    rows: Sequence[tuple[str, str]], known: Known, rng: random.Random
+def class_examples(
+    rows: Sequence[tuple[str, str]], known: Known, task: str, rng: random.Random
 ) -> list[Example]:
-    """Classification by example: a class-mate, and the nearest texts of other classes."""
+    """Classification and clustering by example, from (text, label): a class-mate, and some of the
+    nearest texts of other classes (fewer than NEGATIVES where there are no more).
+
+    A text that has no class-mate gives no example. Raises DataError for fewer than two labels.
+    """
     classes: dict[str, list[str]] = defaultdict(list)
     for text, label in rows:
         classes[label].append(text)
+    if len(classes) < 2:
+        raise DataError("examples of classes need two labels or more")
     labels = np.array([label for _, label in rows])
     matrix = known([text for text, _ in rows])
     examples = []
@@ -70,15 +82,17 @@ def banking_examples(
         mates = [mate for mate in classes[label] if mate != text]
         if not mates:
             continue
+        others = int((labels != label).sum())
+        pool = min(4 * NEGATIVES, others)
         scores = np.where(labels == label, -np.inf, matrix @ matrix[place])
-        nearest = np.argpartition(-scores, 4 * NEGATIVES)[: 4 * NEGATIVES]
-        chosen = rng.sample([rows[i][0] for i in nearest], NEGATIVES)
-        examples.append(Example(text, rng.choice(mates), tuple(chosen), TASK_BANKING, True))
+        nearest = np.argpartition(-scores, pool)[:pool]  # the own class comes behind them
+        chosen = rng.sample([rows[i][0] for i in nearest], min(NEGATIVES, pool))
+        examples.append(Example(text, rng.choice(mates), tuple(chosen), task, True))
     return examples
 
 
-def sts_examples(rows: Sequence[ScoredPair], known: Known) -> list[Example]:
-    """Pairs of score >= 4, both ways round; negatives mined among all sentences."""
+def sts_examples(rows: Sequence[ScoredPair], known: Known, task: str = TASK_STS) -> list[Example]:
+    """Pairs of score >= 4 (of 5), both ways round; negatives mined among all sentences."""
     sentences = list(dict.fromkeys(s for row in rows for s in (row.first, row.second)))
     place = {sentence: row for row, sentence in enumerate(sentences)}
     alike: dict[str, set[int]] = defaultdict(set)  # scored 3 and more: not a negative
@@ -97,7 +111,7 @@ def sts_examples(rows: Sequence[ScoredPair], known: Known) -> list[Example]:
             scores[[place[query], *alike[query]]] = -np.inf
             chosen = hard_negatives(scores, most, NEGATIVES)
             texts = tuple(sentences[i] for i in chosen)
-            examples.append(Example(query, positive, texts, TASK_STS, True))
+            examples.append(Example(query, positive, texts, task, True))
     return examples
 
 
@@ -129,7 +143,7 @@ def main() -> None:
     mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
     if banking:
-        stage2 += banking_examples(banking, known, rng)
+        stage2 += class_examples(banking, known, TASK_BANKING, rng)
     rng.shuffle(stage2)
     write_examples(data / "stage1.jsonl", mined)
     write_examples(data / "stage2.jsonl", stage2)

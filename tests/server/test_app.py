@@ -14,8 +14,8 @@ import orjson
 import pytest
 import yaml
 
+from model.tasks import TASKS
 from server.app import openapi_document
-from server.instructions import TASKS
 from tests.server.processes import ROOT, ServerProcess, serving
 
 LIMIT = 200_000

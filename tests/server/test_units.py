@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from model.batch import Encoding, RunnerOptions
-from server import instructions, schemas, serialize, worker
+from model.tasks import TASKS, prefix_of
+from server import schemas, serialize, worker
 from server.errors import (
     InvalidRequestError,
     ModelNotFoundError,
@@ -209,7 +210,7 @@ def test_a_plain_name_wins_over_a_suffix() -> None:
 
 SERVER = Defaults("Find answers")
 NQ = "Instruct: Given a question, retrieve passages that answer the question\nQuery: "
-QUORA = instructions.prefix_of(instructions.TASKS["QuoraRetrieval"].passage)
+QUORA = prefix_of(TASKS["QuoraRetrieval"].passage)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_the_first_field_that_is_given_decides(fields: dict, expected: str | Non
 def test_tasks_say_where_their_words_come_from() -> None:
     """The authors' 16; MTEB's where they publish none: classification and clustering."""
     by_source: dict[str, list[str]] = {"nv-embed": [], "mteb": []}
-    for name, task in instructions.TASKS.items():
+    for name, task in TASKS.items():
         by_source[task.source].append(name)
     assert len(by_source["nv-embed"]) == 16
     assert len(by_source["mteb"]) == 23

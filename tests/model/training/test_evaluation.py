@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sklearn.metrics import ndcg_score
 
 from model.errors import UnsupportedError
-from model.training import commands, evaluation, metrics
+from model.training import evaluation, metrics
 from model.training.bm25 import BM25, words
-from model.training.evaluation import Tasks
+from model.training.evaluation import NamedSet, named_set, task_texts
 from model.training.examples import DataError
+from server import cli
 
 SMART = """.I 1
 .T
@@ -44,6 +45,7 @@ def test_spearman() -> None:
     assert metrics.ranks(np.array([3.0, 1.0, 3.0, 0.0])).tolist() == [3.5, 2, 3.5, 1]
     assert metrics.spearman(np.array([1, 2, 3]), np.array([10, 20, 90])) == pytest.approx(1)
     assert metrics.spearman(np.array([1, 2, 3]), np.array([3, 2, 1])) == pytest.approx(-1)
+    assert metrics.spearman(np.array([1, 1, 1]), np.array([3, 2, 1])) == 0  # nothing is ranked
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     with_tie = metrics.spearman(np.array([1, 2, 2, 3]), np.array([1, 2, 3, 4]))
     assert with_tie == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
@@ -61,12 +63,38 @@ def test_retrieval_scores() -> None:
     assert graded["ndcg@10"] == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
 
 
+def test_ndcg_is_scikit_learns() -> None:
+    """Independent reference: linear gains, the same discounts; no ties, which it averages."""
+    rng = np.random.default_rng(2)
+    scores = rng.permuted(np.tile(np.arange(50.0), (8, 1)), axis=1)
+    grades = rng.integers(0, 4, (8, 50)).astype(float)
+    relevant = [{place: grade for place, grade in enumerate(row) if grade} for row in grades]
+    found = metrics.retrieval_scores(scores, relevant)["ndcg@10"]
+    assert found == pytest.approx(ndcg_score(grades, scores, k=10))
+
+
+def test_equal_scores_are_ranked_by_the_documents_order() -> None:
+    scores = np.array([[0.5, 0.5, 0.5, 0.9]])
+    for place, rank in ((3, 1), (0, 2), (1, 3), (2, 4)):
+        found = metrics.retrieval_scores(scores, [{place: 1.0}])
+        assert found["mrr@10"] == pytest.approx(1 / rank)
+        assert found["ndcg@10"] == pytest.approx(1 / np.log2(rank + 1))
+
+
+def test_a_relevant_document_that_the_corpus_lacks_is_not_found() -> None:
+    found = metrics.retrieval_scores(np.array([[0.9, 0.1]]), [{0: 1.0, 2: 1.0}])
+    assert found["ndcg@10"] == pytest.approx(1 / (1 + 1 / np.log2(3)))
+    assert found["recall@100"] == 0.5
+
+
 def test_classification() -> None:
     train = np.array([[1, 0], [0.9, 0.1], [0, 1]])
     labels = ["x", "x", "y"]
     test = np.array([[1, 0.1], [0, 1]])
     assert metrics.knn_accuracy(train, labels, test, ["x", "y"], k=1) == 1
     assert metrics.knn_accuracy(train, labels, test, ["y", "y"], k=1) == 0.5
+    # Fewer rows than k: all vote. x has 1.0 + 0.9 / sqrt(0.82) of the cosine, y has 0.
+    assert metrics.knn_accuracy(train, labels, np.array([[1.0, 0]]), ["x"], k=50) == 1
     assert metrics.logistic_accuracy(train, labels, test, ["x", "y"]) == 1
 
 
@@ -100,7 +128,7 @@ def test_smart_collections(tmp_path: Path) -> None:
     assert data.documents == ["Of cats The cat sat on a mat.", "Dogs bark at night."]
     assert (data.queries, data.relevant) == (["where is the cat?"], [{0: 1.0}])
     assert evaluation.score_bm25(data)["ndcg@10"] == 1
-    assert evaluation.score_retrieval(letters, data, Tasks())["mrr@10"] == 1
+    assert evaluation.score_retrieval(letters, data, NamedSet("x", tmp_path))["mrr@10"] == 1
 
 
 def test_folders_of_json_lines(tmp_path: Path) -> None:
@@ -110,39 +138,141 @@ def test_folders_of_json_lines(tmp_path: Path) -> None:
     (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\tb\t2\n")
     data = evaluation.read_retrieval(tmp_path)
     assert (data.documents, data.relevant) == (["T cat", "dog"], [{1: 2.0}])
+    assert data.missing == 0
+    (tmp_path / "qrels.tsv").write_text("1\tb\t2\n1\tgone\t1\n1\tirrelevant\t0\n")
+    data = evaluation.read_retrieval(tmp_path)
+    assert (data.relevant, data.missing) == ([{1: 2.0, 2: 1.0}], 1)
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "cat"}\n{"id": "b"}\n')
     with pytest.raises(DataError, match=r"corpus\.jsonl, line 2: KeyError\('text'\)"):
         evaluation.read_retrieval(tmp_path)
 
 
-def test_evaluate_command(
-    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sts = tmp_path / "sts.jsonl"
+class Recorder:
+    """An embedder that remembers which texts came with which instruction."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], str]] = []
+
+    def __call__(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
+        self.calls.append((list(texts), instruction))
+        return letters(texts, instruction)
+
+
+def test_a_set_gets_the_task_that_stands_behind_its_path(tmp_path: Path) -> None:
+    bank = named_set("train.csv=banking77", "classification")
+    text = "Given a online banking query, find the corresponding intents"
+    assert (bank.path, bank.query, bank.passage) == (Path("train.csv"), text, text)
+    assert named_set("train.csv", "classification").query == "Classify user passages."
+    assert named_set("train.csv", "clustering").query == "Identify categories in user passages."
+    cisi = named_set("cisi/", "retrieval")
+    assert cisi == NamedSet("cisi/", Path("cisi/"), task_texts("nq")[0])  # passages stay bare
+    assert named_set("q/=Quora", "retrieval").passage.startswith("Given a question, retrieve q")
+    assert named_set("a.csv=Find = it", "sts").query == "Find = it"
+    assert named_set("a.csv=", "sts").query == ""
+    existing = tmp_path / "a=sts.csv"
+    existing.touch()
+    assert named_set(str(existing), "sts").path == existing
+    with pytest.raises(UnsupportedError, match="no task 'banking78'; known: ClimateFEVER"):
+        named_set("train.csv=banking78", "classification")
+
+
+def test_names_of_tasks_and_of_mtebs_variants() -> None:
+    for name in ("Banking77Classification", "banking77", "Banking77Classification.v2"):
+        assert task_texts(name)[0].startswith("Given a online banking query")
+    for name in ("NQ", "NanoNQRetrieval", "NQHardNegatives"):
+        assert task_texts(name) == (evaluation.TASKS["NQ"].query, "")
+    assert task_texts("RedditClusteringP2P") != task_texts("reddit")
+
+
+def test_who_gets_the_instruction(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "a cat"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"id": "1", "text": "cats?"}\n')
+    (tmp_path / "qrels.tsv").write_text("1\ta\t1\n")
+    (tmp_path / "sts.jsonl").write_text('{"first": "x", "second": "y", "score": 1}\n')
+    (tmp_path / "c.csv").write_text("text,label,split\na,x,train\nb,y,train\nc,x,test\n")
+    embed = Recorder()
+    retrieval = named_set(f"{tmp_path}=FiQA2018", "retrieval")
+    evaluation.score_retrieval(embed, evaluation.read_retrieval(tmp_path), retrieval)
+    fiqa = "Instruct: Given a financial question, retrieve relevant passages that answer the query"
+    assert embed.calls == [(["cats?"], f"{fiqa}\nQuery: "), (["a cat"], "")]
+    embed = Recorder()
+    evaluation.score_sts(embed, named_set(f"{tmp_path}/sts.jsonl=Find alike", "sts"))
+    evaluation.score_labelled(
+        embed, named_set(f"{tmp_path}/c.csv=Find alike", "classification"), ["knn"]
+    )
+    texts = [["x"], ["y"], ["c"], ["a", "b"]]
+    assert embed.calls == [(part, "Instruct: Find alike\nQuery: ") for part in texts]
+
+
+def write_sets(folder: Path) -> tuple[Path, Path]:
+    sts = folder / "sts.jsonl"
     pairs = [("a cat", "a cat", 5), ("a cat", "the cat", 4), ("a cat", "stock prices fell", 0)]
     rows = [{"first": a, "second": b, "score": s} for a, b, s in pairs]
     sts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    labelled = tmp_path / "labelled.csv"
+    labelled = folder / "labelled.csv"
     lines = [f"{word} {i},{word},{'test' if i < 2 else 'train'}" for word in "ab" for i in range(6)]
     labelled.write_text("text,category,split\n" + "\n".join(lines))
-    arguments = Namespace(
-        model=str(tiny_checkpoint), teacher=None, url=None, bm25=False, instructions=True,
-        sts=[sts], retrieval=[], classification=[labelled], clustering=[labelled],
-        dtype="float32", threads=1, max_tokens=64,
-    )  # fmt: skip
-    assert commands.evaluate(arguments) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["scores"].keys() == {str(sts), str(labelled)}
+    return sts, labelled
+
+
+def test_evaluate_command(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sts, labelled = write_sets(tmp_path)
+    model = ["--model", str(tiny_checkpoint), "--dtype", "float32", "--threads", "1"]
+    sets = ["--sts", str(sts), "--sts", f"{sts}=Find alike", "--classification", str(labelled)]
+    assert cli.main(["evaluate", *model, *sets, "--clustering", str(labelled)]) == 0
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])["scores"]
     # The same text twice is nearest whatever the model; three pairs have few possible orders.
-    assert result["scores"][str(sts)]["spearman"] >= 0.5
-    names = {"knn_accuracy", "logistic_accuracy", "v_measure"}
-    assert result["scores"][str(labelled)].keys() == names
-    for wrong, message in (
-        ({"sts": [], "classification": [], "clustering": []}, "nothing to evaluate"),
-        ({"bm25": True}, "--bm25 is a baseline of retrieval"),
-    ):
-        with pytest.raises(UnsupportedError, match=message):
-            commands.evaluate(Namespace(**{**vars(arguments), **wrong}))
+    assert scores[str(sts)]["spearman"] >= 0.5
+    assert scores[f"{sts}=Find alike"]["spearman"] >= 0.5
+    assert scores[str(labelled)].keys() == {"knn_accuracy", "logistic_accuracy", "v_measure"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--bm25"], "--bm25 is a baseline of retrieval"),
+        (["--bm25", "--sts", "x"], "--bm25 scores --retrieval alone"),
+        (["--sts", "absent.csv"], "there is no absent.csv"),
+        (["--sts", "absent.csv=oops"], "there is no task 'oops'"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sts.csv", "", "is empty"),
+        ("sts.csv", "a\tb\n", "line 1: IndexError"),
+        ("sts.csv", None, "cannot be read: No such file"),
+        ("c.csv", None, "cannot be read: No such file"),
+        ("c.csv", "text,label\na,x\n,y\n", "line 3: no text"),
+        ("c.csv", "text,label,split\na,x,train\n", "no test rows"),
+        ("c.csv", "text,label,split\na,x,train\nb,x,test\n", "fewer than two labels"),
+        ("corpus.jsonl", None, "corpus.jsonl cannot be read"),
+        ("x.ALL", ".I 1\n.W\na\n", "x.REL cannot be read"),
+    ],
+)
+def test_unusable_sets_are_named(
+    name: str, content: str | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    readers = {
+        "sts.csv": lambda: evaluation.read_sts(path),
+        "c.csv": lambda: evaluation.score_labelled(letters, NamedSet("c", path), ["knn"]),
+    }
+    with pytest.raises(DataError, match=message) as error:
+        readers.get(name, lambda: evaluation.read_retrieval(tmp_path))()
+    assert str(tmp_path) in str(error.value)
 
 
 def test_an_unusable_sts_line_is_named(tmp_path: Path) -> None:

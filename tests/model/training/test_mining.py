@@ -5,28 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import random
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model.errors import UnsupportedError
-from model.training.examples import Example
-from model.training.mining import ServerEmbedder, below, hard_negatives, mine
+from model.training.examples import DataError, Example
+from model.training.mining import below, hard_negatives, mine
 from model.training.sources import (
+    MANUALS,
     ScoredPair,
     banking_rows,
-    is_banking_development,
+    is_development,
     manual_pairs,
     package_descriptions,
     sts_rows,
     synsets,
 )
-from model.training.stages import Known, banking_examples, sts_examples
+from model.training.stages import Known, class_examples, sts_examples
+from server import cli
 
 
 def test_negatives_stay_below_the_threshold() -> None:
@@ -57,39 +56,25 @@ def test_mining_gives_each_query_the_nearest_others() -> None:
     assert asked == ["", "Instruct: t\nQuery: "]
 
 
-class FakeServer(BaseHTTPRequestHandler):
-    """Answers with vectors [length of the text, length of the prompt], in reversed order."""
-
-    def do_GET(self) -> None:
-        self._answer({"data": [{"id": "fake-embed"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert body["model"] == "fake-embed"
-        rows = [
-            {"index": index, "embedding": [len(text), len(body["prompt"])]}
-            for index, text in enumerate(body["input"])
-        ]
-        self._answer({"data": rows[::-1]})
-
-    def _answer(self, value: object) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_a_server_as_the_teacher() -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        embed = ServerEmbedder(f"http://127.0.0.1:{server.server_port}/")
-        texts = ["x" * n for n in range(1, 301)]  # more than one request
-        assert embed(texts, "abc").tolist() == [[n, 3] for n in range(1, 301)]
-        server.shutdown()
-    with pytest.raises(UnsupportedError, match="not an http address"):
-        ServerEmbedder("file:///etc/passwd")
+def test_the_command_stops_at_a_bad_line_and_says_how_many_were_mined(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "pairs.jsonl", tmp_path / "mined.jsonl"
+    call = ["mine", str(source), "-o", str(out), "--model", str(tiny_checkpoint), "--threads", "1"]
+    source.write_text('{"query": "a", "positive": "b"}\n{"query": "a"}\n')
+    assert cli.main(call) == 2
+    assert "pairs.jsonl, line 2: positive is missing" in capsys.readouterr().err
+    assert not out.exists()
+    rows = [{"query": f"is {word} here?", "positive": word} for word in ("a cat", "a dog", "tea")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main([*call, "--count", "0"]) == 2
+    assert "the number must be 1 or more" in capsys.readouterr().err
+    assert cli.main([*call, "--count", "3"]) == 0
+    assert "3 of them have fewer than 3 negatives" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 3
+    call[3] = str(tmp_path / "absent" / "mined.jsonl")
+    assert cli.main(call) == 2
+    assert "mined.jsonl cannot be written: No such file" in capsys.readouterr().err
 
 
 def test_sts_leaves_out_what_is_not_free(tmp_path: Path) -> None:
@@ -105,7 +90,7 @@ def test_banking_development_rows_are_kept_apart(tmp_path: Path) -> None:
     with file.open("w", newline="") as out:
         csv.writer(out).writerows([("text", "category"), *((text, "x") for text in texts)])
     development = [text for text, _ in banking_rows(file, development=True)]
-    assert development == [text for text in texts if is_banking_development(text)]
+    assert development == [text for text in texts if is_development(text)]
     assert 0 < len(development) < 25
     rest = [text for text, _ in banking_rows(file, development=False)]
     assert sorted(development + rest) == sorted(texts)
@@ -115,7 +100,7 @@ def test_examples_of_the_labelled_sets() -> None:
     rng = np.random.default_rng(1)
     rows = [(f"{label} {i}", label) for label in "abcdefgh" for i in range(5)]
     known = Known([text for text, _ in rows], rng.standard_normal((40, 6)))
-    found = banking_examples(rows, known, random.Random(1))
+    found = class_examples(rows, known, "Find the class", random.Random(1))
     assert len(found) == 40
     for example in found:
         label = example.query[0]
@@ -123,7 +108,16 @@ def test_examples_of_the_labelled_sets() -> None:
         assert example.positive != example.query
         assert len(example.negatives) == 7
         assert not any(text.startswith(label) for text in example.negatives)
-        assert example.symmetric
+        assert (example.symmetric, example.task) == (True, "Find the class")
+
+    # Few classes and rows, one of them without a mate: as many negatives as there are.
+    few = class_examples([rows[0], rows[1], rows[5]], known, "", random.Random(1))  # a 0, a 1, b 0
+    assert [(e.query, e.positive, e.negatives) for e in few] == [
+        ("a 0", "a 1", ("b 0",)),
+        ("a 1", "a 0", ("b 0",)),
+    ]
+    with pytest.raises(DataError, match="two labels or more"):
+        class_examples(rows[:5], known, "", random.Random(1))
 
     pairs = [ScoredPair("s0", "s1", 4.0), ScoredPair("s0", "s2", 3.5), ScoredPair("s3", "s4", 1.0)]
     sentences = [f"s{i}" for i in range(5)]
@@ -172,3 +166,12 @@ def test_pages_become_headings_and_passages(tmp_path: Path) -> None:
     assert [pair.query for pair in pairs] == ["The File Format", "The File Format: Pages of it"]
     assert pairs[0].positive.startswith("Rows are kept")
     assert "code" not in pairs[0].positive
+
+
+def test_the_pandas_cookbook_is_left_out() -> None:
+    """Its text is CC BY-SA upstream."""
+    pages = [f"html/user_guide/{name}.html" for name in ("cookbook", "categorical", "io")]
+    globs = MANUALS["python-pandas-doc"]
+    folder = Path("usr/share/doc/python-pandas-doc")
+    found = [page for page in pages if any((folder / page).match(glob) for glob in globs)]
+    assert found == pages[1:]
