@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model.training import evaluation
+from model.training.evaluation import NamedSet
 from model.training.plot import plot_cells
 from model.training.settings import TrainingSettings
 from model.training.trainer import Trainer
@@ -36,9 +37,9 @@ Scores = dict[str, dict[str, float]]
 class Sets:
     """What the outcome is scored on."""
 
-    sts: tuple[Path, ...] = ()
-    retrieval: tuple[Path, ...] = ()
-    classification: tuple[Path, ...] = ()
+    sts: tuple[NamedSet, ...] = ()
+    retrieval: tuple[NamedSet, ...] = ()
+    classification: tuple[NamedSet, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +82,14 @@ def run(trial: Trial, sets: Sets) -> Scores:
     for number, settings in enumerate(trial.runs):
         trainer = Trainer(settings, trial.folder / f"run-{number}")
         trainer.run(progress=False)
-    tasks = evaluation.Tasks()
     scores: Scores = {}
-    for path in sets.sts:
-        scores[path.name] = evaluation.score_sts(trainer.embed_texts, path, tasks)
-    for path in sets.retrieval:
-        data = evaluation.read_retrieval(path)
-        scores[path.name] = evaluation.score_retrieval(trainer.embed_texts, data, tasks)
-    for path in sets.classification:
-        labelled = evaluation.read_labelled(path)
-        scores[path.name] = evaluation.score_labelled(
-            trainer.embed_texts, labelled, tasks, ("knn",)
-        )
+    for named in sets.sts:
+        scores[named.path.name] = evaluation.score_sts(trainer.embed_texts, named)
+    for named in sets.retrieval:
+        data = evaluation.read_retrieval(named.path)
+        scores[named.path.name] = evaluation.score_retrieval(trainer.embed_texts, data, named)
+    for named in sets.classification:
+        scores[named.path.name] = evaluation.score_labelled(trainer.embed_texts, named, ("knn",))
     (trial.folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 
@@ -131,12 +128,17 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON: base, cells, seeds")
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="where relative paths of the file start")
-    parser.add_argument("--sts", type=Path, action="append", default=[])
-    parser.add_argument("--retrieval", type=Path, action="append", default=[])
-    parser.add_argument("--classification", type=Path, action="append", default=[])
+    for kind in ("sts", "retrieval", "classification"):
+        parser.add_argument(
+            f"--{kind}", action="append", default=[], help="PATH[=TASK], as in nv-embed evaluate"
+        )
     parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
     arguments = parser.parse_args()
-    sets = Sets(tuple(arguments.sts), tuple(arguments.retrieval), tuple(arguments.classification))
+    sets = Sets(
+        tuple(evaluation.named_set(text, "sts") for text in arguments.sts),
+        tuple(evaluation.named_set(text, "retrieval") for text in arguments.retrieval),
+        tuple(evaluation.named_set(text, "classification") for text in arguments.classification),
+    )
     todo = list(trials(arguments.file, arguments.out, arguments.base))
     found = run_all(todo, sets, arguments.jobs)
     text = table(found)

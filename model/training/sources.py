@@ -319,7 +319,7 @@ def prose_pairs(root: Path, rng: random.Random) -> Iterator[Pair]:
     for path in sorted(root.glob("*/**/*.txt")):
         source = path.relative_to(root).parts[0]
         text = path.read_text(encoding="utf-8", errors="ignore")
-        paragraphs = [_squeeze(part) for part in re.split(r"\n\s*\n", text)]
+        paragraphs = [squeeze(part) for part in re.split(r"\n\s*\n", text)]
         limit = LONG_PASSAGE if rng.random() < 0.2 else SHORT_PASSAGE
         for passage in passages(filter(is_prose, paragraphs), limit):
             parts = split_sentences(passage)

@@ -111,7 +111,8 @@ def sts_examples(rows: Sequence[ScoredPair], known: Known, task: str = TASK_STS)
             scores[[place[query], *alike[query]]] = -np.inf
             chosen = hard_negatives(scores, most, NEGATIVES)
             texts = tuple(sentences[i] for i in chosen)
-            examples.append(Example(query, positive, texts, task, True))
+            if texts:  # stage 2 learns from hard negatives alone
+                examples.append(Example(query, positive, texts, task, True))
     return examples
 
 
