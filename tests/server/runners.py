@@ -5,6 +5,7 @@ question. What they shall do besides is in the environment, which workers inheri
 
 FAKE_BATCH_LOG   a file that gets a line of JSON for each batch: pid, and `key_of` of each input
 FAKE_SECONDS     how long a batch takes
+FAKE_RATE        inputs a second (Paced)
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ class Hashing:
     def warm_up(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Paced(Hashing):
+    """A device of a known speed, whatever the size of its batches."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        time.sleep(len(encodings) / float(os.environ["FAKE_RATE"]))
+        return super().embed(encodings)
 
 
 class Null(Hashing):
