@@ -21,7 +21,7 @@ import httptools
 import numpy as np
 import uvloop
 
-from tests.server.processes import ROOT
+from tests.server.processes import ROOT, ServerProcess
 
 PROBE = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 METRICS = PROBE.replace(b"livez", b"metrics")
@@ -248,6 +248,11 @@ class Loader:
                 for name in ("answer_s", "refusal_s", "probe_s", "late_s")
             },
         }
+
+
+def address(server: ServerProcess) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

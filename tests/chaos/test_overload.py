@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from tests.chaos.load import Load, finish_load, rss_bytes, start_load
+from tests.chaos.load import Load, address, finish_load, rss_bytes, start_load
 from tests.chaos.test_faults import FULL
 from tests.server.processes import ServerProcess, serving
 from tests.server.questions import RUNNERS, WORDS
@@ -37,8 +37,7 @@ def bodies(size: int, count: int = 8) -> list[str]:
 
 
 def load(server: ServerProcess, **options: float) -> Load:
-    host, port = server.url.removeprefix("http://").split(":")
-    return Load(host, int(port), bodies(SIZE), **options)
+    return Load(*address(server), bodies(SIZE), **options)
 
 
 class SdkClient(threading.Thread):
