@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from model.batch import Encoding
+from model.batch import BatchLimits, Encoding
 from server.batcher import Answer, Batcher
 from server.errors import (
     BatchFailedError,
@@ -30,7 +31,7 @@ from server.metrics import Metrics
 from server.request_queue import QueuedRequest
 from server.worker import Fault
 from tests.server.runners import vector_of
-from tests.server.test_batcher import RecordingWorker, ready, turn
+from tests.server.test_batcher import RecordingWorker, turn
 
 FAULTS = {Fault.NOT_FINITE: NonFiniteVectorError, Fault.NO_MEMORY: DeviceMemoryError}
 pick = st.integers(0, 1000)
@@ -50,6 +51,16 @@ class Asked:
         return self.request.waiter.future
 
 
+class Attentive(RecordingWorker):
+    """Nothing may be handed over for a request that has its answer."""
+
+    by_encoding: dict[int, Asked]
+
+    def send(self, batch_id: int, encodings: Any) -> None:
+        assert not any(self.by_encoding[id(e)].future.done() for e in encodings)
+        super().send(batch_id, encodings)
+
+
 class EntryLife(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -57,26 +68,25 @@ class EntryLife(RuleBasedStateMachine):
         self.surprises: list[Any] = []
         self.runner.get_loop().set_exception_handler(lambda _, what: self.surprises.append(what))
         self.batcher = Batcher(Metrics())
-        self.workers: list[RecordingWorker] = []
+        self.workers: list[Attentive] = []
         self.asked: list[Asked] = []
         self.by_encoding: dict[int, Asked] = {}
         self.numbers = 0
 
-    def run(self, act: Any = None) -> Any:
+    def run(self, act: Callable[[], object]) -> None:
         """On the loop, which turns afterwards."""
 
-        async def body() -> Any:
-            result = act() if act else None
+        async def body() -> None:
+            act()
             await turn()
-            return result
 
-        return self.runner.run(body())
+        self.runner.run(body())
 
     def of(self, encodings: list[Encoding]) -> list[Asked]:
         return [self.by_encoding[id(encoding)] for encoding in encodings]
 
     @property
-    def busy(self) -> list[RecordingWorker]:
+    def busy(self) -> list[Attentive]:
         return [worker for worker in self.workers if worker.batches]
 
     @property
@@ -92,16 +102,24 @@ class EntryLife(RuleBasedStateMachine):
             self.numbers += 1  # each of its own: a culprit's like would be refused
             encodings.append(Encoding(np.full(length, self.numbers, dtype=np.int32)))
         deadline = time.monotonic() - 1 if late else float("inf")
-        request = self.run(lambda: self.batcher.submit(encodings, deadline=deadline))
-        asked = Asked(encodings, request, {DeadlineExceededError} if late else set())
-        self.asked.append(asked)
-        self.by_encoding |= {id(encoding): asked for encoding in encodings}
+        causes: set[type[ServerError]] = {DeadlineExceededError} if late else set()
+
+        def act() -> None:
+            request = self.batcher.submit(encodings, deadline=deadline)
+            asked = Asked(encodings, request, causes)
+            self.asked.append(asked)
+            self.by_encoding |= {id(encoding): asked for encoding in encodings}
+
+        self.run(act)
 
     @precondition(lambda self: len(self.workers) < 3)
     @rule(cuda=st.booleans())
     def worker_comes(self, cuda: bool) -> None:
         device = "cuda:0" if cuda else "cpu"
-        self.workers.append(self.run(lambda: ready(self.batcher, device)))
+        worker = Attentive(self.batcher, device, BatchLimits(20, 4))
+        worker.by_encoding = self.by_encoding
+        self.workers.append(worker)
+        self.run(lambda: self.batcher.worker_ready(worker))
 
     @precondition(lambda self: self.busy)
     @rule(which=pick, faults=st.dictionaries(pick, st.sampled_from(Fault), max_size=2))
