@@ -20,7 +20,7 @@ from tests.server.test_lifecycle import is_running
 
 CLIENTS = 400 if FULL else 100
 LOADED_S = 5.0 if FULL else 1.0
-DRAIN_S = 20.0
+DRAIN_S = 60.0
 OPTIONS = ("--runner", RUNNERS + "Hashing", "--devices", "cpu,cpu", "--no-access-log")
 SLOW = {"FAKE_SECONDS": "0.1"}
 
@@ -95,6 +95,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(
         server.process.kill()
         server.stop()
     assert "Traceback" not in server.log
+    assert "drain timed out" not in server.log  # a 503 is a refusal, never a lost answer
     outcomes = {"answered": 0, "answered after the signal": 0, "refused": 0, "too late": 0}
     for exchange in clients.exchanges:
         answer = exchange.answer
