@@ -19,7 +19,9 @@ from tests.server.questions import RUNNERS, WORDS
 
 RATE = 200.0
 """Inputs a second that the runner does."""
-SECONDS = 31.0 if FULL else 7.0
+SECONDS, PEAK_S = (31.0, 9.0) if FULL else (7.0, 5.0)
+GOODPUT = 0.95 if FULL else 0.9
+"""Of the peak. In the short form one batch is 4 % of what is counted."""
 SIZE = 8
 """Inputs in each request: 250 requests a second leave the machine's two cores time for others."""
 OPTIONS = (
@@ -64,7 +66,7 @@ class SdkClient(threading.Thread):
 def test_ten_times_overload(golden_checkpoint: Path, tmp_path: Path) -> None:
     env = {"FAKE_RATE": str(RATE)}
     with serving(golden_checkpoint, *OPTIONS, log=tmp_path / "log", env=env) as server:
-        quiet = load(server, seconds=5.0, connections=128 // SIZE)  # it is never idle
+        quiet = load(server, seconds=PEAK_S, connections=128 // SIZE)  # it is never idle
         peak = finish_load(start_load(quiet))
         before = server.metric("nv_embed_inputs_total")
         print("peak:", json.dumps(peak))
@@ -93,7 +95,7 @@ def test_ten_times_overload(golden_checkpoint: Path, tmp_path: Path) -> None:
         answered = seen["statuses"]["200"] + len(flood.bodies)
         assert server.metric("nv_embed_inputs_total") - before == SIZE * answered + sdk.answers
         assert seen["bad_refusals"] == 0
-        assert seen["inputs_per_s"] >= 0.95 * peak["inputs_per_s"]
+        assert seen["inputs_per_s"] >= GOODPUT * peak["inputs_per_s"]
         slice_ms = 0 if FULL else 5  # 600 probes are few beside one pause of a busy machine
         assert seen["refusal_s"]["p99"] <= 2 * seen["probe_s"]["p99"] + slice_ms
         assert sdk.statuses[-1] == 200
