@@ -39,8 +39,6 @@ from tests.server.questions import WORDS
 
 MODEL = "golden-embed"  # the name that the generated bad requests send
 OPTIONS = ("--devices", "cpu,cpu", "--served-model-name", MODEL, "--no-access-log")
-WINDOWS = 10
-WARM_UP = 2  # windows
 QUERY_CLIENTS = 4
 TOLERANCE = 1e-4
 
@@ -76,8 +74,9 @@ class Window:
 class Soak:
     """One run. Its clients live in this process, and ask much less than the server could do."""
 
-    def __init__(self, server: ServerProcess, seconds: float) -> None:
-        self._server, self._window_s = server, seconds / WINDOWS
+    def __init__(self, server: ServerProcess, seconds: float, windows: int) -> None:
+        self._server, self._num_windows = server, windows
+        self._window_s = seconds / windows
         self._dice = random.Random(61)
         self._texts = [
             " ".join(self._dice.choices(WORDS, k=self._dice.randint(3, 60))) for _ in range(50)
@@ -98,14 +97,14 @@ class Soak:
             (self._bulk, 1.0),
             (self._bad_request, 0.1),
             (self._vanish, 0.2),
-            (self._sample, 1.0),
+            (self._sample, min(1.0, self._window_s / 4)),
             (self._kill, self._window_s),
         ):
             tasks.append(asyncio.create_task(self._repeat(work, pause)))
-        for index in range(1, WINDOWS + 1):
+        for index in range(1, self._num_windows + 1):
             await asyncio.sleep(self._began + index * self._window_s - time.monotonic())
             self._tell(index)
-            if index < WINDOWS:
+            if index < self._num_windows:
                 self.windows.append(Window())
         self._ended = True
         await asyncio.gather(*tasks)
@@ -181,7 +180,7 @@ class Soak:
     def _tell(self, index: int) -> None:
         window = self.windows[-1]
         print(
-            f"window {index}/{WINDOWS}: {window.answered}, p99 {window.p99_ms()} ms, "
+            f"window {index}/{self._num_windows}: {window.answered}, p99 {window.p99_ms()} ms, "
             f"front {window.median('front_bytes') / 1e6:.1f} MB, "
             f"worker {window.median('worker_bytes') / 1e6:.1f} MB, "
             f"{self.kills} kills, {len(self.wrong)} wrong",
@@ -214,14 +213,14 @@ def sample(server: ServerProcess, worker: int, began: float) -> Sample:
     )
 
 
-def soak(seconds: float, out: Path, bounds: Bounds) -> dict[str, Any]:
+def soak(seconds: float, out: Path, bounds: Bounds, windows: int = 10) -> dict[str, Any]:
     """Run it, write `samples.csv`, `soak.png` and the server's log to `out`; -> the figures, with
     `broken`: what was not as it should be."""
     out.mkdir(parents=True, exist_ok=True)
     server = ServerProcess(None, *OPTIONS, log=out / "server.log")
     try:
         server.wait_ready().wait_for_metric("nv_embed_workers_ready", 2)
-        run = Soak(server, seconds)
+        run = Soak(server, seconds, windows)
         with asyncio.Runner() as runner:
             runner.run(run._quiet("what is made once, is made"))
             before = settled(server, run)
@@ -266,14 +265,15 @@ def settled(server: ServerProcess, run: Soak) -> dict[str, float]:
 def judge(
     run: Soak, before: dict[str, float], after: dict[str, float], bounds: Bounds
 ) -> dict[str, Any]:
-    windows = run.windows[WARM_UP:]
+    warm_up = len(run.windows) // 5
+    windows = run.windows[warm_up:]
     growth = {
         name: windows[-1].median(f"{name}_bytes") / windows[0].median(f"{name}_bytes") - 1
         for name in ("front", "worker")
     }
     p99 = [window.p99_ms() for window in run.windows]
     half = len(windows) // 2
-    early, late = statistics.median(p99[WARM_UP:-half]), statistics.median(p99[-half:])
+    early, late = statistics.median(p99[warm_up:-half]), statistics.median(p99[-half:])
     broken = [*run.wrong[:5]]
     broken += [f"{name}: {g:+.1%} of memory" for name, g in growth.items() if g >= bounds.growth]
     broken += [
@@ -290,7 +290,7 @@ def judge(
         for kind, count in window.answered.items():
             counts[kind] = counts.get(kind, 0) + count
     return {
-        "seconds": round(run._window_s * WINDOWS),
+        "seconds": round(run._window_s * len(run.windows)),
         "requests": counts,
         "wrong": len(run.wrong),
         "kills": run.kills,
