@@ -10,7 +10,7 @@ PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
 MODEL ?=
 ARGS ?=
 
-.PHONY: help install serve test check fix openapi gpu-check chaos image tiny-model lock clean
+.PHONY: help install serve test check fix openapi gpu-check chaos soak audit image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,23 @@ gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODE
 
 chaos: $(VENV)/.installed-test ## break a real server on purpose, at length (minutes)
 	CHAOS=full $(BIN)/pytest tests/chaos $(ARGS)
+
+# An hour: make soak SOAK_MINUTES=60. The samples and a plot go to build/soak.
+SOAK_MINUTES ?= 10
+soak: $(VENV)/.installed-test ## watch memory, files, tasks and latency under a long mixed load
+	PYTHONPATH=. $(BIN)/python -m tests.chaos.soak --minutes $(SOAK_MINUTES) $(ARGS)
+
+# --strict: a package that could not be looked up fails the audit. Without it, and without a network,
+# pip-audit skips them all and finds nothing wrong. Another service: make audit ARGS="-s osv".
+audit: build/audit/bin/pip-audit ## look for known vulnerabilities in the locked packages
+	@for lock in requirements.lock requirements-test.lock; do echo "$$lock:"; \
+	    $< --strict --no-deps --disable-pip --progress-spinner off $(ARGS) -r $$lock || { \
+	    echo "$$lock: NOT AUDITED, or vulnerable: see above (the service must be reachable)"; \
+	    exit 1; }; done
+
+build/audit/bin/pip-audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7,<3'
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

@@ -63,6 +63,11 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
             expose_headers=["x-request-id"],
         )
     budget = ByteBudget(settings.max_inflight_bytes)
+    engine.metrics.gauge(
+        "nv_embed_inflight_bytes",
+        "Bytes of bodies and answers that requests hold in memory",
+        lambda: budget.used,
+    )
     app.add_middleware(RequestRecord, engine=engine, budget=budget, access_log=settings.access_log)
     app.openapi = openapi_document  # type: ignore[method-assign]
     return app

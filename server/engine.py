@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +30,17 @@ from server.errors import (
 from server.inputs import InputTokenizer, Tokenization
 from server.metrics import Metrics
 from server.schemas import Input
-from server.settings import Settings
+from server.settings import MAX_REQUEST_TOKENS, Settings
 from server.supervisor import Supervisor, worker_options
 
 logger = logging.getLogger("nv_embed.engine")
 
 _INLINE_CHARS = 1024
 """Texts up to this many characters are tokenized on the event loop (about 1.6 ms at most)."""
+_RATIO_SMOOTHING = 0.1
+_MARGIN = 1.25
+"""Of the expected tokens over the measured rate, so that few requests prove longer and are refused
+when they have cost a tokenization."""
 
 
 class EmbeddingEngine:
@@ -72,6 +77,8 @@ class EmbeddingEngine:
             log_level=settings.log_level,
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._tokens_per_char = 0.25
+        self._tokenizing = 0  # tokens, about, of requests that are admitted and not yet queued
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -159,14 +166,20 @@ class EmbeddingEngine:
         deadline: on time.monotonic's clock. Raises ServerErrors; cancelling it frees the queue.
         """
         self._refuse_if_not_ready()
-        self._refuse_if_full(0)
+        expected = self._expected_tokens(inputs, how)
+        self._refuse_if_full(expected)
         self._in_flight += 1
         self._idle.clear()
         try:
-            encodings = await self.tokenize(inputs, how)
+            self._tokenizing += expected
+            try:
+                encodings = await self.tokenize(inputs, how)
+            finally:
+                self._tokenizing -= expected
             tokens = sum(len(encoding) for encoding in encodings)
             self._refuse_if_not_ready()
-            self._refuse_if_full(tokens)
+            if tokens > expected:
+                self._refuse_if_full(tokens)
             return await self._run(encodings, deadline), tokens
         finally:
             self._in_flight -= 1
@@ -193,17 +206,34 @@ class EmbeddingEngine:
             raise UnavailableError(f"not ready: {reason}", retry_after=2)
 
     def _refuse_if_full(self, tokens: int) -> None:
-        waiting = self._batcher.queue.num_tokens
-        if waiting and waiting + max(tokens, 1) > self.max_queued_tokens:
+        waiting = self._batcher.queue.num_tokens + self._tokenizing
+        if waiting and waiting + tokens > self.max_queued_tokens:
             self.metrics.rejected.inc()
             raise OverloadedError(
                 f"the queue is full: {waiting} tokens wait, the limit is {self.max_queued_tokens}",
                 retry_after=self._batcher.seconds_of_work(),
             )
 
+    def _expected_tokens(self, inputs: Sequence[Input], how: Tokenization) -> int:
+        """How many tokens there will be, rather too many than too few: a full queue must not
+        cost a tokenization to say no, and what is being tokenized must count."""
+        ids = sum(len(item) for item in inputs if not isinstance(item, str))
+        chars = self._tokenizer.num_chars(inputs, how)
+        expected = ids + math.ceil(_MARGIN * chars * self._tokens_per_char)
+        return min(expected, MAX_REQUEST_TOKENS)
+
+    def _learn_tokens_per_char(self, chars: int, encodings: Sequence[Encoding]) -> None:
+        if chars:
+            seen = sum(len(encoding) for encoding in encodings) / chars
+            self._tokens_per_char += _RATIO_SMOOTHING * (seen - self._tokens_per_char)
+
     async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17]."""
-        if self._tokenizer.num_chars(inputs, how) <= _INLINE_CHARS:
-            return self._tokenizer.tokenize(inputs, how)
+        chars = self._tokenizer.num_chars(inputs, how)
         work = partial(self._tokenizer.tokenize, inputs, how)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        if chars <= _INLINE_CHARS:
+            encodings = work()
+        else:
+            encodings = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._learn_tokens_per_char(chars, encodings)
+        return encodings

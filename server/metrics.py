@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -85,11 +86,20 @@ class Metrics:
             ("nv_embed_queued_inputs", "Inputs waiting for a batch", queued_inputs),
             ("nv_embed_queued_tokens", "Tokens waiting for a batch", queued_tokens),
             ("nv_embed_workers_ready", "Engine workers that are ready", workers_ready),
+            (
+                "nv_embed_event_loop_tasks",
+                "Tasks of the event loop; one that only grows is a leak",
+                lambda: len(asyncio.all_tasks()),
+            ),
             # The names that existing autoscaling recipes watch.
             ("vllm:num_requests_waiting", "As nv_embed_waiting_requests", waiting_requests),
             ("vllm:num_requests_running", "As nv_embed_running_requests", running_requests),
         ):
-            Gauge(name, text, registry=self.registry).set_function(read)
+            self.gauge(name, text, read)
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """One more gauge that is read when it is scraped."""
+        Gauge(name, text, registry=self.registry).set_function(read)
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         return Counter(name, text, labels, registry=self.registry)

@@ -107,7 +107,12 @@ class InstructedInput(_Wire):
         description="Too long inputs: false/NONE refuses them, true/END keeps the first tokens, "
         "START keeps the instruction and the last tokens.",
     )
-    truncate_prompt_tokens: StrictInt | None = Field(
+    truncate_prompt_tokens: Annotated[
+        StrictInt | None,
+        WithJsonSchema(
+            {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 2}, {"type": "null"}]}
+        ),
+    ] = Field(
         None,
         ge=-1,
         description="Keep this many of the last tokens, -1 for as many as fit (vLLM's field).",

@@ -210,12 +210,14 @@ class _Embedder:
     """A runner within the memory that there turns out to be.
 
     A batch that does not fit is halved until its parts do; `budget`, the most tokens that are
-    tried in one forward after that, is kept.
+    tried in one forward after that, is kept; it is never less than what has run before, so that an
+    input that takes more memory than its length tells does not leave one-input batches behind.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.budget: int | None = None
+        self._most_done = 0  # tokens of the largest forward that fitted
 
     def embed(self, encodings: Sequence[Encoding]) -> tuple[NDArray[np.float32], dict[int, Fault]]:
         """-> (rows [N, D], row -> what is wrong with it; such rows hold anything)."""
@@ -241,12 +243,13 @@ class _Embedder:
                 continue
             assert len(got) == len(part), (got.shape, len(part))
             rows[part] = got
+            self._most_done = max(self._most_done, tokens)
         for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
             faults[index] = Fault.NOT_FINITE
         return rows, faults
 
     def _learn(self, tokens: int, inputs: int) -> None:
-        self.budget = min(self.budget or tokens, max(1, tokens // 2))
+        self.budget = max(min(self.budget or tokens, tokens // 2), self._most_done, 1)
         logger.warning(
             "out of memory with %d tokens of %d inputs: from now on at most %d tokens at once",
             tokens,

@@ -5,12 +5,14 @@ question. What they shall do besides is in the environment, which workers inheri
 
 FAKE_BATCH_LOG   a file that gets a line of JSON for each batch: pid, and `key_of` of each input
 FAKE_SECONDS     how long a batch takes
+FAKE_RATE        inputs a second (Paced)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 import zlib
@@ -62,6 +64,14 @@ class Hashing:
     def close(self) -> None: ...
 
 
+class Paced(Hashing):
+    """A device of a known speed, whatever the size of its batches."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        time.sleep(len(encodings) / float(os.environ["FAKE_RATE"]))
+        return super().embed(encodings)
+
+
 class Null(Hashing):
     """It computes nothing."""
 
@@ -110,6 +120,21 @@ class Cramped(Hashing):
         if sum(map(len, encodings)) > 64:
             raise MemoryError
         return super().embed(encodings)
+
+
+class Greedy(Hashing):
+    """Its process may have 64 MB more than it starts with; an input with the mark takes 1 GB."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * os.sysconf("SC_PAGE_SIZE") + 64 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            np.ones(2**30, dtype=np.uint8)
+        return super().row(encoding)
 
 
 class LosesItsDevice(Hashing):

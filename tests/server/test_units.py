@@ -21,7 +21,7 @@ from server.errors import (
 from server.instructions import Defaults, choose_prefix
 from server.names import ServedNames
 from server.worker import Fault
-from tests.server.runners import Hashing, vector_of
+from tests.server.runners import MARK, Hashing, vector_of
 
 # The worker's frames
 
@@ -68,6 +68,13 @@ class Narrow(Hashing):
         return super().embed(encodings)
 
 
+class GreedyOnMark(Hashing):
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            raise MemoryError
+        return super().row(encoding)
+
+
 def test_a_batch_that_does_not_fit_is_halved_and_the_budget_kept() -> None:
     runner = Narrow()
     embedder = worker._Embedder(runner)
@@ -88,6 +95,16 @@ def test_an_input_that_does_not_fit_alone_is_named() -> None:
     assert faults == {1: Fault.NO_MEMORY}
     for index in (0, 2):
         np.testing.assert_array_equal(rows[index], vector_of(inputs[index].ids))
+
+
+def test_an_input_that_takes_too_much_memory_leaves_the_others_their_batches() -> None:
+    embedder = worker._Embedder(GreedyOnMark(RunnerOptions(path="")))
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    embedder.embed(inputs)
+    poison = Encoding(np.array([1, MARK, 2], dtype=np.int32))
+    _, faults = embedder.embed([*inputs, poison])
+    assert faults == {6: Fault.NO_MEMORY}
+    assert embedder.budget == 48
 
 
 # The inputs of a request

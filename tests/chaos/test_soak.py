@@ -1,0 +1,17 @@
+"""The soak's machinery in a quarter of a minute: all is answered, nothing is left open. Memory is
+still warming up, so that its bound only catches a leak of megabytes a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.chaos.soak import Bounds, soak
+
+
+def test_a_short_soak(tmp_path: Path) -> None:
+    figures = soak(15.0, tmp_path, Bounds(growth=0.2, p99_ratio=10.0), windows=5)
+    assert figures["broken"] == [], figures
+    assert figures["requests"].keys() == {"queries", "bulk", "bad", "vanished"}
+    assert figures["kills"] >= 1
+    assert (tmp_path / "soak.png").stat().st_size > 10_000
+    assert (tmp_path / "samples.csv").read_text().startswith("second,front_bytes")
