@@ -29,6 +29,7 @@ from server.inputs import Tokenization, tokenization_of
 from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
+EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
@@ -100,7 +101,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         )
         return _DrainedResponse(body, media_type="application/json")
 
-    for path in ("/v1/embeddings", "/embeddings"):
+    for path in EMBEDDINGS_PATHS:
         router.add_api_route(
             path,
             create_embeddings,
