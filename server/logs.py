@@ -55,4 +55,5 @@ def configure(log_format: str, level: str) -> None:
     logging.captureWarnings(True)
     # Looked up for each record otherwise, and shown in no line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.logAsyncioTasks = False
+    if sys.version_info >= (3, 12):
+        logging.logAsyncioTasks = False

@@ -44,7 +44,7 @@ def embeddings_body(
 
 
 def _base64(row: NDArray[np.float32]) -> bytes:
-    return b'"%b"' % b2a_base64(row, newline=False)
+    return b'"%b"' % b2a_base64(row.data, newline=False)
 
 
 def _floats(row: NDArray[np.float32]) -> bytes:
