@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         # On the CPU rms_norm is a row of operations, each over all of x; this needs three.
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)
+        return (x * scale).to(x.dtype).mul_(self.weight)  # type: ignore[no-any-return]
 
 
 def rotary_tables(
@@ -87,7 +87,8 @@ class SelfAttention(nn.Module):
         """x [T, D], all rows in, all rows out."""
         q_size, k_size, v_size = self.sizes
         qk, v = self._heads(self.qkv_proj(x), (q_size + k_size, v_size))
-        q, k = rotate(qk, *rotary).split((q_size // self.head_dim, k_size // self.head_dim), dim=1)
+        heads = [q_size // self.head_dim, k_size // self.head_dim]
+        q, k = torch.split(rotate(qk, *rotary), heads, dim=1)
         out = attend(q, k, v, batch.seqs, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 

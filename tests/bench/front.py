@@ -3,11 +3,11 @@ same bytes, in one run.
 
 The path: real tokenizer, queue, a worker process with a runner that computes nothing (4,096
 dimensions), answer; access log, an API key and metrics on. The bare handler reads the body and
-returns stored bytes under the same uvicorn, uvloop and httptools. Each front process is
-pinned to one core; the worker and the load generator (wrk) share another. Rounds alternate; ratios are medians
-over the rounds. `front_cpu_us` is the processor time that the front process took for a request: where
-it has its core to itself and is busy, requests/s are a million divided by it, and on a machine that
-does other work, too, it is the steadier figure.
+returns stored bytes under the same uvicorn, uvloop and httptools. Each front process is pinned to
+one core; the worker and the load generator (wrk) share another. Rounds alternate; ratios are
+medians over the rounds. `front_cpu_us` is the processor time that the front process took for a
+request: where it has its core to itself and is busy, requests/s are a million divided by it, and on
+a machine that does other work, too, it is the steadier figure.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def _store_answer(url: str, bare: str, name: str, body: str) -> None:
     assert httpx.post(f"{bare}/{name}", content=body).content == answer.content
 
 
-def _wrk(
-    url: str, script: Path, connections: int, seconds: float, core: int
-) -> dict[str, float]:
+def _wrk(url: str, script: Path, connections: int, seconds: float, core: int) -> dict[str, float]:
     command = ["taskset", "-c", str(core), "wrk", "-t", "1", "-c", str(connections)]
     command += ["-d", f"{max(1, round(seconds))}s", "-s", str(script), url]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
