@@ -124,6 +124,12 @@ class Settings(BaseModel):
         ge=1,
         description="tokens that may wait; beyond it requests get 429 and Retry-After",
     )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory for vectors of inputs seen before, by their exact ids; 0: none. How "
+        "fast an answer comes then tells a client whether somebody asked for the same",
+    )
     truncate: Truncation = Field(
         Truncation.NONE,
         description="longer inputs: none (a 400), end (keep the first tokens) or start (keep the "

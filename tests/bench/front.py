@@ -35,7 +35,12 @@ TEXT = "how does a search engine find the passages that answer a question"
 _SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer {key}"
-wrk.body = [==[{body}]==]
+local body, number = [==[{body}]==], 0
+-- No two requests are alike: the server computes equal inputs in flight once.
+function request()
+  number = number + 1
+  return wrk.format(nil, nil, nil, (body:gsub("NUMBER", number)))
+end
 function done(summary, latency, requests)
   io.write(string.format("RESULT %d %d %d %d %d %d\\n", summary.requests, summary.duration,
     summary.errors.status + summary.errors.connect + summary.errors.read + summary.errors.timeout,
@@ -77,10 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _bare(cores) as (bare, theirs),
     ):
         for inputs in map(int, options.inputs.split(",")):
+            texts = [f"{TEXT}, part {index} of NUMBER" for index in range(inputs)]
             for encoding in ("base64", "float"):
-                body = json.dumps(
-                    {"input": [TEXT] * inputs, "model": "front", "encoding_format": encoding}
-                )
+                body = json.dumps({"input": texts, "model": "front", "encoding_format": encoding})
                 _store_answer(url, bare, f"{encoding}-{inputs}", body)
                 targets = {
                     "nv-embed": (f"{url}/v1/embeddings", ours),
@@ -91,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     for _ in range(options.rounds):
                         for name, (target, pid) in targets.items():
                             script = Path(folder) / "wrk.lua"
-                            script.write_text(_SCRIPT.format(key=KEY, body=body))
+                            script.write_text(_SCRIPT.replace("{key}", KEY).replace("{body}", body))
                             before = _cpu_ns(pid)
                             run = _wrk(target, script, connections, options.seconds, cores[1])
                             run["front_cpu_us"] = (_cpu_ns(pid) - before) / run["requests"] / 1000
