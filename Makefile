@@ -9,8 +9,10 @@ PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
 # What to serve, and further options: make serve MODEL=nvidia/NV-Embed-v2 ARGS="--port 9000"
 MODEL ?=
 ARGS ?=
+# Where benchmarks write; tests/bench/results holds those that README shows.
+RESULTS ?= build/bench/results
 
-.PHONY: help install serve test check fix openapi gpu-check chaos image tiny-model lock clean
+.PHONY: help install serve test check fix openapi gpu-check chaos bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,13 @@ gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODE
 
 chaos: $(VENV)/.installed-test ## break a real server on purpose, at length (minutes)
 	CHAOS=full $(BIN)/pytest tests/chaos $(ARGS)
+
+bench: $(VENV)/.installed-test ## measure forward, front, serve and load (RESULTS=folder; minutes)
+	for name in forward front serve load; do \
+	    $(BIN)/python -m tests.bench.$$name --results $(RESULTS) $(ARGS) || exit 1; done
+
+bench-peers: $(VENV)/.installed-test ## install other embedding servers, each by itself, and run the same texts
+	$(BIN)/python -m tests.bench.peers --results $(RESULTS) $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .
