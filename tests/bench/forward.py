@@ -6,6 +6,7 @@ into memory that is already there) are what no implementation can leave out: the
 is what norms, attention, activations, copies and Python cost. The padded batch is what a server
 computes that fills every text up to the longest one of its batch and masks the rest. FLOPs are
 counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
+Times are the least of the rounds; where other programs run, compare CPU time, with one thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="trunk,small", help="trunk, small, wide, or folders")
     parser.add_argument("--mix", default=",".join(workloads.MIXES))
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or both: a,b")
+    parser.add_argument(
+        "--against", default="", help="other precisions of the same model: bfloat16:int8-dynamic,…"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens per mix")
     parser.add_argument("--max-batch-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
@@ -108,20 +113,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for dtype in options.dtype.split(","):
             runner = ModelRunner(RunnerOptions(str(folder), dtype=dtype, threads=options.threads))
             runner.warm_up()
+            others = _others(folder, options)
             for mix in options.mix.split(","):
-                _measure(out, runner, name, mix, options)
-    packed = [row for row in out.rows if row["what"] == "packed"]
-    for row in packed:
+                _measure(out, runner, others, name, mix, options)
+    for row in out.rows:
+        if not row["what"].startswith("packed"):
+            continue
         key = f"{row['model']} {row['dtype']} {row['mix']}"
+        if row["what"] != "packed":
+            first = next(r for r in out.rows if r["what"] == "packed" and r["mix"] == row["mix"])
+            ratio = row["tokens_per_s"] / first["tokens_per_s"]
+            out.ratios[f"{key}: {row['what']} / packed"] = ratio
+            continue
         out.ratios[f"{key}: packed / products"] = row["of_products"]
         out.ratios[f"{key}: packed / padded"] = row["of_padded"]
+        out.ratios[f"{key}: packed / products, CPU time"] = row["of_products_cpu"]
+        out.ratios[f"{key}: packed / padded, CPU time"] = row["of_padded_cpu"]
     for row in out.rows:
         row["mix"] = f"{row['model']} {row['dtype']} {row['mix']}"
     out.finish(options.results, group="mix", label="what", value="tokens_per_s", unit="tokens/s")
 
 
+def _others(folder: Path, options: argparse.Namespace) -> dict[str, ModelRunner]:
+    runners = {}
+    for variant in filter(None, options.against.split(",")):
+        dtype, _, how = variant.partition(":")
+        runners[variant] = ModelRunner(
+            RunnerOptions(
+                str(folder), dtype=dtype, quantization=how or "none", threads=options.threads
+            )
+        )
+    return runners
+
+
 def _measure(
-    out: report.Report, runner: ModelRunner, name: str, mix: str, options: argparse.Namespace
+    out: report.Report,
+    runner: ModelRunner,
+    others: dict[str, ModelRunner],
+    name: str,
+    mix: str,
+    options: argparse.Namespace,
 ) -> None:
     model, attend = runner.model, runner._attend
     count = max(1, round(options.tokens / (sum(workloads.lengths_of(mix, 256)) / 256)))
@@ -131,12 +162,16 @@ def _measure(
     batches = [pack(group, runner.device) for group in groups]
     in_32s = [encodings[i : i + 32] for i in range(0, len(encodings), 32)]
 
-    def packed() -> None:
-        for group in groups:
-            runner.embed(group)
+    def packed(runner: ModelRunner) -> Callable[[], None]:
+        def run() -> None:
+            for group in groups:
+                runner.embed(group)
+
+        return run
 
     alternatives = {
-        "packed": packed,
+        "packed": packed(runner),
+        **{f"packed, {variant}": packed(other) for variant, other in others.items()},
         "products": products(model, batches, attend),
         "padded": padded(model, in_32s, runner.device),
     }
@@ -151,7 +186,8 @@ def _measure(
         for batch in batches:
             model(batch, attend)
     seconds = report.alternate(alternatives, options.rounds)
-    best = {what: min(times) for what, times in seconds.items()}
+    best = {what: min(times.wall for times in runs) for what, runs in seconds.items()}
+    cpu = {what: min(times.cpu for times in runs) for what, runs in seconds.items()}
     real, flops = sum(map(len, encodings)), counter.get_total_flops()
     dtype = runner.info.dtype
     for what, best_seconds in best.items():
@@ -161,9 +197,11 @@ def _measure(
             mix=mix,
             what=what,
             tokens_per_s=real / best_seconds,
-            median_tokens_per_s=real / report.median(seconds[what]),
+            median_tokens_per_s=real / report.median([times.wall for times in seconds[what]]),
             of_products=best["products"] / best_seconds,
             of_padded=best["padded"] / best_seconds,
+            of_products_cpu=cpu["products"] / cpu[what],
+            of_padded_cpu=cpu["padded"] / cpu[what],
             peak_mb=memory[what],
             **({} if what != "packed" else {"gflops_per_s": flops / best_seconds / 1e9}),
             **({} if what != "packed" else {"mflop_per_token": flops / real / 1e6}),

@@ -39,9 +39,11 @@ def test_forward(
     golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", str(golden_checkpoint), "--mix", "all-16,lognormal", "--tokens", "100"]
-    summary = report_of(forward.main, [*options, "--rounds", "1"], tmp_path, capsys)
-    assert {row["what"] for row in summary["rows"]} == {"packed", "products", "padded"}
-    assert len(summary["ratios"]) == 4
+    options += ["--rounds", "1", "--against", "float32:int8-dynamic"]
+    summary = report_of(forward.main, options, tmp_path, capsys)
+    kinds = {"packed", "packed, float32:int8-dynamic", "products", "padded"}
+    assert {row["what"] for row in summary["rows"]} == kinds
+    assert len(summary["ratios"]) == 10
 
 
 @pytest.mark.skipif(
