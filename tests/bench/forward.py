@@ -15,6 +15,7 @@ import argparse
 import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         key = f"{row['model']} {row['dtype']} {row['mix']}"
         if row["what"] != "packed":
-            first = next(r for r in out.rows if r["what"] == "packed" and r["mix"] == row["mix"])
+            first = next(r for r in out.rows if {**row, "what": "packed"}.items() >= _key(r))
             ratio = row["tokens_per_s"] / first["tokens_per_s"]
             out.ratios[f"{key}: {row['what']} / packed"] = ratio
             continue
@@ -132,6 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in out.rows:
         row["mix"] = f"{row['model']} {row['dtype']} {row['mix']}"
     out.finish(options.results, group="mix", label="what", value="tokens_per_s", unit="tokens/s")
+
+
+def _key(row: dict[str, Any]) -> set[tuple[str, Any]]:
+    return {(name, row[name]) for name in ("model", "dtype", "mix", "what")}
 
 
 def _others(folder: Path, options: argparse.Namespace) -> dict[str, ModelRunner]:
