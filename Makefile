@@ -9,8 +9,10 @@ PIP_FLAGS := $(if $(filter cpu,$(TORCH)),--extra-index-url $(TORCH_INDEX))
 # What to serve, and further options: make serve MODEL=nvidia/NV-Embed-v2 ARGS="--port 9000"
 MODEL ?=
 ARGS ?=
+# Where benchmarks write; tests/bench/results holds those that README shows.
+RESULTS ?= build/bench/results
 
-.PHONY: help install serve test check fix openapi gpu-check chaos soak audit image tiny-model lock clean
+.PHONY: help install serve test check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +60,13 @@ audit: build/audit/bin/pip-audit ## look for known vulnerabilities in the locked
 build/audit/bin/pip-audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7,<3'
+
+bench: $(VENV)/.installed-test ## measure forward, front, serve and load (RESULTS=folder; minutes)
+	for name in forward front serve load; do \
+	    $(BIN)/python -m tests.bench.$$name --results $(RESULTS) $(ARGS) || exit 1; done
+
+bench-peers: $(VENV)/.installed-test ## install other embedding servers, each by itself, and run the same texts
+	$(BIN)/python -m tests.bench.peers --results $(RESULTS) $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

@@ -26,6 +26,11 @@ class Encoding:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def key(self) -> bytes:
+        """Equal for equal inputs only: ids and where the pool starts."""
+        return self.pool_start.to_bytes(4, "little") + self.ids.tobytes()
+
     def __repr__(self) -> str:
         return f"Encoding({len(self.ids)} tokens, pool_start={self.pool_start})"
 

@@ -64,7 +64,14 @@ SCORE_TOLERANCE = {torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 1.0}
 VECTOR_TOLERANCE = 1e-5  # float32 against float32
 SAME_DTYPE_COSINE = 0.999  # two kernels, alone or together: another order of summing, 16 bit
 FOLDED_COSINE = 0.9999
-DTYPE_COSINE = {"bfloat16": 0.995, "float16": 0.999, "int8": 0.99}  # against float32
+DTYPE_COSINE = {
+    "bfloat16": 0.995,
+    "float16": 0.999,
+    "int8": 0.99,
+    "int8-dynamic": 0.99,
+    "float8": 0.98,
+}
+"""Against float32."""
 REFEREE_LAYERS = 2
 
 
@@ -242,7 +249,7 @@ def check_card(subject: Subject, working: Loaded) -> Check:
     queries = working.embed([encode(q, example.prefix, max_tokens=32768) for q in example.queries])
     passages = working.embed([encode(p, max_tokens=32768) for p in example.passages])
     got = (queries @ passages.T) * 100
-    tolerance = 3.0 if subject.quantization == "int8" else SCORE_TOLERANCE[subject.dtype]
+    tolerance = 3.0 if subject.quantization != "none" else SCORE_TOLERANCE[subject.dtype]
     close = got.shape == np.shape(expected) and _difference(got, np.array(expected)) <= tolerance
     shown = [[_finite(round(score, 4)) for score in row] for row in got.tolist()]
     return Check(name, _status(close), shown, expected, tolerance)
@@ -376,6 +383,8 @@ def check_precisions(subject: Subject, measured: Measured) -> Iterator[Check]:
         ("bfloat16", torch.bfloat16, "none"),
         ("float16", torch.float16, "none"),
         ("int8", sixteen, "int8"),
+        ("int8-dynamic", sixteen, "int8-dynamic"),
+        ("float8", sixteen, "float8"),
     ]
     exact = measured.vectors.get("float32")
     for variant, dtype, quantization in variants:
@@ -409,7 +418,7 @@ def no_room(subject: Subject, dtype: torch.dtype, quantization: str) -> str | No
     ):
         return "this GPU has no bfloat16"
     try:
-        check_quantization(quantization)
+        check_quantization(quantization, subject.device, dtype)
     except UnsupportedError as error:
         return str(error)
     model = empty_model(subject.config, quantize=quantization, dtype=dtype)
@@ -432,7 +441,8 @@ def _too_large(needed: int, device: torch.device) -> str | None:
 
 
 def load(subject: Subject, dtype: torch.dtype, quantization: str) -> Loaded:
-    _say(f"loading in {dtype_name(dtype)}{' with int8 weights' if quantization == 'int8' else ''}")
+    weights = "" if quantization == "none" else f" with {quantization} weights"
+    _say(f"loading in {dtype_name(dtype)}{weights}")
     model = load_model(
         subject.source.path,
         subject.config,

@@ -193,7 +193,7 @@ def load_model(
     Raises CheckpointError when the tensors are not exactly those of `config`, UnsupportedError
     when `quantize` cannot be had.
     """
-    quantization.check(quantize)
+    quantization.check(quantize, device, dtype)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize)
@@ -213,8 +213,8 @@ def empty_model(
         model = NVEmbed(config)
         if dtype is not None:
             model.to(dtype)
-        if quantize == "int8":
-            quantization.replace_linears(model.backbone)
+        if quantize != "none":
+            quantization.replace_linears(model.backbone, quantize)
     return model.eval().requires_grad_(False)
 
 
@@ -226,11 +226,13 @@ def _parameters(
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, nn.Parameter]]:
     for name, sources in tensor_table(config).items():
-        quantized = quantization.is_quantized(model.get_submodule(name.rpartition(".")[0]))
-        if quantized:
+        owner = name.rpartition(".")[0]
+        layer = model.get_submodule(owner)
+        if quantization.is_quantized(layer):
             parts = (checkpoint.rows(source.name) for source in sources)
             rows = sum(source.shape[0] for source in sources)
-            yield name, quantization.quantize(parts, rows, device)
+            for leaf, parameter in quantization.parameters_of(layer, parts, rows, device):
+                yield f"{owner}.{leaf}", parameter
         else:
             yield name, _stack(checkpoint, sources, device, dtype)
     to_latents, from_latents = _fold(checkpoint, config, device, dtype)

@@ -5,6 +5,9 @@ dropped as early as they can be, after the last layer's keys and values.
 
 Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head width.
 `sliding_window` is in the official config and not applied, as in the reference.
+
+Beside the matrix products time goes into memory traffic, so without gradients what is not needed
+any more is overwritten: the residual, the gate, and q and k by their rotated selves.
 """
 
 from __future__ import annotations
@@ -27,25 +30,33 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # On the CPU rms_norm is a row of operations, each over all of x; this needs three.
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
+        return (x * scale).to(x.dtype).mul_(self.weight)  # type: ignore[no-any-return]
 
 
 def rotary_tables(
     positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, E] for rotary embeddings, computed in float32."""
+    """cos and sin [T, 1, E/2] for rotary embeddings, computed in float32."""
     device = positions.device
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = positions.float()[:, None] * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    angles = (positions.float()[:, None] * (1.0 / theta**exponents))[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, E]: pairs are (i, i + E/2)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    """Rotary embedding of x [T, heads, E]: pairs are (i, i + E/2). Without gradients in place."""
+    first, second = x.chunk(2, dim=-1)
+    if torch.is_grad_enabled():
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(turned)
+    return x
 
 
 class SelfAttention(nn.Module):
@@ -74,8 +85,11 @@ class SelfAttention(nn.Module):
         attend: AttentionKernel,
     ) -> Tensor:
         """x [T, D], all rows in, all rows out."""
-        q, k, v = self._heads(self.qkv_proj(x), self.sizes)
-        out = attend(rotate(q, *rotary), rotate(k, *rotary), v, batch.seqs, batch.seqs)
+        q_size, k_size, v_size = self.sizes
+        qk, v = self._heads(self.qkv_proj(x), (q_size + k_size, v_size))
+        heads = [q_size // self.head_dim, k_size // self.head_dim]
+        q, k = torch.split(rotate(qk, *rotary), heads, dim=1)
+        out = attend(q, k, v, batch.seqs, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def forward_pooled(
@@ -108,7 +122,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -132,10 +148,11 @@ class Layer(nn.Module):
         normed = self.input_layernorm(hidden_states)
         if self.last:
             attended = self.self_attn.forward_pooled(normed, rotary, batch, attend)
-            hidden_states = select_rows(hidden_states, batch) + attended
+            hidden_states = add(select_rows(hidden_states, batch), attended)
         else:
-            hidden_states = hidden_states + self.self_attn(normed, rotary, batch, attend)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
+            attended = self.self_attn(normed, rotary, batch, attend)
+            hidden_states = add(hidden_states, attended)
+        return add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 class MistralBackbone(nn.Module):
@@ -161,6 +178,11 @@ class MistralBackbone(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, rotary, batch, attend)
         return self.norm(hidden_states)  # type: ignore[no-any-return]
+
+
+def add(residual: Tensor, update: Tensor) -> Tensor:
+    """Their sum, without gradients in the residual's place."""
+    return residual + update if torch.is_grad_enabled() else residual.add_(update)
 
 
 def select_rows(x: Tensor, batch: PackedBatch) -> Tensor:

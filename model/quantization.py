@@ -1,14 +1,20 @@
-"""8-bit weights for the backbone's linear layers.
+"""8-bit weights for the backbone's linear layers, made while the checkpoint is loaded.
 
-`int8` is bitsandbytes' LLM.int8 (arXiv 2208.07339), row-wise weights, on CUDA and CPU. It halves
-the weights' memory against 16 bit; it is not faster.
+- `int8` is bitsandbytes' LLM.int8 (arXiv 2208.07339), row-wise weights, on CUDA and CPU. It halves
+  the weights' memory against 16 bit; it is not faster.
+- `int8-dynamic` multiplies int8 by int8 on the CPU (AMX, or VNNI): a scale for each output of a
+  weight and, found anew in each forward, for each row of activations. Smaller and faster.
+- `float8` is the same in float8_e4m3fn for GPUs whose matrix units have it.
+
+A row's scale is its own, so under the last two a text's vector does not depend on its batch-mates.
+Shapes: T rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,19 +22,120 @@ from torch import Tensor, nn
 
 from model.errors import UnsupportedError
 
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
 _CHUNK = 1 << 20  # weights that are quantized at a time
 OUTLIER_THRESHOLD = 6.0
 """Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
+_INT8_MAX, _FLOAT8_MAX = 127.0, 448.0
+_BLOCK = 64  # rows of activations that are quantized at a time: they stay in the cache
 
 
-def check(quantization: str) -> None:
-    """Raise UnsupportedError when `quantization` cannot be had here."""
+def check(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UnsupportedError when `quantization` cannot be had on `device` in `dtype`."""
     if quantization not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)
         raise UnsupportedError(f"unknown quantization {quantization!r}; known: {known}")
     if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedError("int8 needs bitsandbytes: pip install bitsandbytes")
+    if quantization == "int8-dynamic":
+        if device.type != "cpu":
+            raise UnsupportedError("int8-dynamic is for CPUs: take float8 or int8 on a GPU")
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            raise UnsupportedError("int8-dynamic needs a torch that was built with oneDNN")
+    if quantization == "float8":
+        fits = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        if not fits or dtype != torch.bfloat16:
+            raise UnsupportedError(
+                "float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or later, and "
+                f"bfloat16; this is {str(dtype).removeprefix('torch.')} on {device}"
+            )
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer whose weight [I, O] is 8 bit, with a scale for each output [O]; no bias."""
+
+    store: torch.dtype
+    most: float
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = torch.empty(out_features, in_features, dtype=self.store)
+        self.weight = nn.Parameter(weight.T, requires_grad=False)
+        scales = torch.empty(out_features, dtype=torch.float32)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> [T, O] in x's dtype."""
+        values, scales = quantize_rows(x, self.store, self.most)
+        return self._product(values, scales, x.dtype)
+
+    def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def laid_out(cls, values: Tensor) -> Tensor:
+        """values [O, I] in the layout that `_product` wants, [I, O]."""
+        return values.T
+
+
+class Int8DynamicLinear(ScaledLinear):
+    """Products by oneDNN, whose kernel also scales the outputs; the weight lies as it wants it.
+
+    (`torch._int_mm` takes 1.2 to 2.3 times as long, before its int32 result has been scaled.)
+    """
+
+    store, most = torch.int8, _INT8_MAX
+
+    def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        if values.device.type == "meta":  # shapes and FLOPs only
+            return torch._int_mm(values, self.weight).to(dtype)
+        zeros = torch.zeros(self.out_features, dtype=torch.int64)
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, 0, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+        )
+        return out.mul_(scales)
+
+    @classmethod
+    def laid_out(cls, values: Tensor) -> Tensor:
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(values, None)
+        return packed
+
+
+class Float8Linear(ScaledLinear):
+    """Products by cuBLAS or CUTLASS with a scale for each row and each column."""
+
+    store, most = torch.float8_e4m3fn, _FLOAT8_MAX
+
+    def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch._scaled_mm(
+            values, self.weight, scale_a=scales.float(), scale_b=self.scales[None], out_dtype=dtype
+        )
+
+
+_LAYERS: dict[str, type[ScaledLinear]] = {
+    "int8-dynamic": Int8DynamicLinear,
+    "float8": Float8Linear,
+}
+
+
+def quantize_rows(x: Tensor, store: torch.dtype, most: float) -> tuple[Tensor, Tensor]:
+    """x [T, I] -> (8-bit values [T, I], scales [T, 1] in x's dtype): x is about values * scales."""
+    # Two reductions: each is three times as fast as one of |x|, which has to be stored first.
+    largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
+    # Rounded to x's dtype first, so that what is multiplied back is what was divided by. In
+    # bfloat16 that may make the largest value 127.25, which still rounds to 127.
+    scales = largest.div_(most).clamp_min_(torch.finfo(x.dtype).tiny)
+    inverse = 1 / scales.float()
+    if x.device.type != "cpu":
+        scaled = x * inverse
+        return (scaled.round_() if store == torch.int8 else scaled).to(store), scales
+    values = torch.empty(x.shape, dtype=store)
+    for start in range(0, len(x), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        scaled = x[rows].float() * inverse[rows]
+        values[rows] = scaled.round_() if store == torch.int8 else scaled
+    return values, scales
 
 
 def _bitsandbytes() -> Any:
@@ -39,48 +146,76 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def replace_linears(module: nn.Module) -> None:
-    """Put an int8 layer in the place of each nn.Linear below `module`, values not yet set."""
-    linear_class = _bitsandbytes().nn.Linear8bitLt
+def replace_linears(module: nn.Module, quantization: str) -> None:
+    """Put an 8-bit layer in the place of each nn.Linear below `module`, values not yet set.
+
+    The backbone's have no bias, and neither have these.
+    """
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                layer = linear_class(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    has_fp16_weights=False,
-                    threshold=OUTLIER_THRESHOLD,
-                    device=child.weight.device,
-                )
-                layer.weight = quantize(
-                    [child.weight.detach()], child.out_features, child.weight.device
-                )
-                setattr(parent, name, layer)
+                setattr(parent, name, _empty_layer(child, quantization))
+
+
+def _empty_layer(linear: nn.Linear, quantization: str) -> nn.Module:
+    device = linear.weight.device
+    if quantization != "int8":
+        with device:
+            return _LAYERS[quantization](linear.in_features, linear.out_features)
+    layer: nn.Module = _bitsandbytes().nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=OUTLIER_THRESHOLD,
+        device=device,
+    )
+    layer.weight = quantize([linear.weight.detach()], linear.out_features, device)["weight"]
+    return layer
 
 
 def is_quantized(module: nn.Module) -> bool:
-    return type(module).__name__ == "Linear8bitLt"
+    return isinstance(module, ScaledLinear) or type(module).__name__ == "Linear8bitLt"
 
 
-def quantize(parts: Iterable[Tensor], out_features: int, device: torch.device) -> nn.Parameter:
-    """`parts` [rows, in], stacked to [out_features, in], as an int8 parameter on `device`.
+def parameters_of(
+    layer: nn.Module, parts: Iterable[Tensor], rows: int, device: torch.device
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """`parts`, stacked to [rows, I], as the parameters of an 8-bit `layer` on `device`."""
+    if not isinstance(layer, ScaledLinear):
+        yield from quantize(parts, rows, device).items()
+        return
+    values = torch.empty(rows, layer.in_features, dtype=layer.store, device=device)
+    scales = torch.empty(rows, device=device)
+    for place, chunk in _chunks(parts, device):
+        values[place], chunk_scales = quantize_rows(chunk.float(), layer.store, layer.most)
+        scales[place] = chunk_scales[:, 0]
+    yield "weight", nn.Parameter(layer.laid_out(values), requires_grad=False)
+    yield "scales", nn.Parameter(scales, requires_grad=False)
 
-    Each row has its own scale, so it goes a few rows at a time, and what it needs beside the
-    result stays small.
-    """
-    bitsandbytes = _bitsandbytes()
-    values, scales, row = torch.empty(0), torch.empty(out_features, device=device), 0
+
+def _chunks(parts: Iterable[Tensor], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time, on `device`, so that what is needed beside the result stays small."""
+    row = 0
     for part in parts:
-        if not row:
-            values = torch.empty(out_features, part.shape[1], dtype=torch.int8, device=device)
         for chunk in torch.split(part, max(1, _CHUNK // part.shape[1])):
-            half = chunk.to(device=device, dtype=torch.float16)
-            rows = slice(row, row + len(chunk))
-            values[rows], scales[rows], _ = bitsandbytes.functional.int8_vectorwise_quant(half)
-            row = rows.stop
-    assert row == out_features, (row, out_features)
+            yield slice(row, row + len(chunk)), chunk.to(device)
+            row += len(chunk)
+
+
+def quantize(
+    parts: Iterable[Tensor], out_features: int, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """`parts` [rows, I], stacked to [out_features, I], as LLM.int8's parameter on `device`."""
+    bitsandbytes = _bitsandbytes()
+    values, scales = torch.empty(0), torch.empty(out_features, device=device)
+    for rows, chunk in _chunks(parts, device):
+        if not rows.start:
+            values = torch.empty(out_features, chunk.shape[1], dtype=torch.int8, device=device)
+        half = chunk.to(torch.float16)
+        values[rows], scales[rows], _ = bitsandbytes.functional.int8_vectorwise_quant(half)
+    assert rows.stop == out_features, (rows, out_features)
     parameter: nn.Parameter = bitsandbytes.nn.Int8Params(
         values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
     )
-    return parameter
+    return {"weight": parameter}

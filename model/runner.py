@@ -80,6 +80,7 @@ class ModelRunner:
         """CUDA: the longest sequence, then a full batch, so that memory is claimed and kernels
         are chosen before the first request. CPU: one short batch."""
         if self.device.type != "cuda":
+            host.keep_freed_memory()
             self.embed([_ramp(8)])
             return
         options = self._options

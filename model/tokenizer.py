@@ -127,9 +127,11 @@ class NVEmbedTokenizer:
                 prompts.append(self._clip(instruction + text, instruction, max_tokens, truncate))
             except InputTooLongError as error:
                 prompts.append(error)
-        encoded = iter(
-            self._tokenizer.encode_batch_fast([p for p in prompts if isinstance(p, str)])
-        )
+        whole = [p for p in prompts if isinstance(p, str)]
+        if len(whole) == 1:  # waking the library's threads takes longer than the text
+            encoded = iter([self._tokenizer.encode(whole[0])])
+        else:
+            encoded = iter(self._tokenizer.encode_batch_fast(whole))
         start = self.pool_start(instruction) if any(isinstance(p, str) for p in prompts) else 0
         for prompt in prompts:
             try:

@@ -44,7 +44,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     config = NVEmbedConfig.from_dir(source.path)
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device, config)
-    check_quantization(arguments.quantization)
+    check_quantization(arguments.quantization, device, dtype)
     golden = arguments.golden
     if golden is None and (source.path / "golden.json").is_file():
         golden = source.path / "golden.json"

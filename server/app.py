@@ -12,6 +12,7 @@ from typing import Any, cast
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,9 +26,10 @@ from server.middleware import (
     OPEN_PATHS,
     Gate,
     RequestRecord,
+    ShortCut,
     error_response,
 )
-from server.routes import ClientGoneError, create_router
+from server.routes import EMBEDDINGS_PATHS, ClientGoneError, create_router
 from server.settings import Settings
 
 TITLE = "NV-Embed server"
@@ -46,12 +48,23 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs else None,
     )
-    app.include_router(create_router(engine, settings))
-    app.add_exception_handler(ServerError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(ClientGoneError, _answer_nobody)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    router = create_router(engine, settings)
+    app.include_router(router)
+    refusals = {
+        ServerError: _answer_error,
+        HTTPException: _answer_http_exception,
+        ClientGoneError: _answer_nobody,
+        ClientDisconnect: _answer_nobody,
+    }
+    for error, handler in refusals.items():
+        app.add_exception_handler(error, handler)
     # The last one added is the outermost.
+    endpoints = {
+        ("POST", route.path): route.endpoint
+        for route in router.routes
+        if isinstance(route, APIRoute) and route.path in EMBEDDINGS_PATHS
+    }
+    app.add_middleware(ShortCut, endpoints=endpoints, refusals=refusals)
     open_paths = OPEN_PATHS - ({"/metrics"} if settings.metrics_need_key else set())
     app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
     if settings.cors_origin:

@@ -28,6 +28,7 @@ from server.metrics import Metrics
 from server.quarantine import Quarantine
 from server.request_queue import Entry, QueuedRequest, RequestQueue
 from server.supervisor import Worker
+from server.vector_cache import VectorCache
 from server.worker import Fault
 
 logger = logging.getLogger("nv_embed.batcher")
@@ -70,20 +71,28 @@ class Answer:
 
 @dataclass(slots=True)
 class _Batch:
-    entries: list[Entry[Answer]]
+    rows: dict[bytes, list[Entry[Answer]]]  # key -> the equal inputs that its row answers
     tokens: int
     handed_over: float
     patience: float  # seconds until its worker counts as hung
     watch: asyncio.TimerHandle  # kills the worker when no answer comes
 
+    @property
+    def entries(self) -> list[Entry[Answer]]:
+        return [entry for equal in self.rows.values() for entry in equal]
+
 
 class Batcher:
     """See the module. Implements `WorkerEvents`; every method runs on the event loop."""
 
-    def __init__(self, metrics: Metrics, *, hang_timeout: float = 60.0) -> None:
-        """hang_timeout: seconds without an answer, at least, after which a worker is killed."""
+    def __init__(
+        self, metrics: Metrics, *, hang_timeout: float = 60.0, cache_bytes: int = 0
+    ) -> None:
+        """hang_timeout: seconds without an answer, at least, after which a worker is killed.
+        cache_bytes: how much is kept of what was computed."""
         self.queue: RequestQueue[Answer] = RequestQueue()
         self.workers: list[Worker] = []
+        self.cache = VectorCache(cache_bytes)
         self._metrics = metrics
         self._out: dict[Worker, dict[int, _Batch]] = {}
         self._batch_ids = 0
@@ -91,6 +100,7 @@ class Batcher:
         self._tokens_per_s = 0.0
         self._hang_timeout = hang_timeout
         self._quarantine = Quarantine()
+        self._at_work: dict[bytes, _Batch] = {}
 
     # Requests
 
@@ -105,12 +115,23 @@ class Batcher:
         culprit = self._quarantine.first_culprit(encodings, now)
         if culprit is not None:
             raise _deadly(culprit)
+        known = self._cached(encodings) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, Answer(len(encodings)), deadline=deadline, arrived=now
+            encodings, Answer(len(encodings)), deadline=deadline, arrived=now, but=known
         )
-        self.queue.append(request)
-        self._schedule()
+        for index, row in known.items():
+            request.waiter.set_row(index, row)
+        if request.waiting:
+            self.queue.append(request)
+            self._schedule()
         return request
+
+    def _cached(self, encodings: Sequence[Encoding]) -> dict[int, NDArray[np.float32]]:
+        rows = {i: self.cache.get(encoding.key) for i, encoding in enumerate(encodings)}
+        known = {index: row for index, row in rows.items() if row is not None}
+        self._metrics.cache_hits.inc(len(known))
+        self._metrics.cache_misses.inc(len(rows) - len(known))
+        return known
 
     def drop(self, request: QueuedRequest[Answer]) -> None:
         """Nobody wants the answer any more: free what waits; rows already out are ignored."""
@@ -163,7 +184,7 @@ class Batcher:
         self._metrics.worker_deaths.inc()
         batches = list(self._out.pop(worker).values())
         for batch in batches:
-            batch.watch.cancel()
+            self._end(batch)
         if batches:
             self._blame(batches[0])  # the others waited behind it
         # The oldest batch goes back last, so that it comes first.
@@ -180,12 +201,15 @@ class Batcher:
     ) -> None:
         batch = self._take_back(worker, batch_id)
         self._measure(batch)
-        for index, fault in faults.items():
-            entry = batch.entries[index]
-            self._fail(entry.request, _fault_error(fault, entry))
-        for entry, row in zip(batch.entries, rows, strict=True):
-            if not entry.request.waiter.done:
-                entry.request.waiter.set_row(entry.index, row)
+        for index, (row, (key, equal)) in enumerate(zip(rows, batch.rows.items(), strict=True)):
+            fault = faults.get(index)
+            if fault is None:
+                self.cache.put(key, row)
+            for entry in equal:
+                if fault is not None:
+                    self._fail(entry.request, _fault_error(fault, entry))
+                elif not entry.request.waiter.done:
+                    entry.request.waiter.set_row(entry.index, row)
         self._schedule()
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
@@ -220,27 +244,43 @@ class Batcher:
 
     def _hand_over(self, worker: Worker) -> None:
         now = time.monotonic()
-        entries, expired = self.queue.next_batch(worker.limits, now)
+        taken, expired = self.queue.next_batch(worker.limits, now, self._at_work.keys())
         for request in expired:
             self._metrics.expired.inc()
             self._fail(request, DeadlineExceededError("the deadline passed while inputs waited"))
-        if not entries:
+        for entry in taken:
+            self._metrics.queue_seconds.observe(now - entry.request.arrived)
+        rows: dict[bytes, list[Entry[Answer]]] = {}
+        for entry in taken:
+            key = entry.encoding.key
+            running = None if entry.alone else self._at_work.get(key)
+            (rows if running is None else running.rows).setdefault(key, []).append(entry)
+        self._metrics.shared_inputs.inc(len(taken) - len(rows))
+        if not rows:
             return
         self._batch_ids = (self._batch_ids + 1) % (1 << 32)
-        tokens = sum(len(entry) for entry in entries)
+        encodings = [equal[0].encoding for equal in rows.values()]
+        tokens = sum(map(len, encodings))
         patience = self._patience(worker, tokens)
         watch = asyncio.get_running_loop().call_later(patience, self._hung, worker)
-        self._out[worker][self._batch_ids] = _Batch(entries, tokens, now, patience, watch)
-        worker.send(self._batch_ids, [entry.encoding for entry in entries])
-        for entry in entries:
-            self._metrics.queue_seconds.observe(now - entry.request.arrived)
+        batch = _Batch(rows, tokens, now, patience, watch)
+        self._out[worker][self._batch_ids] = batch
+        self._at_work.update(dict.fromkeys(rows, batch))
+        worker.send(self._batch_ids, encodings)
         self._metrics.batch_tokens.observe(tokens)
-        self._metrics.batch_inputs.observe(len(entries))
+        self._metrics.batch_inputs.observe(len(encodings))
 
     def _take_back(self, worker: Worker, batch_id: int) -> _Batch:
         batch = self._out[worker].pop(batch_id)
-        batch.watch.cancel()
+        self._end(batch)
         return batch
+
+    def _end(self, batch: _Batch) -> None:
+        """No answer to this batch is awaited any more."""
+        batch.watch.cancel()
+        for key in batch.rows:
+            if self._at_work.get(key) is batch:
+                del self._at_work[key]
 
     def _patience(self, worker: Worker, tokens: int) -> float:
         """Seconds that an answer may take: ten times what the measured rate predicts for all

@@ -165,7 +165,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="use the local cache only")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="none", help="none or int8")
+    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
     parser.add_argument("--attention", default="auto", help="auto or a kernel's name")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
@@ -416,6 +416,7 @@ def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--url", help="address of a running server, for instance http://host:8000")
     parser.add_argument("--api-key", help="of the server at --url [NV_EMBED_API_KEY]")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--max-tokens",

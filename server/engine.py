@@ -56,7 +56,9 @@ class EmbeddingEngine:
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
         self._tokenizer = InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
-        self._batcher = Batcher(self.metrics, hang_timeout=settings.hang_timeout)
+        self._batcher = Batcher(
+            self.metrics, hang_timeout=settings.hang_timeout, cache_bytes=settings.cache_bytes
+        )
         base = RunnerOptions(
             path=str(source.path),
             dtype=settings.dtype,
@@ -90,6 +92,7 @@ class EmbeddingEngine:
             queued_inputs=lambda: queue.num_entries,
             queued_tokens=lambda: queue.num_tokens,
             workers_ready=lambda: len(self._batcher.workers),
+            cache_bytes=lambda: self._batcher.cache.used,
         )
 
     def _input_limit(self, settings: Settings) -> int:

@@ -96,6 +96,7 @@ def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Conf
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nobody asks for the client's address
         http=limited(_protocol_limits(settings), engine.metrics.count_refusal),
         ws="none",
         ssl_certfile=settings.tls_certificate,

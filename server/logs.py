@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
@@ -37,8 +38,12 @@ def _extra(record: logging.LogRecord) -> dict[str, object]:
 
 
 def _timestamp(seconds: float) -> str:
-    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
-    return f"{whole}.{int(seconds % 1 * 1000):03}Z"
+    return f"{_whole_second(int(seconds))}.{int(seconds % 1 * 1000):03}Z"
+
+
+@functools.lru_cache(maxsize=1)
+def _whole_second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def configure(log_format: str, level: str) -> None:
@@ -48,3 +53,7 @@ def configure(log_format: str, level: str) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("nv_embed").setLevel(level.upper())
     logging.captureWarnings(True)
+    # Looked up for each record otherwise, and shown in no line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if sys.version_info >= (3, 12):
+        logging.logAsyncioTasks = False

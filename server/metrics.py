@@ -62,6 +62,15 @@ class Metrics:
         self.rejected = self._counter(
             "nv_embed_rejected_requests", "Requests refused because the queue was full"
         )
+        self.shared_inputs = self._counter(
+            "nv_embed_shared_inputs", "Inputs that got the vector of an equal one in flight"
+        )
+        self.cache_hits = self._counter(
+            "nv_embed_cache_hits", "Inputs whose vector was in the cache (--cache-bytes)"
+        )
+        self.cache_misses = self._counter(
+            "nv_embed_cache_misses", "Inputs that were looked up in the cache in vain"
+        )
         self.worker_deaths = self._counter(
             "nv_embed_worker_deaths", "Engine workers that died and were replaced"
         )
@@ -78,6 +87,7 @@ class Metrics:
         queued_inputs: Callable[[], float],
         queued_tokens: Callable[[], float],
         workers_ready: Callable[[], float],
+        cache_bytes: Callable[[], float],
     ) -> None:
         """Gauges that are read when they are scraped."""
         for name, text, read in (
@@ -91,6 +101,7 @@ class Metrics:
                 "Tasks of the event loop; one that only grows is a leak",
                 lambda: len(asyncio.all_tasks()),
             ),
+            ("nv_embed_cache_bytes", "Bytes of vectors held by the cache", cache_bytes),
             # The names that existing autoscaling recipes watch.
             ("vllm:num_requests_waiting", "As nv_embed_waiting_requests", waiting_requests),
             ("vllm:num_requests_running", "As nv_embed_running_requests", running_requests),

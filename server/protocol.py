@@ -2,7 +2,7 @@
 
 Too many or too large headers get a 431, slow senders a 408, unparsable bytes a 400, connections
 beyond the cap a 503, all in the one envelope; a client that does not read is cut off. Knows
-nothing of routes.
+nothing of routes. `scope["disconnected"]` is a future that is done when the client has gone.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop(self._read_timer)
         self._stop(self._write_timer)
-        if self._running is not None:
-            # uvicorn tells the newest request; with pipelining, that is not the one that runs.
-            self._running.disconnected = True
-            self._running.message_event.set()
+        # uvicorn tells the newest request; with pipelining, that is not the one that runs.
+        for cycle in (self._running, self.cycle):
+            self._tell(cycle)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -92,6 +91,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        # Whoever works on the request and does not read need not have a task that only listens.
+        self.scope["disconnected"] = self.loop.create_future()  # type: ignore[typeddict-unknown-key]
         self._in_head, self._head_bytes, self._line_bytes, self._excess = True, 0, 0, False
         self._time_reading(self.limits.header_timeout)
 
@@ -175,10 +176,19 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.write(f"{status}{head}\r\n".encode() + body)
         if self.cycle is not None and not self.cycle.response_complete:
             # Whoever waits for the rest of this request is told that its client has gone.
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self._tell(self.cycle)
         self.loop.call_later(_LINGER_S, self.transport.close)
         type(self).on_refusal(error.status)
+
+    @staticmethod
+    def _tell(cycle: RequestResponseCycle | None) -> None:
+        """The client of this request has gone."""
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            disconnected = cycle.scope["disconnected"]  # type: ignore[typeddict-item]
+            if not disconnected.done():
+                disconnected.set_result(None)
 
     @staticmethod
     def _stop(timer: asyncio.TimerHandle | None) -> None:

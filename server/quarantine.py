@@ -53,5 +53,4 @@ class Quarantine:
 
 
 def _hash(encoding: Encoding) -> bytes:
-    start = encoding.pool_start.to_bytes(4, "little")
-    return hashlib.blake2b(encoding.ids.tobytes() + start, digest_size=16).digest()
+    return hashlib.blake2b(encoding.key, digest_size=16).digest()

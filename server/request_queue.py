@@ -7,7 +7,7 @@ at a time, so that one query never waits behind a request of 2,048 inputs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -53,9 +53,13 @@ class QueuedRequest(Generic[Waiter]):
         *,
         deadline: float = float("inf"),
         arrived: float = 0.0,
+        but: Collection[int] = (),
     ) -> QueuedRequest[Waiter]:
+        """but: indices of encodings whose vectors are known already."""
         request = cls(waiter, deadline, arrived)
-        request.waiting.extend(Entry(e, i, request) for i, e in enumerate(encodings))
+        request.waiting.extend(
+            Entry(e, i, request) for i, e in enumerate(encodings) if i not in but
+        )
         return request
 
 
@@ -115,7 +119,7 @@ class RequestQueue(Generic[Waiter]):
         return self.num_tokens >= limits.max_tokens or self.num_entries >= limits.max_seqs
 
     def next_batch(
-        self, limits: BatchLimits, now: float
+        self, limits: BatchLimits, now: float, at_work: Collection[bytes] = ()
     ) -> tuple[list[Entry[Waiter]], list[QueuedRequest[Waiter]]]:
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
@@ -123,27 +127,37 @@ class RequestQueue(Generic[Waiter]):
         One entry of each request in turn, while they fit. A request whose next entry does not
         fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
         than a whole batch runs alone, and so does one that is marked so.
+
+        Of equal inputs (`Encoding.key`) the first alone counts against the limits, and those that
+        equal one in `at_work` don't: they come along, since they cost nothing.
         """
         batch: list[Entry[Waiter]] = []
         expired: list[QueuedRequest[Waiter]] = []
         passed_over: list[QueuedRequest[Waiter]] = []
+        seen: set[bytes] = set()
         tokens = 0
-        while self._turns and len(batch) < limits.max_seqs and tokens < limits.max_tokens:
+        while self._turns and len(seen) < limits.max_seqs and tokens < limits.max_tokens:
             request = self._turns.popleft()
             if request.deadline <= now:
                 self._drop(request)
                 expired.append(request)
                 continue
             following = request.waiting[0]
-            fits = tokens + len(following) <= limits.max_tokens and not following.alone
-            if batch and not fits:
+            key = following.encoding.key
+            cost = 0 if key in seen or key in at_work else len(following)
+            fits = not cost or tokens + cost <= limits.max_tokens
+            if following.alone:
+                cost, fits = len(following), False
+            if seen and not fits:
                 passed_over.append(request)
                 if len(passed_over) == _LOOK_AHEAD:
                     break
                 continue
             entry = request.waiting.popleft()
             batch.append(entry)
-            tokens += len(entry)
+            tokens += cost
+            if cost:
+                seen.add(key)
             if request.waiting:
                 self._turns.append(request)
             else:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +30,7 @@ from server.inputs import Tokenization, tokenization_of
 from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
+EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
@@ -89,7 +90,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         as_base64 = wire.encoding_format == "base64"
         values = len(inputs) * engine.config.hidden_size
         _hold(request, values * (_BASE64_BYTES if as_base64 else _FLOAT_BYTES))
-        async with _cancelled_on_disconnect(request):
+        with _cancelled_on_disconnect(request):
             vectors, tokens = await engine.embed(inputs, how, deadline=arrived + _patience(request))
         request.scope["log"].update(inputs=len(inputs), tokens=tokens)
         body = serialize.embeddings_body(
@@ -101,7 +102,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         )
         return _DrainedResponse(body, media_type="application/json")
 
-    for path in ("/v1/embeddings", "/embeddings"):
+    for path in EMBEDDINGS_PATHS:
         router.add_api_route(
             path,
             create_embeddings,
@@ -352,21 +353,25 @@ def _patience(request: Request) -> float:
     return math.inf
 
 
-@asynccontextmanager
-async def _cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
-    """Cancel the block when the client goes away, and raise ClientGoneError in its place."""
+@contextmanager
+def _cancelled_on_disconnect(request: Request) -> Iterator[None]:
+    """Cancel the block when the client goes away, and raise ClientGoneError in its place.
+
+    Only `server.protocol` tells of that; under another HTTP server the block runs to its end.
+    """
     task = asyncio.current_task()
     assert task is not None
-    gone = False
+    disconnected: asyncio.Future[None] | None = request.scope.get("disconnected")
+    inside, gone = True, False
 
-    async def watch() -> None:
+    def leave(_: asyncio.Future[None]) -> None:
         nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
+        if inside:  # the block may have ended since this was scheduled
+            gone = True
+            task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    if disconnected is not None:
+        disconnected.add_done_callback(leave)
     try:
         yield
     except asyncio.CancelledError:
@@ -374,4 +379,6 @@ async def _cancelled_on_disconnect(request: Request) -> AsyncIterator[None]:
             raise ClientGoneError from None
         raise
     finally:
-        watcher.cancel()
+        inside = False
+        if disconnected is not None:
+            disconnected.remove_done_callback(leave)

@@ -90,8 +90,11 @@ class Settings(BaseModel):
         "auto",
         description="working type; auto: bfloat16 on GPUs and on CPUs with AMX, else float32",
     )
-    quantization: Literal["none", "int8"] = Field(
-        "none", description="int8: LLM.int8 weights through bitsandbytes; saves memory, not time"
+    quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
+        "none",
+        description="8-bit weights. int8-dynamic: 8-bit products on the CPU, smaller and faster; "
+        "float8: the same on GPUs (Ada, Hopper); int8: LLM.int8 through bitsandbytes, saves "
+        "memory, not time",
     )
     attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
         "auto", description="attention kernel; auto: the best that runs on the device"
@@ -120,6 +123,12 @@ class Settings(BaseModel):
         1_000_000,
         ge=1,
         description="tokens that may wait; beyond it requests get 429 and Retry-After",
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory for vectors of inputs seen before, by their exact ids; 0: none. How "
+        "fast an answer comes then tells a client whether somebody asked for the same",
     )
     truncate: Truncation = Field(
         Truncation.NONE,

@@ -5,7 +5,7 @@ The golden checkpoint is the one that the authors' own code ran to give tests/go
 Its weights are random, drawn per tensor name; its tokenizer is the official one, remade from
 the identical pieces in mistral-common's tokenizer.model.v1.
 
-    python -m tests.checkpoints DIR [--size golden|wide]
+    python -m tests.checkpoints DIR [--size golden|wide|trunk]
 """
 
 from __future__ import annotations
@@ -46,6 +46,17 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
             "intermediate_size": 1536,
         },
         "latent": {"num_latents_value": 64, "num_cross_heads": 8, "cross_dim_head": 512},
+    },
+    # The benchmarks': 109 M parameters in the backbone, the official pooler's slots.
+    "trunk": {
+        "text": {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 3,
+            "intermediate_size": 2432,
+        },
+        "latent": {"num_latents_value": 512, "num_cross_heads": 8, "cross_dim_head": 768},
     },
 }
 

@@ -46,6 +46,7 @@ SERVER = [
     "byte_budget",
     "request_queue",
     "quarantine",
+    "vector_cache",
     "worker",
     "supervisor",
     "batcher",

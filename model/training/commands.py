@@ -153,7 +153,12 @@ def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
     from model.encoder import Encoder
     from model.tokenizer import Truncation
 
-    encoder = Encoder(arguments.model, dtype=arguments.dtype, threads=arguments.threads)
+    encoder = Encoder(
+        arguments.model,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        threads=arguments.threads,
+    )
     return lambda texts, instruction: encoder.encode(
         texts, instruction, max_tokens=arguments.max_tokens, truncate=Truncation.END
     )

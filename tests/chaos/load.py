@@ -19,9 +19,12 @@ from typing import Any, cast
 
 import httptools
 import numpy as np
+import orjson
 import uvloop
 
+from model.tokenizer import NVEmbedTokenizer
 from tests.server.processes import ROOT, ServerProcess
+from tests.server.runners import vector_of
 
 PROBE = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 METRICS = PROBE.replace(b"livez", b"metrics")
@@ -113,12 +116,15 @@ class Connection(asyncio.Protocol):
 
 @dataclass
 class Load:
-    """What to do to a server. `rate` in requests a second; 0: each connection asks again as soon
-    as it has its answer."""
+    """What to do to a server that runs one of `tests.server.runners`. `rate` in requests a second;
+    0: each connection asks again as soon as it has its answer. A number is put before each text, so
+    that no two are equal: equal ones in flight are computed once."""
 
     host: str
     port: int
-    bodies: list[str]
+    checkpoint: str  # whose tokenizer tells which vectors are right
+    texts: list[list[str]]  # of each request, in turn
+    model: str
     seconds: float
     settle: float = 1.0  # seconds at the start that count for nothing
     rate: float = 0.0
@@ -129,7 +135,7 @@ class Load:
 @dataclass
 class _Seen:
     statuses: Counter[int] = field(default_factory=Counter)
-    wrong: int = 0  # 200s that differ from the answer in quiet
+    answers: list[tuple[int, bytes]] = field(default_factory=list)  # request's number, body
     bad_refusals: int = 0  # 429s without both headers
     refusal_s: list[float] = field(default_factory=list)
     answer_s: list[float] = field(default_factory=list)
@@ -142,13 +148,11 @@ class Loader:
 
     def __init__(self, load: Load) -> None:
         self._load, self._seen = load, _Seen()
-        self._requests = [post(body.encode()) for body in load.bodies]
         self._idle: list[Connection] = []
         self._from = 0.0
 
     async def run(self) -> dict[str, Any]:
         load = self._load
-        self._right = [(await self._exchange(request)).body for request in self._requests]
         begin = time.monotonic()
         self._from, until = begin + load.settle, begin + load.seconds
         counting = asyncio.create_task(self._count_inputs(until))
@@ -179,13 +183,13 @@ class Loader:
         return answer
 
     async def _ask(self, index: int) -> None:
-        index %= len(self._requests)
-        answer = await self._exchange(self._requests[index])
+        body = json.dumps({"model": self._load.model, "input": self._inputs(index)})
+        answer = await self._exchange(post(body.encode()))
         seen = self._seen
         seen.statuses[answer.status] += 1
         if answer.status == 200:
             seen.answer_s.append(answer.seconds)
-            seen.wrong += answer.body != self._right[index]
+            seen.answers.append((index, answer.body))
         elif answer.status == 429:
             if time.monotonic() >= self._from:
                 seen.refusal_s.append(answer.seconds)
@@ -195,6 +199,24 @@ class Loader:
                 and headers.get(b"retry-after-ms", b"").isdigit()
                 and json.loads(answer.body)["error"]["code"] == "rate_limit_exceeded"
             )
+
+    def _inputs(self, index: int) -> list[str]:
+        """The texts of request number `index`; all numbers have the same count of digits."""
+        texts = self._load.texts
+        return [f"{1_000_000 + index} {text}" for text in texts[index % len(texts)]]
+
+    def _wrong(self) -> int:
+        """Answers that are not the vectors of their own texts."""
+        tokenizer = NVEmbedTokenizer.from_dir(Path(self._load.checkpoint))
+        wrong = 0
+        for index, body in self._seen.answers:
+            found = [item["embedding"] for item in orjson.loads(body)["data"]]
+            expected = [
+                vector_of(tokenizer.encode(text, max_tokens=2**15).ids)
+                for text in self._inputs(index)
+            ]
+            wrong += np.shape(found) != np.shape(expected) or not np.allclose(found, expected)
+        return wrong
 
     async def _closed_loop(self, index: int, until: float) -> None:
         while time.monotonic() < until:
@@ -240,7 +262,7 @@ class Loader:
         seen, seconds = self._seen, self._load.seconds - self._load.settle
         return {
             "statuses": {str(status): count for status, count in seen.statuses.items()},
-            "wrong": seen.wrong,
+            "wrong": self._wrong(),
             "bad_refusals": seen.bad_refusals,
             "sent_per_s": round(len(seen.late_s) / seconds, 1),
             **{

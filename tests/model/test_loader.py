@@ -187,7 +187,13 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quantize"), [("bfloat16", "none"), ("float32", "none"), ("bfloat16", "int8")]
+    ("dtype", "quantize"),
+    [
+        ("bfloat16", "none"),
+        ("float32", "none"),
+        ("bfloat16", "int8"),
+        ("bfloat16", "int8-dynamic"),
+    ],
 )
 def test_loading_holds_one_copy(large_checkpoint: Path, dtype: str, quantize: str) -> None:
     """Peak anonymous memory while loading, beside the weights that are kept."""

@@ -19,13 +19,16 @@ from tests.checkpoints import golden_cases
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
+@pytest.mark.parametrize("how", ["int8", "int8-dynamic"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["golden", "wide"])
-def test_int8_keeps_the_direction(size: str, dtype: str, request: pytest.FixtureRequest) -> None:
+def test_8_bits_keep_the_direction(
+    size: str, dtype: str, how: str, request: pytest.FixtureRequest
+) -> None:
     folder: Path = request.getfixturevalue(f"{size}_checkpoint")
     exact = Encoder(folder, device="cpu", dtype="float32")
-    int8 = Encoder(folder, device="cpu", dtype=dtype, quantization="int8")
-    assert int8.runner.info.quantization == "int8"
+    int8 = Encoder(folder, device="cpu", dtype=dtype, quantization=how)
+    assert int8.runner.info.quantization == how
     for case in golden_cases()[:4]:
         cosines = np.sum(
             exact.encode(case["texts"], case["instruction"])
@@ -35,22 +38,24 @@ def test_int8_keeps_the_direction(size: str, dtype: str, request: pytest.Fixture
         assert cosines.min() >= 0.99, (case["name"], cosines)
 
 
-def test_int8_weights_are_int8(wide_checkpoint: Path) -> None:
+@pytest.mark.parametrize("how", ["int8", "int8-dynamic"])
+def test_int8_weights_are_int8(wide_checkpoint: Path, how: str) -> None:
     config = NVEmbedConfig.from_dir(wide_checkpoint)
-    model = load_model(wide_checkpoint, config, device=CPU, dtype=torch.bfloat16, quantize="int8")
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    model = load_model(wide_checkpoint, config, device=CPU, dtype=torch.bfloat16, quantize=how)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if "scales" not in name}
     linears = {n for n in dtypes if n.startswith("backbone.layers.") and "proj" in n}
     assert len(linears) == 4 * config.num_hidden_layers + 1  # the last layer's q stands apart
     assert {dtypes[name] for name in linears} == {torch.int8}
     assert {dtypes[name] for name in dtypes.keys() - linears} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
 @pytest.mark.parametrize("kernel", ["varlen", "padded"])
-def test_the_cuda_branch_with_int8_on_meta_tensors(
-    golden_config: NVEmbedConfig, kernel: str
+def test_the_cuda_branch_with_8_bits_on_meta_tensors(
+    golden_config: NVEmbedConfig, kernel: str, how: str
 ) -> None:
-    model = empty_model(golden_config, quantize="int8", dtype=torch.bfloat16)
-    for module in filter(quantization.is_quantized, model.modules()):
+    model = empty_model(golden_config, quantize=how, dtype=torch.bfloat16)
+    for module in filter(quantization.is_quantized, model.modules() if how == "int8" else ()):
         # How many columns are outliers depends on values, and meta tensors have none.
         module.state.threshold = 0.0
     _, attend = choose_kernel(kernel, META, torch.bfloat16)
@@ -62,4 +67,37 @@ def test_the_cuda_branch_with_int8_on_meta_tensors(
 
 def test_unknown_quantization() -> None:
     with pytest.raises(UnsupportedError, match="known: none, int8"):
-        quantization.check("int4")
+        quantization.check("int4", CPU, torch.float32)
+
+
+def test_8_bits_where_they_cannot_run(wide_checkpoint: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"float8 needs a GPU .* this is bfloat16 on cpu"):
+        Encoder(wide_checkpoint, device="cpu", dtype="bfloat16", quantization="float8")
+    with pytest.raises(UnsupportedError, match="for CPUs"):
+        quantization.check("int8-dynamic", torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("store", "most"), [(torch.int8, 127), (torch.float8_e4m3fn, 448)])
+def test_rows_are_quantized_by_their_own_largest_value(
+    dtype: torch.dtype, store: torch.dtype, most: float
+) -> None:
+    x = torch.randn(100, 40, generator=torch.Generator().manual_seed(1)) * 10 ** torch.linspace(
+        -2, 2, 100
+    ).unsqueeze(1)
+    x[7] = 0
+    values, scales = quantization.quantize_rows(x.to(dtype), store, most)
+    assert (values.dtype, scales.shape) == (store, (100, 1))
+    error = (values.float() * scales.float() - x).abs() / x.abs().amax(1, keepdim=True).clamp(1e-9)
+    assert error.max() < (0.01 if store == torch.int8 else 0.05)
+    assert not values[7].float().any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_dynamic_vectors_do_not_depend_on_the_batch(wide_checkpoint: Path, dtype: str) -> None:
+    """LLM.int8 bends this promise; a scale for each row does not."""
+    encoder = Encoder(wide_checkpoint, device="cpu", dtype=dtype, quantization="int8-dynamic")
+    texts = [" ".join(["word"] * n) for n in (1, 9, 40, 3)]
+    alone = np.concatenate([encoder.encode([text]) for text in texts])
+    cosines = (encoder.encode(texts) * alone).sum(axis=1)
+    assert cosines.min() >= (0.99999 if dtype == "float32" else 0.999), cosines

@@ -124,7 +124,8 @@ def test_passes_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFix
     assert report["versions"]["torch"] == torch.__version__
     checks = {check["name"]: check for check in report["checks"]}
     assert {name for name, check in checks.items() if check["status"] == "skipped"} == {
-        "float16 and float32"
+        "float16 and float32",
+        "float8 and float32",
     }
     assert checks["golden ids"]["got"] == 18
     card = checks["model card's example"]
@@ -238,6 +239,8 @@ def test_says_what_it_skips(golden_checkpoint: Path) -> None:
         "golden vectors": "the folder holds no golden.json, and no --golden was given",
         "model card's example": "the folder holds no model card (README.md)",
         "float16 and float32": "processors compute float16 slowly: it is for GPUs",
+        "float8 and float32": "float8 needs a GPU of compute capability 8.9 (Ada, Hopper) or "
+        "later, and bfloat16; this is bfloat16 on cpu",
     }
     assert all(check.status != "failed" for check in checks.values())
 

@@ -236,7 +236,11 @@ def test_a_full_queue_refuses_whole_requests(golden_checkpoint: Path, tmp_path: 
     """All or nothing, counted in tokens; the SDKs are told when to come back."""
     options = ("--runner", "tests.server.runners:Hashing", "--max-queued-tokens", "300000")
     env = {"FAKE_SECONDS": "0.3"}
-    bulk = {"model": "golden-embed", "input": ["word " * 145] * 2000}  # 294,000 tokens
+    # 294,000 tokens or so; all different, for equal ones are computed once.
+    bulk = {
+        "model": "golden-embed",
+        "input": [f"{number:04} " + "word " * 140 for number in range(2000)],
+    }
     with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
 
         def send_bulk() -> None:

@@ -321,3 +321,89 @@ async def test_fail_all_leaves_no_future_unresolved(batcher: Batcher) -> None:
         with pytest.raises(UnavailableError, match="over"):
             await request.waiter.future
     assert batcher.queue.num_entries == 0
+
+
+# Equal inputs
+
+
+@in_loop
+async def test_equal_inputs_of_a_batch_are_computed_once(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    requests = [batcher.submit(encodings(7, 8, 7)), batcher.submit(encodings(7))]
+    await turn()
+    assert worker.sizes == [2]
+    worker.answer()
+    rows = await requests[0].waiter.future
+    for number, row in zip((7, 8, 7), rows, strict=True):
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+    np.testing.assert_array_equal((await requests[1].waiter.future)[0], rows[0])
+    assert batcher._metrics.shared_inputs._value.get() == 2
+
+
+@in_loop
+async def test_an_input_joins_its_equal_at_work(batcher: Batcher) -> None:
+    first, second = ready(batcher), ready(batcher)
+    gone = batcher.submit(encodings(7))
+    await turn()
+    later = batcher.submit(encodings(7, 8))
+    await turn()
+    assert (first.sizes, second.sizes) == ([1], [1]), "only 8 went to the second worker"
+    batcher.drop(gone)
+    second.answer()
+    first.answer()
+    for number, row in zip((7, 8), await later.waiter.future, strict=True):
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+    again = batcher.submit(encodings(7))
+    await turn()
+    assert first.sizes == [1], "what was answered is at work no more"
+    first.answer()
+    await again.waiter.future
+
+
+@in_loop
+async def test_what_joined_a_lost_batch_is_served_again(batcher: Batcher) -> None:
+    first, second = ready(batcher), ready(batcher)
+    requests = [batcher.submit(encodings(7))]
+    await turn()
+    requests.append(batcher.submit(encodings(7)))
+    await turn()
+    first.kill()
+    await turn()
+    assert second.sizes == [1]
+    second.answer()
+    for request in requests:
+        np.testing.assert_array_equal((await request.waiter.future)[0], vector_of(encoding(7).ids))
+
+
+@in_loop
+async def test_a_fault_is_told_to_each_by_its_own_index(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    first, second = batcher.submit(encodings(7)), batcher.submit(encodings(8, 7))
+    await turn()
+    worker.answer({0: Fault.NOT_FINITE})
+    with pytest.raises(NonFiniteVectorError, match=r"input\[0\]"):
+        await first.waiter.future
+    with pytest.raises(NonFiniteVectorError, match=r"input\[1\]"):
+        await second.waiter.future
+
+
+def test_the_cache_answers_what_was_computed() -> None:
+    async def body() -> None:
+        batcher = Batcher(Metrics(), cache_bytes=10_000)
+        worker = ready(batcher)
+        first = batcher.submit(encodings(7))
+        await turn()
+        worker.answer()
+        await first.waiter.future
+        known, mixed = batcher.submit(encodings(7, 7)), batcher.submit(encodings(8, 7))
+        assert known.waiter.done, "without a worker"
+        await turn()
+        assert worker.sizes == [1]
+        worker.answer({0: Fault.NOT_FINITE})
+        with pytest.raises(NonFiniteVectorError):
+            await mixed.waiter.future
+        assert not batcher.submit(encodings(8)).waiter.done, "a fault is not kept"
+        hits, misses = batcher._metrics.cache_hits, batcher._metrics.cache_misses
+        assert (hits._value.get(), misses._value.get()) == (3, 3)
+
+    asyncio.run(body())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +14,12 @@ from server.request_queue import QueuedRequest, RequestQueue
 LIMITS = BatchLimits(max_tokens=10, max_seqs=4)
 
 
+_NUMBERS = itertools.count()
+
+
 def request(name: str, *lengths: int, deadline: float = float("inf")) -> QueuedRequest[str]:
-    encodings = [Encoding(np.ones(length, dtype=np.int32)) for length in lengths]
+    """Inputs of these lengths, no two alike."""
+    encodings = [Encoding(np.full(length, next(_NUMBERS), dtype=np.int32)) for length in lengths]
     return QueuedRequest.of(encodings, name, deadline=deadline)
 
 
@@ -167,3 +173,31 @@ def test_nobody_starves(first: int, rivals: list[int], ahead: int) -> None:
             return
         queue.append(request("rival", *rivals))
     raise AssertionError("passed over for too long")
+
+
+def equal(name: str, count: int, number: int, length: int = 6) -> QueuedRequest[str]:
+    return QueuedRequest.of([Encoding(np.full(length, number, dtype=np.int32))] * count, name)
+
+
+def test_equal_inputs_count_once() -> None:
+    queue = queue_of(equal("a", 3, 9), equal("b", 2, 9), request("c", 4, 4))
+    assert take(queue) == ["a0", "b0", "c0"], "the batch is full: 6 and 4 of 10"
+    queue = queue_of(equal("a", 3, 9), equal("b", 2, 9), request("c", 3))
+    assert take(queue) == ["a0", "b0", "c0", "a1", "b1", "a2"], "9 of 10: all equal ones fit"
+    assert queue.num_tokens == 0
+
+
+def test_what_is_at_work_costs_nothing() -> None:
+    queue = queue_of(request("a", 10), equal("b", 2, 9))
+    key = Encoding(np.full(6, 9, dtype=np.int32)).key
+    entries, _ = queue.next_batch(LIMITS, 0.0, {key})
+    assert [entry.request.waiter for entry in entries] == ["a"], "full"
+    entries, _ = queue.next_batch(LIMITS, 0.0, {key})
+    assert len(entries) == 2
+
+
+def test_an_equal_input_that_must_be_alone_is() -> None:
+    suspect = equal("b", 1, 9)
+    suspect.waiting[0].alone = True
+    queue = queue_of(equal("a", 1, 9), suspect, equal("c", 1, 9))
+    assert [take(queue), take(queue)] == [["a0", "c0"], ["b0"]]

@@ -1,0 +1,219 @@
+"""Packed forward tokens/s, against the bare matrix products of the same tokens and against a padded
+batch, for several mixes of lengths, in one run.
+
+The products (every linear layer of the backbone and the pooler, with the rows that it really sees,
+into memory that is already there) are what no implementation can leave out: the distance to them
+is what norms, attention, activations, copies and Python cost. The padded batch is what a server
+computes that fills every text up to the longest one of its batch and masks the rest. FLOPs are
+counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
+Times are the least of the rounds; where other programs run, compare CPU time, with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import host
+from model.attention import AttentionKernel
+from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.packing import PackedBatch, Segments, pack
+from model.runner import ModelRunner
+from tests.bench import report, workloads
+
+
+def products(
+    model: nn.Module, batches: Sequence[PackedBatch], attend: AttentionKernel
+) -> Callable[[], None]:
+    """The forward's matrix products alone, on rows of noise."""
+    calls: list[tuple[nn.Linear, int]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, inputs: calls.append((m, inputs[0].shape[0])))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    for batch in batches:
+        model(batch, attend)
+    for hook in hooks:
+        hook.remove()
+    rows = max(count for _, count in calls)
+    dtype = calls[0][0].weight.dtype
+    inputs = {m.in_features: torch.randn(rows, m.in_features).to(dtype) for m, _ in calls}
+    outputs = {m.out_features: torch.empty(rows, m.out_features, dtype=dtype) for m, _ in calls}
+
+    def run() -> None:
+        for module, count in calls:
+            torch.mm(
+                inputs[module.in_features][:count],
+                module.weight.T,
+                out=outputs[module.out_features][:count],
+            )
+
+    return run
+
+
+def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
+    """Attention over a padded batch of these real lengths, with the mask that it needs."""
+    longest = max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+        q, k, v = (x.unflatten(0, (len(lengths), longest)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+def padded(
+    model: nn.Module, batches: Sequence[Sequence[Encoding]], device: torch.device
+) -> Callable[[], None]:
+    prepared = []
+    for batch in batches:
+        lengths = [len(encoding) for encoding in batch]
+        filled = [Encoding(encoding.ids.repeat(1).copy()) for encoding in batch]
+        for encoding in filled:
+            encoding.ids.resize(max(lengths), refcheck=False)
+        prepared.append((pack(filled, device), padded_attention(lengths)))
+
+    def run() -> None:
+        for batch, attend in prepared:
+            model(batch, attend)
+
+    return run
+
+
+@torch.inference_mode()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--model", default="trunk,small", help="trunk, small, wide, or folders")
+    parser.add_argument("--mix", default=",".join(workloads.MIXES))
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or both: a,b")
+    parser.add_argument(
+        "--against", default="", help="other precisions of the same model: bfloat16:int8-dynamic,…"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens per mix")
+    parser.add_argument("--max-batch-tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    options = parser.parse_args(arguments)
+    out = report.Report("forward", __doc__ or "", report.settings_of(options))
+    out.start()
+    for name in options.model.split(","):
+        folder = workloads.checkpoint(name, options.scratch)
+        for dtype in options.dtype.split(","):
+            runner = ModelRunner(RunnerOptions(str(folder), dtype=dtype, threads=options.threads))
+            runner.warm_up()
+            others = _others(folder, options)
+            for mix in options.mix.split(","):
+                _measure(out, runner, others, name, mix, options)
+    for row in out.rows:
+        if not row["what"].startswith("packed"):
+            continue
+        key = f"{row['model']} {row['dtype']} {row['mix']}"
+        if row["what"] != "packed":
+            first = next(r for r in out.rows if {**row, "what": "packed"}.items() >= _key(r))
+            ratio = row["tokens_per_s"] / first["tokens_per_s"]
+            out.ratios[f"{key}: {row['what']} / packed"] = ratio
+            continue
+        out.ratios[f"{key}: packed / products"] = row["of_products"]
+        out.ratios[f"{key}: packed / padded"] = row["of_padded"]
+        out.ratios[f"{key}: packed / products, CPU time"] = row["of_products_cpu"]
+        out.ratios[f"{key}: packed / padded, CPU time"] = row["of_padded_cpu"]
+    for row in out.rows:
+        row["mix"] = f"{row['model']} {row['dtype']} {row['mix']}"
+    out.finish(options.results, group="mix", label="what", value="tokens_per_s", unit="tokens/s")
+
+
+def _key(row: dict[str, Any]) -> set[tuple[str, Any]]:
+    return {(name, row[name]) for name in ("model", "dtype", "mix", "what")}
+
+
+def _others(folder: Path, options: argparse.Namespace) -> dict[str, ModelRunner]:
+    runners = {}
+    for variant in filter(None, options.against.split(",")):
+        dtype, _, how = variant.partition(":")
+        runners[variant] = ModelRunner(
+            RunnerOptions(
+                str(folder), dtype=dtype, quantization=how or "none", threads=options.threads
+            )
+        )
+    return runners
+
+
+def _measure(
+    out: report.Report,
+    runner: ModelRunner,
+    others: dict[str, ModelRunner],
+    name: str,
+    mix: str,
+    options: argparse.Namespace,
+) -> None:
+    model, attend = runner.model, runner._attend
+    count = max(1, round(options.tokens / (sum(workloads.lengths_of(mix, 256)) / 256)))
+    encodings = workloads.encodings_of(mix, count)
+    limits = BatchLimits(options.max_batch_tokens, 256)
+    groups = workloads.first_come_batches(encodings, limits)
+    batches = [pack(group, runner.device) for group in groups]
+    in_32s = [encodings[i : i + 32] for i in range(0, len(encodings), 32)]
+
+    def packed(runner: ModelRunner) -> Callable[[], None]:
+        def run() -> None:
+            for group in groups:
+                runner.embed(group)
+
+        return run
+
+    alternatives = {
+        "packed": packed(runner),
+        **{f"packed, {variant}": packed(other) for variant, other in others.items()},
+        "products": products(model, batches, attend),
+        "padded": padded(model, in_32s, runner.device),
+    }
+    memory = {}
+    for what, run in alternatives.items():
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide what this one takes
+        before = host.anonymous_memory()
+        with host.PeakMemory() as peak:
+            run()
+        memory[what] = max(0, peak.bytes - before) / 1e6
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            model(batch, attend)
+    seconds = report.alternate(alternatives, options.rounds)
+    best = {what: min(times.wall for times in runs) for what, runs in seconds.items()}
+    cpu = {what: min(times.cpu for times in runs) for what, runs in seconds.items()}
+    real, flops = sum(map(len, encodings)), counter.get_total_flops()
+    dtype = runner.info.dtype
+    for what, best_seconds in best.items():
+        out.add(
+            model=name,
+            dtype=dtype,
+            mix=mix,
+            what=what,
+            tokens_per_s=real / best_seconds,
+            median_tokens_per_s=real / report.median([times.wall for times in seconds[what]]),
+            of_products=best["products"] / best_seconds,
+            of_padded=best["padded"] / best_seconds,
+            of_products_cpu=cpu["products"] / cpu[what],
+            of_padded_cpu=cpu["padded"] / cpu[what],
+            peak_mb=memory[what],
+            **({} if what != "packed" else {"gflops_per_s": flops / best_seconds / 1e9}),
+            **({} if what != "packed" else {"mflop_per_token": flops / real / 1e6}),
+        )
+    out.raw[f"{name} {dtype} {mix}"] = {"tokens": real, "seconds": seconds}
+    print(f"measured: {name} {dtype} {mix}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

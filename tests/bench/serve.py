@@ -1,0 +1,293 @@
+"""Texts/s, tokens/s and latency of a real server under load, against the packed forward alone.
+
+Closed loop: single texts on 32 connections, and 64 texts a request on 4 (the shares of one fixed
+list of different texts). The bound is the packed forward of the same texts by the offline Encoder
+with as many threads, run before and after and alone on the machine. Open loop: requests arrive at
+random (Poisson) at a share of the rate that the closed loop reached, and latency counts from the
+moment at which a request was due, so that a slow server cannot hide. Last, single queries beside a
+request of very many inputs that never ends: a query may wait for the batch at work and for its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from model import host
+from model.tokenizer import NVEmbedTokenizer
+from tests.bench import report, workloads
+from tests.server.processes import ROOT, ServerProcess
+
+_BOUND = """
+import json, os, sys, time
+from model.encoder import Encoder
+folder, dtype, quantization, threads, file = sys.argv[1:]
+os.nice(5)  # as the worker, so that other work on the machine holds both up alike
+encoder = Encoder(folder, dtype=dtype, quantization=quantization, threads=int(threads))
+encoder.runner.warm_up()
+texts = json.load(open(file))
+encoder.encode(texts[:8], progress=False)
+started = time.perf_counter()
+encoder.encode(texts, progress=False)
+print(time.perf_counter() - started)
+"""
+
+
+class Client:
+    """One keep-alive connection that posts JSON, with next to no work of its own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    @asynccontextmanager
+    async def to(cls, url: str) -> AsyncIterator[Client]:
+        parts = urlsplit(url)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 22)
+        try:
+            yield cls(reader, writer)
+        finally:
+            writer.close()
+
+    async def post(self, path: str, body: bytes) -> bytes:
+        """The body of a 200; anything else is an error."""
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        if b"content-length: " in answer:
+            length = int(answer.split(b"content-length: ")[1].split(b"\r\n")[0])
+            content = await self._reader.readexactly(length)
+        else:
+            content = await self._chunks()
+        assert answer.startswith(b"http/1.1 200"), (answer, content[:500])
+        return content
+
+    async def _chunks(self) -> bytes:
+        parts = []
+        while size := int(await self._reader.readline(), 16):
+            parts.append(await self._reader.readexactly(size))
+            await self._reader.readline()
+        await self._reader.readline()
+        return b"".join(parts)
+
+
+def body_of(texts: Sequence[str], model: str) -> bytes:
+    return orjson.dumps({"model": model, "input": texts, "encoding_format": "base64"})
+
+
+async def closed_loop(
+    url: str, path: str, bodies: Sequence[bytes], connections: int
+) -> tuple[float, list[float]]:
+    """Each connection sends its next request when it has the answer to the last one.
+    -> (seconds in all, latency of each request)."""
+    waiting, latencies = list(reversed(bodies)), []
+
+    async def work() -> None:
+        async with Client.to(url) as client:
+            while waiting:
+                body, started = waiting.pop(), time.perf_counter()
+                await client.post(path, body)
+                latencies.append(time.perf_counter() - started)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(connections)))
+    return time.perf_counter() - started, latencies
+
+
+async def open_loop(
+    url: str, path: str, bodies: Sequence[bytes], per_second: float
+) -> tuple[float, list[float]]:
+    """Requests at random moments, whatever becomes of the earlier ones."""
+    generator = random.Random(8)
+    idle: list[Client] = []
+    latencies: list[float] = []
+    connections: list[Any] = []
+
+    async def one(body: bytes, due: float) -> None:
+        if not idle:
+            connection = Client.to(url)
+            connections.append(connection)
+            idle.append(await connection.__aenter__())
+        client = idle.pop()
+        await client.post(path, body)
+        latencies.append(time.perf_counter() - due)
+        idle.append(client)
+
+    started = due = time.perf_counter()
+    tasks = []
+    for body in bodies:
+        due += generator.expovariate(per_second)
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(body, due)))
+    await asyncio.gather(*tasks)
+    seconds = time.perf_counter() - started
+    for connection in connections:
+        await connection.__aexit__(None, None, None)
+    return seconds, latencies
+
+
+async def beside_bulk(
+    url: str, path: str, bulk: bytes, bodies: Sequence[bytes], every: float
+) -> list[float]:
+    """Latencies of single queries, one each `every` seconds, beside one bulk request after
+    another."""
+
+    async def flood() -> None:
+        async with Client.to(url) as client:
+            while True:
+                await client.post(path, bulk)
+
+    flooding = asyncio.create_task(flood())
+    await asyncio.sleep(0.5)
+    latencies = []
+    async with Client.to(url) as client:
+        for body in bodies:
+            started = time.perf_counter()
+            await client.post(path, body)
+            latencies.append(time.perf_counter() - started)
+            await asyncio.sleep(every)
+    flooding.cancel()
+    with suppress(asyncio.CancelledError):
+        await flooding
+    return latencies
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--model", default="small", help="small, trunk, golden, or a folder")
+    parser.add_argument("--mix", default="lognormal", choices=workloads.MIXES)
+    parser.add_argument("--texts", type=int, default=1024)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantization", default="none")
+    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--loads", default="0.5,0.8", help="of the open loop")
+    parser.add_argument("--queries", type=int, default=60, help="beside the bulk request")
+    parser.add_argument("--bulk-inputs", type=int, default=2048)
+    options = parser.parse_args(arguments)
+    out = report.Report("serve", __doc__ or "", report.settings_of(options))
+    out.start()
+    folder = workloads.checkpoint(options.model, options.scratch)
+    tokenizer = NVEmbedTokenizer.from_dir(folder)
+    texts = workloads.texts_of(tokenizer, options.mix, options.texts)
+    tokens = sum(len(tokenizer.encode(text, max_tokens=1 << 15)) for text in texts)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "texts.json"
+        file.write_text(json.dumps(texts))
+        bound = [_forward_alone(folder, file, options)]
+        server = ServerProcess(
+            folder,
+            *("--dtype", options.dtype, "--quantization", options.quantization),
+            *("--threads", str(options.threads)),
+            log=Path(scratch) / "log",
+        )
+        try:
+            server.wait_ready()
+            asyncio.run(_measure(out, server, texts, tokens, options))
+        finally:
+            server.stop()
+        bound.append(_forward_alone(folder, file, options))
+    seconds = min(bound)
+    out.raw["bound_seconds"] = bound
+    best = {"texts_per_s": len(texts) / seconds, "tokens_per_s": tokens / seconds}
+    for row in out.rows:
+        if row["load"].startswith("closed"):
+            out.ratios[f"{row['load']} / packed forward"] = row["texts_per_s"] / best["texts_per_s"]
+    out.add(load="packed forward alone", **best)
+    for row in out.rows:
+        row["model"] = f"{options.model} {options.dtype} {options.quantization}"
+    out.finish(options.results, group="model", label="load", value="texts_per_s", unit="texts/s")
+
+
+async def _measure(
+    out: report.Report,
+    server: ServerProcess,
+    texts: Sequence[str],
+    tokens: int,
+    options: argparse.Namespace,
+) -> None:
+    url, path = server.url, "/v1/embeddings"
+    model = server.client.get("/v1/models").json()["data"][0]["id"]
+    limit = server.client.get("/info").json()["limits"]["max_batch_tokens"][0]
+    single = [body_of([text], model) for text in texts]
+    many = [body_of(texts[i : i + 64], model) for i in range(0, len(texts), 64)]
+    await closed_loop(url, path, single[:64], 8)  # warm-up
+
+    async def run(name: str, load: Callable[[], Awaitable[tuple[float, list[float]]]]) -> float:
+        before = _batches(server)
+        seconds, latencies = await load()
+        count, filled = (b - a for a, b in zip(before, _batches(server), strict=True))
+        out.add(
+            load=name,
+            texts_per_s=len(texts) / seconds,
+            tokens_per_s=tokens / seconds,
+            **_latency(latencies),
+            batch_fill=filled / count / limit,
+        )
+        out.raw[name] = {"seconds": seconds, "latencies": [round(x, 5) for x in latencies]}
+        print(f"measured: {name}", flush=True)
+        return len(texts) / seconds
+
+    rate = await run("closed, 32 x 1 text", lambda: closed_loop(url, path, single, 32))
+    await run("closed, 4 x 64 texts", lambda: closed_loop(url, path, many, 4))
+    for share in map(float, options.loads.split(",")):
+        await run(
+            f"open, {share:.0%} of closed",
+            lambda share=share: open_loop(url, path, single, share * rate),  # type: ignore[misc]
+        )
+    if not options.queries:
+        return
+    bulk = body_of([f"{text} {i}" for i, text in _cycle(texts, options.bulk_inputs)], model)
+    queries = [body_of([f"query number {i} of them"], model) for i in range(options.queries)]
+    before = server.metric("nv_embed_batch_duration_seconds_sum"), _batches(server)[0]
+    latencies = await beside_bulk(url, path, bulk, queries, 0.05)
+    name = f"a query beside {options.bulk_inputs} inputs"
+    batch = (server.metric("nv_embed_batch_duration_seconds_sum") - before[0]) / (
+        _batches(server)[0] - before[1]
+    )
+    out.add(load=name, **_latency(latencies), mean_batch_ms=batch * 1000)
+    out.raw[name] = {"latencies": latencies}
+    allowed = 2 * batch + 0.01
+    out.ratios["p99 of a query beside bulk / (two mean batches + 10 ms)"] = (
+        report.percentile(latencies, 0.99) / allowed
+    )
+
+
+def _cycle(texts: Sequence[str], count: int) -> list[tuple[int, str]]:
+    return [(i, texts[i % len(texts)]) for i in range(count)]
+
+
+def _latency(seconds: Sequence[float]) -> dict[str, float]:
+    shares = {"p50_ms": 0.5, "p95_ms": 0.95, "p99_ms": 0.99}
+    return {name: report.percentile(seconds, share) * 1000 for name, share in shares.items()}
+
+
+def _batches(server: ServerProcess) -> tuple[float, float]:
+    """Batches run so far, and the tokens in them."""
+    name = "nv_embed_batch_tokens"
+    return server.metric(f"{name}_count"), server.metric(f"{name}_sum")
+
+
+def _forward_alone(folder: Path, file: Path, options: argparse.Namespace) -> float:
+    command = [sys.executable, "-c", _BOUND, str(folder), options.dtype, options.quantization]
+    command += [str(options.threads), str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(child.stdout)
+
+
+if __name__ == "__main__":
+    main()
