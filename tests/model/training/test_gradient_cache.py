@@ -47,10 +47,11 @@ def gradients(trainer: Trainer, backward: Callable[[], object]) -> dict[str, Ten
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To 1e-6 of each parameter's largest gradient, or of 1 where that is less (float32)."""
+    """To 1e-5 of each parameter's largest gradient, or of 1 where that is less (float32: sums of
+    other orders; 3.4e-6 seen)."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        atol = 1e-6 * max(1.0, gradient.abs().max().item())
+        atol = 1e-5 * max(1.0, gradient.abs().max().item())
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=name)
 
 
