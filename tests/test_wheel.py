@@ -41,16 +41,17 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
     for name in ("server.py", "model.py"):
         (folder / name).write_text("raise SystemExit('the wrong module was imported')\n")
     python = environment / "bin" / "python"
+    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     where = subprocess.run(
         [python, "-P", "-c", "import server, model; print(server.__file__, model.__file__)"],
         capture_output=True,
         text=True,
         check=True,
         cwd=folder,
+        env=environ,
     ).stdout
     assert where.count(str(environment)) == 2, where
 
-    environ = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = [python, environment / "bin" / "nv-embed", "serve"]
     command += ["--port", "0", "--threads", "1"]  # and no --model: the wheel brings one
     log = folder / "log"
