@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from model import host
 from model.training.corpus import without_held_out
 from model.training.examples import Example, read_examples
 from model.training.losses import contrastive_loss
@@ -44,7 +45,9 @@ def fine_tune(
 
     def embed(texts: list[str]) -> Tensor:
         features = network.preprocess(texts)
-        return F.normalize(network(features)["sentence_embedding"], dim=-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=host.has_amx()):
+            vectors = network(features)["sentence_embedding"]
+        return F.normalize(vectors.float(), dim=-1)
 
     for step in tqdm(range(steps), "Fine-tuning"):
         for group in optimizer.param_groups:

@@ -39,7 +39,7 @@ DEFAULT = NVEmbedConfig(
     cross_dim_head=64,
     name="nv-embed-small",
 )
-"""The shipped model's sizes: 8.2 M parameters of embeddings, 4 M of layers."""
+"""The shipped model's sizes at first; `deepen` gives it six layers later on."""
 PROJECTION_TEXTS = 32_768
 """Vectors whose principal axes the projection takes."""
 EMBEDDING_NORM = 4.0
