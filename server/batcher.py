@@ -308,11 +308,15 @@ class Batcher:
         culprit = self._quarantine.blame(batch.entries, time.monotonic())
         if culprit is not None:
             logger.error(
-                "an input of %d tokens killed %d workers in a row, alone: its request fails",
+                "an input of %d tokens killed %d workers in a row, alone: requests with it fail",
                 len(culprit),
                 culprit.deaths_alone,
             )
-            self._fail(culprit.request, _deadly(culprit.index))
+            key = culprit.encoding.key
+            out = [b for batches in self._out.values() for b in batches.values()]
+            equal = [entry for b in (batch, *out) for entry in b.rows.get(key, ())]
+            for entry in equal + self.queue.equal_to(key):
+                self._fail(entry.request, _deadly(entry.index))
 
     def _fail(self, request: QueuedRequest[Answer], error: ServerError) -> None:
         self.queue.discard(request)

@@ -37,7 +37,8 @@ logger = logging.getLogger("nv_embed.engine")
 
 _INLINE_CHARS = 1024
 """Texts up to this many characters are tokenized on the event loop (about 1.6 ms at most)."""
-_RATIO_SMOOTHING = 0.1
+_FORGET = 0.01
+"""Part of the tokens and characters seen that each request replaces: long ones weigh more."""
 _MARGIN = 1.25
 """Of the expected tokens over the measured rate, so that few requests prove longer and are refused
 when they have cost a tokenization."""
@@ -79,7 +80,7 @@ class EmbeddingEngine:
             log_level=settings.log_level,
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-        self._tokens_per_char = 0.25
+        self._seen_tokens, self._seen_chars = 250.0, 1000.0
         self._tokenizing = 0  # tokens, about, of requests that are admitted and not yet queued
         self._draining = False
         self._in_flight = 0
@@ -222,13 +223,14 @@ class EmbeddingEngine:
         cost a tokenization to say no, and what is being tokenized must count."""
         ids = sum(len(item) for item in inputs if not isinstance(item, str))
         chars = self._tokenizer.num_chars(inputs, how)
-        expected = ids + math.ceil(_MARGIN * chars * self._tokens_per_char)
+        expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
         return min(expected, MAX_REQUEST_TOKENS)
 
     def _learn_tokens_per_char(self, chars: int, encodings: Sequence[Encoding]) -> None:
         if chars:
-            seen = sum(len(encoding) for encoding in encodings) / chars
-            self._tokens_per_char += _RATIO_SMOOTHING * (seen - self._tokens_per_char)
+            tokens = sum(len(encoding) for encoding in encodings)
+            self._seen_tokens += tokens - _FORGET * self._seen_tokens
+            self._seen_chars += chars - _FORGET * self._seen_chars
 
     async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17]."""

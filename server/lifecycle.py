@@ -102,7 +102,6 @@ def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Conf
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
         lifespan="off",
-        root_path=settings.root_path,
         timeout_graceful_shutdown=int(_CLOSE_S),
         timeout_keep_alive=_KEEP_ALIVE_S,
         backlog=_BACKLOG,

@@ -28,16 +28,19 @@ class Quarantine:
         self._until: OrderedDict[bytes, float] = OrderedDict()
 
     def blame(self, entries: Sequence[Entry[Any]], now: float) -> Entry[Any] | None:
-        """A worker died over this batch. Returns the culprit, if that is proven now."""
+        """A worker died over this batch. Returns the culprit, if that is proven now; equal inputs
+        count as one, and share the blame."""
         for entry in entries:
             entry.deaths += 1
             entry.alone = entry.alone or entry.deaths >= SUSPECT_AFTER
-        if len(entries) > 1:
+        if len({entry.encoding.key for entry in entries}) > 1:
             return None
-        (entry,) = entries
-        entry.deaths_alone += 1
-        if entry.deaths_alone < CULPRIT_AFTER:
+        deaths_alone = 1 + max(entry.deaths_alone for entry in entries)
+        for entry in entries:
+            entry.deaths_alone = deaths_alone
+        if deaths_alone < CULPRIT_AFTER:
             return None
+        entry = entries[0]
         self._until[_hash(entry.encoding)] = now + REMEMBERED_S
         while len(self._until) > REMEMBERED_MOST:
             self._until.popitem(last=False)

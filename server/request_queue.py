@@ -114,6 +114,11 @@ class RequestQueue(Generic[Waiter]):
             self._drop(request)
         return requests
 
+    def equal_to(self, key: bytes) -> list[Entry[Waiter]]:
+        """The entries that wait with this `Encoding.key`."""
+        waiting = (entry for request in self._turns for entry in request.waiting)
+        return [entry for entry in waiting if entry.encoding.key == key]
+
     def is_full(self, limits: BatchLimits) -> bool:
         """Whether what waits fills a batch: it reaches the token or the sequence limit."""
         return self.num_tokens >= limits.max_tokens or self.num_entries >= limits.max_seqs

@@ -210,20 +210,23 @@ class _Embedder:
     """A runner within the memory that there turns out to be.
 
     A batch that does not fit is halved until its parts do; `budget`, the most tokens that are
-    tried in one forward after that, is kept; it is never less than what has run before, so that an
-    input that takes more memory than its length tells does not leave one-input batches behind.
+    tried in one forward after that, is kept. It is not less than what has run before, so that an
+    input that takes more memory than its length tells does not leave one-input batches behind;
+    unless two batches in a row failed there: then the room has fallen.
     """
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.budget: int | None = None
         self._most_done = 0  # tokens of the largest forward that fitted
+        self._doubts = 0  # batches in a row with a part that failed though as much has fitted
 
     def embed(self, encodings: Sequence[Encoding]) -> tuple[NDArray[np.float32], dict[int, Fault]]:
         """-> (rows [N, D], row -> what is wrong with it; such rows hold anything)."""
         rows = np.zeros((len(encodings), self._runner.info.width), dtype=np.float32)
         faults: dict[int, Fault] = {}
         todo = [list(range(len(encodings)))]
+        fitted, doubtful = 0, False
         while todo:
             part = todo.pop()
             tokens = sum(len(encodings[index]) for index in part)
@@ -235,6 +238,8 @@ class _Embedder:
             except Exception as error:
                 if not _is_out_of_memory(error):
                     raise
+                if len(part) > 1 and tokens <= self._most_done:
+                    doubtful = True
                 self._learn(tokens, len(part))
                 if len(part) > 1:
                     todo += _halves(part)
@@ -243,7 +248,13 @@ class _Embedder:
                 continue
             assert len(got) == len(part), (got.shape, len(part))
             rows[part] = got
+            fitted = max(fitted, tokens)
             self._most_done = max(self._most_done, tokens)
+        # An input that does not fit alone explains why the batches around it did not.
+        self._doubts = self._doubts + 1 if doubtful and not faults else 0
+        if self._doubts == 2:
+            self._doubts, self._most_done, self.budget = 0, fitted, max(fitted, 1)
+            logger.warning("there is less room than before: from now on %d tokens", self.budget)
         for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
             faults[index] = Fault.NOT_FINITE
         return rows, faults

@@ -134,6 +134,7 @@ def main() -> None:
     sts = sts_rows(arguments.sts) if arguments.sts else []
     banking = banking_rows(arguments.banking77, development=False) if arguments.banking77 else []
     labelled = [text for text, _ in banking] + [t for row in sts for t in (row.first, row.second)]
+    clean = len(texts)  # of these the stages distil; what was cleaned away stays away
     extra = sorted(set(labelled) - set(texts))
     if extra:
         vectors = np.concatenate([vectors, Teacher(arguments.teacher).encode(extra)])
@@ -149,10 +150,10 @@ def main() -> None:
     write_examples(data / "stage1.jsonl", mined)
     write_examples(data / "stage2.jsonl", stage2)
     with (data / "stage-texts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
+        file.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts[:clean])
     (data / "stage-vectors").mkdir(exist_ok=True)
-    np.save(data / "stage-vectors" / "00000.npy", vectors.astype(np.float16))
-    print(f"stage 1: {len(mined)} examples; stage 2: {len(stage2)}; {len(texts)} texts")
+    np.save(data / "stage-vectors" / "00000.npy", vectors[:clean].astype(np.float16))
+    print(f"stage 1: {len(mined)} examples; stage 2: {len(stage2)}; {clean} texts")
 
 
 if __name__ == "__main__":

@@ -251,6 +251,19 @@ async def test_after_two_deaths_inputs_run_alone_and_two_more_prove_the_culprit(
 
 
 @in_loop
+async def test_copies_of_a_culprit_cost_no_more_workers_than_one(batcher: Batcher) -> None:
+    copies = [batcher.submit(encodings(7)) for _ in range(20)]
+    await die(batcher, [7])
+    copies += [batcher.submit(encodings(7)), batcher.submit(encodings(1, 7))]
+    await die(batcher, [7, 1])
+    await die(batcher, [7])
+    for copy in copies:
+        with pytest.raises(BatchFailedError, match="made engine workers fail"):
+            await copy.waiter.future
+    assert batcher.queue.num_entries == 0
+
+
+@in_loop
 async def test_a_batch_that_waited_behind_the_fatal_one_is_not_blamed(batcher: Batcher) -> None:
     worker = ready(batcher, "cuda:0")
     batcher.submit(encodings(1, 2, 3, 4))

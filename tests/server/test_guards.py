@@ -94,6 +94,22 @@ def test_docs_and_metrics_can_be_closed(golden_checkpoint: Path, tmp_path: Path)
         assert server.client.get("/readyz").status_code == 200
 
 
+def test_a_proxy_that_strips_a_prefix(golden_checkpoint: Path, tmp_path: Path) -> None:
+    options = (*FAKE, "--root-path", "/api", "--api-key", "secret")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert server.client.get(path).status_code == 200, path
+        body = {"model": "golden-embed", "input": "a"}
+        assert server.client.post("/v1/embeddings", json=body).status_code == 401
+        key = {"authorization": "Bearer secret"}
+        assert server.client.post("/v1/embeddings", json=body, headers=key).status_code == 200
+        assert 'nv_embed_requests_total{route="embeddings",status="200"} 1.0' in (
+            server.client.get("/metrics").text
+        )
+        schema = server.client.get("/openapi.json", headers=key).json()
+        assert schema["servers"] == [{"url": "/api"}]
+
+
 def test_tls(golden_checkpoint: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(

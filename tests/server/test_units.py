@@ -57,13 +57,15 @@ def test_rows_and_faults_survive_the_wire(faults: dict[int, Fault]) -> None:
 class Narrow(Hashing):
     """It has memory for 20 tokens at once."""
 
+    room = 20
+
     def __init__(self) -> None:
         super().__init__(RunnerOptions(path=""))
         self.tried: list[list[int]] = []
 
     def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         self.tried.append([len(encoding) for encoding in encodings])
-        if sum(map(len, encodings)) > 20:
+        if sum(map(len, encodings)) > self.room:
             raise MemoryError
         return super().embed(encodings)
 
@@ -105,6 +107,21 @@ def test_an_input_that_takes_too_much_memory_leaves_the_others_their_batches() -
     _, faults = embedder.embed([*inputs, poison])
     assert faults == {6: Fault.NO_MEMORY}
     assert embedder.budget == 48
+
+
+def test_less_room_than_before_is_learnt_and_kept() -> None:
+    runner = Narrow()
+    embedder = worker._Embedder(runner)
+    embedder.embed([Encoding(np.full(2, number, dtype=np.int32)) for number in range(6)])
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    embedder._most_done = 48  # as if these had fitted once, before another program took memory
+    for _ in range(2):
+        rows, faults = embedder.embed(inputs)
+        assert not faults
+        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
+    failed = [part for part in runner.tried if sum(part) > runner.room]
+    embedder.embed(inputs)
+    assert [part for part in runner.tried if sum(part) > runner.room] == failed
 
 
 # The inputs of a request
