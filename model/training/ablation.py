@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -145,8 +144,7 @@ def main() -> None:
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     print("drawn:", *plot_cells(found, arguments.out))
-    outcome: dict[str, Any] = {"cells": found}
-    print(json.dumps(outcome))
+    print(json.dumps({"cells": found}))
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
-from model.training.export import config_json
+from model.training.export import config_json, write_checkpoint
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -50,18 +48,14 @@ def main() -> None:
     before = config.num_hidden_layers
     if arguments.layers < before:
         raise CheckpointError(f"{arguments.checkpoint} has {before} layers already")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     tensors = load_file(str(arguments.checkpoint / "model.safetensors"))
-    save_file(
-        deepen(tensors, before, arguments.layers),
-        str(arguments.out / "model.safetensors"),
-        metadata={"format": "pt"},
-    )
     deeper = dataclasses.replace(config, num_hidden_layers=arguments.layers)
-    (arguments.out / "config.json").write_text(
-        json.dumps(config_json(deeper), indent=1) + "\n", encoding="utf-8"
+    write_checkpoint(
+        arguments.out,
+        deepen(tensors, before, arguments.layers),
+        config_json(deeper),
+        arguments.checkpoint / "tokenizer.json",
     )
-    shutil.copyfile(arguments.checkpoint / "tokenizer.json", arguments.out / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,6 @@ def export(
     name: who the weights are (`_name_or_path`), the id that a server shows.
     Raises CheckpointError when a weight does not fit `dtype`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     raw = config_json(model.config)
     raw["_name_or_path"] = name or model.config.name or folder.resolve().name
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -86,6 +85,14 @@ def export(
             tensors[tensor] = part.to(dtype, copy=True).contiguous()
             if not torch.isfinite(tensors[tensor]).all():
                 raise CheckpointError(f"{tensor} does not fit {dtype}: the training diverged")
+    return write_checkpoint(folder, tensors, raw, tokenizer)
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, torch.Tensor], raw: dict[str, Any], tokenizer: Path
+) -> Path:
+    """Write tensors of the official names, config.json (`raw`) and tokenizer.json (copied)."""
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     target = folder / "tokenizer.json"
