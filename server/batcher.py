@@ -252,7 +252,7 @@ class Batcher:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)
         rows: dict[bytes, list[Entry[Answer]]] = {}
         for entry in taken:
-            key = entry.encoding.key
+            key = entry.key
             running = None if entry.alone else self._at_work.get(key)
             (rows if running is None else running.rows).setdefault(key, []).append(entry)
         self._metrics.shared_inputs.inc(len(taken) - len(rows))
@@ -312,7 +312,7 @@ class Batcher:
                 len(culprit),
                 culprit.deaths_alone,
             )
-            key = culprit.encoding.key
+            key = culprit.key
             out = [b for batches in self._out.values() for b in batches.values()]
             equal = [entry for b in (batch, *out) for entry in b.rows.get(key, ())]
             for entry in equal + self.queue.equal_to(key):

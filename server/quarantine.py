@@ -33,7 +33,7 @@ class Quarantine:
         for entry in entries:
             entry.deaths += 1
             entry.alone = entry.alone or entry.deaths >= SUSPECT_AFTER
-        if len({entry.encoding.key for entry in entries}) > 1:
+        if len({entry.key for entry in entries}) > 1:
             return None
         deaths_alone = 1 + max(entry.deaths_alone for entry in entries)
         for entry in entries:

@@ -30,6 +30,10 @@ class Entry(Generic[Waiter]):
     deaths: int = 0  # how many workers died with it in the batch that they ran
     deaths_alone: int = 0  # and how many of them with nothing else in the batch
     alone: bool = False  # it must have its batch to itself
+    key: bytes = field(init=False, repr=False)  # of the encoding: equal for equal inputs only
+
+    def __post_init__(self) -> None:
+        self.key = self.encoding.key  # copies all ids, and is asked for at every composition
 
     def __len__(self) -> int:
         return len(self.encoding)
@@ -115,9 +119,9 @@ class RequestQueue(Generic[Waiter]):
         return requests
 
     def equal_to(self, key: bytes) -> list[Entry[Waiter]]:
-        """The entries that wait with this `Encoding.key`."""
+        """The entries that wait with this key."""
         waiting = (entry for request in self._turns for entry in request.waiting)
-        return [entry for entry in waiting if entry.encoding.key == key]
+        return [entry for entry in waiting if entry.key == key]
 
     def is_full(self, limits: BatchLimits) -> bool:
         """Whether what waits fills a batch: it reaches the token or the sequence limit."""
@@ -148,7 +152,7 @@ class RequestQueue(Generic[Waiter]):
                 expired.append(request)
                 continue
             following = request.waiting[0]
-            key = following.encoding.key
+            key = following.key
             cost = 0 if key in seen or key in at_work else len(following)
             fits = not cost or tokens + cost <= limits.max_tokens
             if following.alone:
