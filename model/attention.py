@@ -14,9 +14,10 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +27,9 @@ from model.packing import Segments
 
 logger = logging.getLogger("nv_embed.attention")
 
+ROUND_TO = 16
+"""What the CPU rounds lengths and row counts up to: the rows of a tile of AMX."""
+
 
 class AttentionKernel(Protocol):
     def __call__(
@@ -33,32 +37,106 @@ class AttentionKernel(Protocol):
     ) -> Tensor:
         """q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
-        Row i of `queries` attends to all rows of sequence i of `keys`.
+        Row i of `queries` attends to all rows of sequence i of `keys`. Behind the last sequence
+        there may be filler (CPU only), whose output rows hold anything.
         """
         ...
 
 
-def sdpa_per_sequence(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """scaled_dot_product_attention on views, one call for each run of equally long sequences.
+def sdpa_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    """scaled_dot_product_attention, one call for all sequences of about the same length.
 
-    The CPU's kernel: it has no variable-length one. Runs on every device and dtype.
+    The CPU's kernel: it has no variable-length one. Runs on every device and dtype. Lengths are
+    rounded up, which costs a few masked rows, because torch keeps the code that it generates
+    for each length (bfloat16 on AMX: 0.6 MB a length and thread, never freed); and one call for
+    many sequences is faster than many calls.
     """
     k, v, grouped = _grouped(q, k, v)
+    plan = _plan(queries, keys, len(q), len(k), q.dtype)
     outputs = []
-    q_at = k_at = 0
-    shapes = zip(queries.lengths, keys.lengths, strict=True)
-    for (q_len, k_len), run in groupby(shapes):
-        count = sum(1 for _ in run)
-        q_end, k_end = q_at + count * q_len, k_at + count * k_len
+    for alike in plan.groups:
         out = F.scaled_dot_product_attention(
-            torch.unflatten(q[q_at:q_end], 0, (count, q_len)).transpose(1, 2),
-            torch.unflatten(k[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
-            torch.unflatten(v[k_at:k_end], 0, (count, k_len)).transpose(1, 2),
+            _take(q, alike.query_rows, alike.count),
+            _take(k, alike.key_rows, alike.count),
+            _take(v, alike.key_rows, alike.count),
+            attn_mask=alike.mask,
             enable_gqa=grouped,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-        q_at, k_at = q_end, k_end
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return attended if plan.back is None else attended.index_select(0, plan.back)
+
+
+@dataclass(frozen=True, slots=True)
+class _Alike:
+    """Sequences of one rounded length. What is beyond a sequence's end repeats its last row."""
+
+    count: int
+    query_rows: Tensor | slice  # [count * rounded length] the packed rows
+    key_rows: Tensor | slice
+    mask: Tensor | None  # [count, 1, 1, keys] added to the scores: 0, or -inf beyond the end
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    groups: tuple[_Alike, ...]
+    back: Tensor | None  # [Tq] where each packed row lies in the groups' output; None: in place
+
+
+@lru_cache(maxsize=4)  # the batch at work, for all its layers: Segments are compared by identity
+def _plan(queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: torch.dtype) -> _Plan:
+    device = keys.cu_seqlens.device
+    step = 1 if dtype == torch.float32 else ROUND_TO
+    members: dict[tuple[int, int], list[int]] = {}
+    for index, (q_length, k_length) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
+        rounded = -(-q_length // step) * step, -(-k_length // step) * step
+        members.setdefault(rounded, []).append(index)
+    q_bounds, k_bounds = _row_bounds(queries, q_rows), _row_bounds(keys, k_rows)
+    lengths = np.array(keys.lengths)
+    back = np.full(q_rows, -1)
+    groups, done = [], 0
+    for (q_length, k_length), chosen in sorted(members.items()):
+        query_rows = _rows_up_to(q_length, *q_bounds[:, chosen])
+        key_rows = _rows_up_to(k_length, *k_bounds[:, chosen])
+        back[query_rows] = np.arange(done, done + len(query_rows))
+        done += len(query_rows)
+        beyond = np.arange(k_length) >= lengths[chosen, None]
+        mask = None
+        if beyond.any():
+            mask = torch.from_numpy(np.where(beyond, -np.inf, 0.0)[:, None, None]).to(device, dtype)
+        rows = _index(query_rows, device), _index(key_rows, device)
+        groups.append(_Alike(len(chosen), *rows, mask))
+    back[back < 0] = back[sum(queries.lengths) - 1]
+    in_place = np.array_equal(back, np.arange(done))
+    return _Plan(tuple(groups), None if in_place else torch.from_numpy(back).to(device))
+
+
+def _row_bounds(segments: Segments, rows: int) -> np.ndarray:
+    """[2, N] each sequence's first row and the last that it may read: its own last, since a
+    neighbour's could be infinite; for the last sequence the filler's."""
+    ends = np.cumsum(segments.lengths)
+    lasts = ends - 1
+    lasts[-1] = rows - 1
+    return np.stack([ends - segments.lengths, lasts])
+
+
+def _rows_up_to(length: int, starts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
+    """[N * length] the packed row at each place."""
+    rows: np.ndarray = np.minimum(starts[:, None] + np.arange(length), lasts[:, None])
+    return rows.ravel()
+
+
+def _index(rows: np.ndarray, device: torch.device) -> Tensor | slice:
+    """A slice where the rows follow one another: a view in place of a copy."""
+    if (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
+
+
+def _take(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:
+    """x [T, heads, E] -> [count, heads, L, E]."""
+    taken = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    return torch.unflatten(taken, 0, (count, len(taken) // count)).transpose(1, 2)
 
 
 def sdpa_padded(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
@@ -201,7 +279,7 @@ _KERNELS = {
     "flash-attn": _Kernel(_load_flash_attn, _flash_attn_refusal),
     "varlen": _Kernel(_load_varlen, _varlen_refusal),
     "padded": _Kernel(lambda: sdpa_padded, _always),
-    "sdpa": _Kernel(lambda: sdpa_per_sequence, _always),
+    "sdpa": _Kernel(lambda: sdpa_by_length, _always),
 }
 KERNEL_NAMES = tuple(_KERNELS)
 
@@ -215,7 +293,7 @@ def choose_kernel(
     """
     if name == "auto":
         if device.type == "cpu":
-            return "sdpa", sdpa_per_sequence
+            return "sdpa", sdpa_by_length
         name = next(n for n, kernel in _KERNELS.items() if not kernel.why_not(device, dtype))
     if name not in _KERNELS:
         raise UnsupportedError(f"unknown attention {name!r}; known: auto, {', '.join(_KERNELS)}")

@@ -24,10 +24,11 @@ FEED_FORWARD_FACTOR = 4
 
 
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
-    """x [P, …] -> float32 [N, …]: the mean of each segment's rows."""
+    """x [P, …] -> float32 [N, …]: the mean of each segment's rows, filler left out."""
     if x.device.type == "cpu":  # segment_reduce is a scalar loop there
+        rows = x[: sum(segments.lengths)]
         means = [
-            part.mean(0, dtype=torch.float32) for part in torch.split(x, list(segments.lengths))
+            part.mean(0, dtype=torch.float32) for part in torch.split(rows, list(segments.lengths))
         ]
         return torch.stack(means)
     lengths = segments.cu_seqlens.diff()

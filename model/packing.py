@@ -1,6 +1,7 @@
 """list[Encoding] -> PackedBatch: sequences end to end, no padding, and which rows are pooled.
 
-Shapes: T packed tokens, N sequences, P pooled rows (P <= T).
+Shapes: T packed tokens, N sequences, P pooled rows (P <= T). Behind the last sequence there may
+be filler, counted in T and P and in no sequence.
 """
 
 from __future__ import annotations
@@ -47,23 +48,32 @@ class PackedBatch:
         return self.seqs.num_seqs
 
 
-def pack(encodings: Sequence[Encoding], device: torch.device) -> PackedBatch:
-    """Lay the encodings end to end on `device`, in one upload."""
+def pack(encodings: Sequence[Encoding], device: torch.device, round_to: int = 1) -> PackedBatch:
+    """Lay the encodings end to end on `device`, in one upload.
+
+    round_to: T and P are multiples of it, by filler.
+    """
     assert encodings, "an empty batch"
     lengths = np.array([len(e) for e in encodings], dtype=np.int32)
     starts = np.array([e.pool_start for e in encodings], dtype=np.int32)
     bounds = _bounds(lengths)
     positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths)
-    parts = [np.concatenate([e.ids for e in encodings]), positions, bounds]
+    ids = np.concatenate([e.ids for e in encodings])
+    parts = [_filled(ids, round_to), _filled(positions, round_to), bounds]
     if starts.any():
-        parts += [np.flatnonzero(positions >= np.repeat(starts, lengths)).astype(np.int32)]
-        parts += [_bounds(lengths - starts)]
+        pool_rows = np.flatnonzero(positions >= np.repeat(starts, lengths)).astype(np.int32)
+        parts += [_filled(pool_rows, round_to), _bounds(lengths - starts)]
     tensors = _upload(parts, device)
     seqs = _segments(lengths, tensors[2])
     if not starts.any():
         return PackedBatch(tensors[0], tensors[1], seqs, pool_rows=None, pooled=seqs)
     pooled = _segments(lengths - starts, tensors[4])
     return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], pooled)
+
+
+def _filled(rows: np.ndarray, round_to: int) -> np.ndarray:
+    """As many more of the last as make a multiple of `round_to`."""
+    return np.pad(rows, (0, -len(rows) % round_to), mode="edge")
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:

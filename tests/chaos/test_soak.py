@@ -9,7 +9,7 @@ from tests.chaos.soak import Bounds, soak
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    figures = soak(15.0, tmp_path, Bounds(growth=0.2, p99_ratio=10.0), windows=5)
+    figures = soak(15.0, tmp_path, Bounds(growth=0.2, p99_ratio=10.0), windows=5, dtype="float32")
     assert figures["broken"] == [], figures
     assert figures["requests"].keys() == {"queries", "bulk", "bad", "vanished"}
     assert figures["kills"] >= 1

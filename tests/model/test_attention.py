@@ -21,11 +21,12 @@ from torch.nn.attention.varlen import varlen_attn
 from model.attention import (
     KERNEL_NAMES,
     AttentionKernel,
+    _plan,
     available_kernels,
     choose_kernel,
     flash_attn_kernel,
+    sdpa_by_length,
     sdpa_padded,
-    sdpa_per_sequence,
     varlen_kernel,
 )
 from model.errors import UnsupportedError
@@ -105,7 +106,7 @@ def old_varlen(
 
 
 KERNELS = {
-    "sdpa": sdpa_per_sequence,
+    "sdpa": sdpa_by_length,
     "padded": sdpa_padded,
     "flash-attn": flash_attn_kernel(fake_flash),
     "varlen": varlen_kernel(new_varlen),
@@ -154,14 +155,14 @@ def test_every_kernel_on_any_pooled_subset(lengths: list[tuple[int, int]], kv_he
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+@pytest.mark.parametrize("kernel", [sdpa_by_length, sdpa_padded])
 def test_sequences_do_not_see_each_other(kernel: AttentionKernel) -> None:
     seqs = segments([4, 6])
     q, k, v = random_heads(4, 2, seqs, seqs)
     before = kernel(q, k, v, seqs, seqs)[:4]
     k[4:], v[4:] = 9.0, float("inf")
     after = kernel(q, k, v, seqs, seqs)[:4]
-    if kernel is sdpa_per_sequence:
+    if kernel is sdpa_by_length:
         assert torch.equal(before, after)
     assert torch.isfinite(after).all()
 
@@ -195,8 +196,8 @@ def test_the_varlen_front_stays_on_the_gpu() -> None:
 
 
 def test_auto() -> None:
-    assert choose_kernel("auto", CPU, torch.float32) == ("sdpa", sdpa_per_sequence)
-    assert choose_kernel("auto", CPU, torch.bfloat16) == ("sdpa", sdpa_per_sequence)
+    assert choose_kernel("auto", CPU, torch.float32) == ("sdpa", sdpa_by_length)
+    assert choose_kernel("auto", CPU, torch.bfloat16) == ("sdpa", sdpa_by_length)
     # A CUDA device in float32: no varlen kernel takes it.
     assert choose_kernel("auto", META, torch.float32) == ("padded", sdpa_padded)
     assert choose_kernel("auto", META, torch.bfloat16)[0] in ("flash-attn", "varlen")
@@ -234,3 +235,48 @@ def test_the_naive_sum_is_scaled_dot_product_attention() -> None:
     q, k, v = random_heads(4, 4, seqs, seqs)
     theirs = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)))
     torch.testing.assert_close(naive(q, k, v, seqs, seqs), theirs.transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 39)), min_size=1, max_size=6),
+    round_to=st.sampled_from([1, 16]),
+)
+@settings(deadline=None, max_examples=40)
+def test_lengths_rounded_up_change_nothing(
+    dtype: torch.dtype, lengths: list[tuple[int, int]], round_to: int
+) -> None:
+    key_lengths = [length for length, _ in lengths]
+    query_lengths = [max(1, length - left_out) for length, left_out in lengths]
+    keys, queries = segments(key_lengths), segments(query_lengths)
+    q, k, v = (x.to(dtype) for x in random_heads(4, 2, queries, keys))
+    filled = [torch.cat([x, x[-1:].expand(-len(x) % round_to, -1, -1)]) for x in (q, k, v)]
+    out = sdpa_by_length(*filled, queries, keys)
+    assert len(out) == len(filled[0])
+    expected = naive(q, k, v, queries, keys)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out[: len(q)], expected, atol=tolerance, rtol=tolerance)
+    assert out.isfinite().all()
+
+
+def test_one_sequence_on_the_cpu_is_not_copied() -> None:
+    """Alone in float32, or with filler behind it in 16 bit: views of q, k and v."""
+    rows = segments([21])
+    for dtype, count in ((torch.float32, 21), (torch.bfloat16, 32)):
+        plan = _plan(rows, rows, count, count, dtype)
+        assert [alike.key_rows for alike in plan.groups] == [slice(0, count)]
+        assert plan.back is None
+
+
+def test_what_is_not_finite_stays_in_its_own_sequence() -> None:
+    """Masked rows beyond a sequence's end are its own: -inf added to a NaN would be NaN."""
+    lengths = [5, 20, 7, 33]
+    bounds = np.cumsum([0, *lengths])
+    q, k, v = random_heads(4, 2, segments(lengths), segments(lengths))
+    for sick in range(4):
+        for x in (q, k, v):
+            x[bounds[sick] : bounds[sick + 1]] = torch.nan
+        out = sdpa_by_length(q, k, v, segments(lengths), segments(lengths))
+        sound = [out[bounds[i] : bounds[i + 1]] for i in range(sick + 1, 4)]
+        assert all(rows.isfinite().all() for rows in sound)
+        assert out[bounds[sick] : bounds[sick + 1]].isnan().all()

@@ -81,7 +81,9 @@ def test_short_passages(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
 def test_instructed_queries(kernel: str) -> None:
-    """64 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each."""
+    """64 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each.
+
+    The CPU's kernel rounds 40 and 22 up to 48 and 32, in attention alone."""
     total, modules = count(encodings(64, 40, 18), kernel)
     rows, pooled = 64 * 40, 64 * 22
     last = f"backbone.layers.{LAYERS - 1}."
@@ -90,10 +92,11 @@ def test_instructed_queries(kernel: str) -> None:
     assert modules[last + "self_attn.o_proj"] == linear(pooled, Q, D)
     assert modules[last + "mlp"] == linear(pooled, D, 2 * INTER) + linear(pooled, INTER, D)
     assert modules["pooler"] == folded_pooler(pooled) + linear(64, FF, D)
+    long, short = (48, 32) if kernel == "sdpa" else (40, 22)
     expected = (
-        (LAYERS - 1) * (layer(rows, rows) + attention(64, 40, 40))
+        (LAYERS - 1) * (layer(rows, rows) + attention(64, long, long))
         + layer(rows, pooled)
-        + attention(64, 22, 40)
+        + attention(64, short, long)
         + folded_pooler(pooled)
         + linear(64, FF, D)
     )

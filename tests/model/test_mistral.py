@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralModel
 
-from model.attention import AttentionKernel, sdpa_padded, sdpa_per_sequence
+from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
 from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.loader import tensor_table
@@ -97,7 +97,7 @@ def test_the_referee_is_bidirectional() -> None:
     assert (moved > 1e-4).all(), "a causal or sliding mask was applied"
 
 
-@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+@pytest.mark.parametrize("kernel", [sdpa_by_length, sdpa_padded])
 def test_equals_transformers_on_mixed_lengths(kernel: AttentionKernel) -> None:
     theirs = referee(CONFIG)
     ours = ours_from(theirs, CONFIG)
@@ -108,7 +108,7 @@ def test_equals_transformers_on_mixed_lengths(kernel: AttentionKernel) -> None:
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [sdpa_per_sequence, sdpa_padded])
+@pytest.mark.parametrize("kernel", [sdpa_by_length, sdpa_padded])
 def test_equals_transformers_on_the_pooled_rows(kernel: AttentionKernel) -> None:
     theirs = referee(CONFIG)
     ours = ours_from(theirs, CONFIG)
@@ -124,7 +124,7 @@ def test_equals_transformers_at_4096_tokens(pool_start: int) -> None:
     theirs = referee(config)
     ours = ours_from(theirs, config)
     long = encoding(4096, pool_start)
-    states = ours(pack([long, encoding(3)], CPU), sdpa_per_sequence)
+    states = ours(pack([long, encoding(3)], CPU), sdpa_by_length)
     expected = referee_states(theirs, long.ids)[pool_start:]
     torch.testing.assert_close(states[:-3], expected, rtol=0, atol=1e-5)
 
@@ -133,6 +133,6 @@ def test_one_layer_is_both_the_first_and_the_last() -> None:
     config = replace(CONFIG, num_hidden_layers=1)
     theirs = referee(config)
     short = encoding(11, 4)
-    states = ours_from(theirs, config)(pack([short], CPU), sdpa_per_sequence)
+    states = ours_from(theirs, config)(pack([short], CPU), sdpa_by_length)
     expected = referee_states(theirs, short.ids)[4:]
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)

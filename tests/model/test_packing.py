@@ -62,3 +62,17 @@ def test_the_upload_places_every_part_on_the_gpu() -> None:
         parts = place(torch.empty(9, dtype=torch.int32), [3, 2, 4], cuda)
     assert [tuple(part.shape) for part in parts] == [(3,), (2,), (4,)]
     assert {(part.device, part.dtype) for part in parts} == {(cuda, torch.int32)}
+
+
+def test_filler_repeats_the_last_row_and_belongs_to_nobody() -> None:
+    batch = pack([encoding(3, 1), encoding(2, 0, first=7)], CPU, round_to=4)
+    assert batch.input_ids.tolist() == [100, 101, 102, 7, 8, 8, 8, 8]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 1, 1, 1]
+    assert batch.seqs.lengths == (3, 2)
+    assert batch.seqs.cu_seqlens.tolist() == [0, 3, 5]
+    assert batch.pool_rows is not None
+    assert batch.pool_rows.tolist() == [1, 2, 3, 4]
+    assert batch.pooled.lengths == (2, 2)
+    pooled = pack([encoding(3, 1), encoding(2)], CPU, round_to=3).pool_rows
+    assert pooled is not None
+    assert pooled.tolist() == [1, 2, 3, 4, 4, 4]

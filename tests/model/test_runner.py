@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from model import host
 from model.batch import Encoding, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
+from model.hub import locate
 from model.runner import ModelRunner, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -86,3 +89,29 @@ def test_this_machine() -> None:
     assert host.usable_cores() >= 1
     available = host.available_memory()
     assert available is None or available > 0
+
+
+_MANY_SHAPES = """
+import sys
+import numpy as np
+from model import host
+from model.batch import Encoding, RunnerOptions
+from model.runner import ModelRunner
+runner = ModelRunner(RunnerOptions(sys.argv[1], dtype="bfloat16", threads=1))
+runner.warm_up()
+def embed(lengths):
+    for length in lengths:
+        runner.embed([Encoding(np.full(length, 7, dtype=np.int32), length // 3)])
+embed(range(16, 257, 16))
+before = host.anonymous_memory()
+embed(range(1, 257))
+print((host.anonymous_memory() - before) / 1e6)
+"""
+
+
+@pytest.mark.skipif(not host.has_amx(), reason="only AMX compiles its products for each shape")
+def test_lengths_never_seen_before_cost_no_memory() -> None:
+    """Unrounded, these 240 took 680 MB, which nothing ever gives back."""
+    command = [sys.executable, "-c", _MANY_SHAPES, str(locate(None).path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 40, done.stdout

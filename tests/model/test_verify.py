@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from model import verify
-from model.attention import sdpa_per_sequence
+from model.attention import sdpa_by_length
 from model.batch import Encoding
 from model.card import read_card
 from model.checks import Check, Measured, Subject
@@ -247,7 +247,7 @@ def test_says_what_it_skips(golden_checkpoint: Path) -> None:
 
 def test_not_a_number_fails_and_is_still_json(folder: Path) -> None:
     def broken(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-        return sdpa_per_sequence(q, k, v, queries, keys) * float("nan")
+        return sdpa_by_length(q, k, v, queries, keys) * float("nan")
 
     wrong = replace(subject(folder), kernel=lambda dtype: ("broken", broken))
     checks = outcome(wrong)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MistralModel
 
-from model.attention import sdpa_per_sequence
+from model.attention import sdpa_by_length
 from model.batch import Encoding
 from model.errors import CheckpointError
 from model.packing import pack
@@ -42,7 +42,7 @@ def test_the_backbone_equals_transformers_without_the_mask(tiny_mistral: Path, l
     ours = load(tiny_mistral)
     if lora:
         add_lora(ours, rank=4, alpha=8, dropout=0.5)
-    for kernel in (sdpa_per_sequence, grouped_products):
+    for kernel in (sdpa_by_length, grouped_products):
         with torch.no_grad():
             states = ours.backbone(pack(encodings(), CPU), kernel)
             expected = [referee_states(theirs, e.ids)[e.pool_start :] for e in encodings()]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.attention import sdpa_per_sequence
+from model.attention import sdpa_by_length
 from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.encoder import Encoder
@@ -259,7 +259,7 @@ def test_the_export_serves_the_same_vectors(finished: Path, tiny_checkpoint: Pat
     for instruction in ("", "Instruct: find the phrase\nQuery: "):
         encodings = [encoder.tokenizer.encode(text, instruction, max_tokens=99) for text in texts]
         with torch.no_grad():
-            expected = trained(pack(encodings, torch.device("cpu")), sdpa_per_sequence).numpy()
+            expected = trained(pack(encodings, torch.device("cpu")), sdpa_by_length).numpy()
         served = encoder.encode(texts, instruction)
         assert np.abs(served - expected).max() < 1e-5
     before = Encoder(tiny_checkpoint, device="cpu", dtype="float32").encode(texts)
@@ -321,7 +321,7 @@ def test_the_training_kernel_equals_the_served_one() -> None:
     for queries in (batch.seqs, batch.pooled):
         q = torch.randn(sum(queries.lengths), 4, 8, generator=generator)
         k, v = torch.randn(2, batch.num_tokens, 2, 8, generator=generator)
-        expected = sdpa_per_sequence(q, k, v, queries, batch.seqs)
+        expected = sdpa_by_length(q, k, v, queries, batch.seqs)
         assert torch.allclose(grouped_products(q, k, v, queries, batch.seqs), expected, atol=1e-5)
 
 
@@ -377,7 +377,7 @@ def test_a_deeper_checkpoint_computes_the_same_at_first(
     assert np.abs(first - second).max() < 1e-6
     deeper = load_trained(out, device=torch.device("cpu"))
     trained = deeper(
-        pack([Encoding(np.array([1, 9, 2], np.int32), 0)], torch.device("cpu")), sdpa_per_sequence
+        pack([Encoding(np.array([1, 9, 2], np.int32), 0)], torch.device("cpu")), sdpa_by_length
     )
     trained[0, 0].backward()
     new = deeper.backbone.layers[2].mlp.down_proj.weight.grad
