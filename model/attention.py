@@ -23,12 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UnsupportedError
-from model.packing import Segments
+from model.packing import ROUND_TO, Segments
 
 logger = logging.getLogger("nv_embed.attention")
-
-ROUND_TO = 16
-"""What the CPU rounds lengths and row counts up to: the rows of a tile of AMX."""
 
 
 class AttentionKernel(Protocol):

@@ -7,8 +7,11 @@ weights that are kept, only one parameter's worth of memory is in use at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,11 @@ from model.latent_attention import (
 from model.mistral import MistralBackbone
 from model.nv_embed import NVEmbed
 
+Parameters = list[tuple[str, nn.Parameter]]
+"""Parameters of NVEmbed by name."""
+
+_READERS = 4
+"""Threads that read and convert: one alone waits for the disk at each page."""
 _LATENT = "latent_attention_model."
 _CROSS = _LATENT + "cross_attend_blocks.0."
 _FEED_FORWARD = _LATENT + "cross_attend_blocks.1."
@@ -197,11 +205,20 @@ def load_model(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize)
-    parameters = _parameters(checkpoint, config, model, device, dtype)
-    for name, parameter in tqdm(
-        parameters, "Loading weights", len(dict(model.named_parameters())), disable=None
+    pieces = _pieces(checkpoint, config, model, device, dtype)
+    total = sum(piece.weights for piece in pieces)
+    with (
+        tqdm(desc="Loading", total=total, unit=" weights", unit_scale=True, disable=None) as bar,
+        ThreadPoolExecutor(_READERS, "load") as readers,
     ):
-        _set(model, name, parameter)
+        running = {readers.submit(piece.load): piece for piece in pieces}
+        try:
+            for done in as_completed(running):
+                for name, parameter in done.result():
+                    _set(model, name, parameter)
+                bar.update(running[done].weights)
+        finally:
+            readers.shutdown(cancel_futures=True)
     return model
 
 
@@ -218,26 +235,53 @@ def empty_model(
     return model.eval().requires_grad_(False)
 
 
-def _parameters(
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What is loaded in one go: some tensors of the checkpoint to some parameters of the model."""
+
+    weights: int  # numbers on disk
+    load: Callable[[], Parameters]
+
+
+def _pieces(
     checkpoint: Checkpoint,
     config: NVEmbedConfig,
     model: NVEmbed,
     device: torch.device,
     dtype: torch.dtype,
-) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, sources in tensor_table(config).items():
+) -> list[_Piece]:
+    """The fold first: it computes while the others read."""
+
+    def quantized(name: str, layer: nn.Module, sources: list[Source]) -> Parameters:
         owner = name.rpartition(".")[0]
-        layer = model.get_submodule(owner)
+        parts = (checkpoint.rows(source.name) for source in sources)
+        rows = sum(source.shape[0] for source in sources)
+        parameters = quantization.parameters_of(layer, parts, rows, device)
+        return [(f"{owner}.{leaf}", parameter) for leaf, parameter in parameters]
+
+    def plain(name: str, sources: list[Source]) -> Parameters:
+        return [(name, _stack(checkpoint, sources, device, dtype))]
+
+    def folded() -> Parameters:
+        matrices = zip(("to", "from"), _fold(checkpoint, config, device, dtype), strict=True)
+        return [
+            (f"pooler.{way}_latents.weight", nn.Parameter(matrix, requires_grad=False))
+            for way, matrix in matrices
+        ]
+
+    pieces = [_Piece(_count(folded_sources(config).values()), folded)]
+    for name, sources in tensor_table(config).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
         if quantization.is_quantized(layer):
-            parts = (checkpoint.rows(source.name) for source in sources)
-            rows = sum(source.shape[0] for source in sources)
-            for leaf, parameter in quantization.parameters_of(layer, parts, rows, device):
-                yield f"{owner}.{leaf}", parameter
+            load = partial(quantized, name, layer, sources)
         else:
-            yield name, _stack(checkpoint, sources, device, dtype)
-    to_latents, from_latents = _fold(checkpoint, config, device, dtype)
-    yield "pooler.to_latents.weight", nn.Parameter(to_latents, requires_grad=False)
-    yield "pooler.from_latents.weight", nn.Parameter(from_latents, requires_grad=False)
+            load = partial(plain, name, sources)
+        pieces.append(_Piece(_count(sources), load))
+    return pieces
+
+
+def _count(sources: Iterable[Source]) -> int:
+    return sum(math.prod(source.shape) for source in sources)
 
 
 def _stack(

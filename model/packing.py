@@ -15,6 +15,9 @@ from torch import Tensor
 
 from model.batch import Encoding
 
+ROUND_TO = 16
+"""What a CPU rounds lengths and numbers of rows up to: the rows of a tile of AMX."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segments:
@@ -48,10 +51,12 @@ class PackedBatch:
         return self.seqs.num_seqs
 
 
-def pack(encodings: Sequence[Encoding], device: torch.device, round_to: int = 1) -> PackedBatch:
+def pack(
+    encodings: Sequence[Encoding], device: torch.device, *, filler: bool = False
+) -> PackedBatch:
     """Lay the encodings end to end on `device`, in one upload.
 
-    round_to: T and P are multiples of it, by filler.
+    filler: make T and P two of a few numbers, for products that are compiled for each.
     """
     assert encodings, "an empty batch"
     lengths = np.array([len(e) for e in encodings], dtype=np.int32)
@@ -59,10 +64,11 @@ def pack(encodings: Sequence[Encoding], device: torch.device, round_to: int = 1)
     bounds = _bounds(lengths)
     positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths)
     ids = np.concatenate([e.ids for e in encodings])
-    parts = [_filled(ids, round_to), _filled(positions, round_to), bounds]
+    fill = _filled if filler else _as_it_is
+    parts = [fill(ids), fill(positions), bounds]
     if starts.any():
         pool_rows = np.flatnonzero(positions >= np.repeat(starts, lengths)).astype(np.int32)
-        parts += [_filled(pool_rows, round_to), _bounds(lengths - starts)]
+        parts += [fill(pool_rows), _bounds(lengths - starts)]
     tensors = _upload(parts, device)
     seqs = _segments(lengths, tensors[2])
     if not starts.any():
@@ -71,9 +77,15 @@ def pack(encodings: Sequence[Encoding], device: torch.device, round_to: int = 1)
     return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], pooled)
 
 
-def _filled(rows: np.ndarray, round_to: int) -> np.ndarray:
-    """As many more of the last as make a multiple of `round_to`."""
-    return np.pad(rows, (0, -len(rows) % round_to), mode="edge")
+def _filled(rows: np.ndarray) -> np.ndarray:
+    """As many more of the last as make a multiple of 16, or of about an eighth of them: eight
+    numbers for each doubling, at most an eighth of filler."""
+    step = max(ROUND_TO, 1 << (len(rows) // 8).bit_length() >> 1)
+    return np.pad(rows, (0, -len(rows) % step), mode="edge")
+
+
+def _as_it_is(rows: np.ndarray) -> np.ndarray:
+    return rows
 
 
 def _bounds(lengths: np.ndarray) -> np.ndarray:

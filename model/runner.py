@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import host
-from model.attention import ROUND_TO, choose_kernel
+from model.attention import choose_kernel
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
@@ -56,9 +56,9 @@ class ModelRunner:
         self.dtype = resolve_dtype(options.dtype, self.device, self.config)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
         # oneDNN compiles its products (all but those in float32) for each number of rows that
-        # it meets: 13 ms in a forward of 20, and 0.3 MB each. Rounded, there are few of them.
+        # it meets: 13 ms in a forward of 20, and 0.3 MB each. With filler they are few.
         compiles = self.dtype != torch.float32 or options.quantization != "none"
-        self._round_to = ROUND_TO if compiles and kernel == "sdpa" else 1
+        self._filler = compiles and kernel == "sdpa"
         self.model = load_model(
             Path(options.path),
             self.config,
@@ -77,7 +77,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
-        rows = self.model(pack(encodings, self.device, self._round_to), self._attend)
+        rows = self.model(pack(encodings, self.device, filler=self._filler), self._attend)
         return rows.cpu().numpy()  # type: ignore[no-any-return]
 
     def warm_up(self) -> None:

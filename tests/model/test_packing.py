@@ -65,14 +65,19 @@ def test_the_upload_places_every_part_on_the_gpu() -> None:
 
 
 def test_filler_repeats_the_last_row_and_belongs_to_nobody() -> None:
-    batch = pack([encoding(3, 1), encoding(2, 0, first=7)], CPU, round_to=4)
-    assert batch.input_ids.tolist() == [100, 101, 102, 7, 8, 8, 8, 8]
-    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 1, 1, 1]
-    assert batch.seqs.lengths == (3, 2)
-    assert batch.seqs.cu_seqlens.tolist() == [0, 3, 5]
+    batch = pack([encoding(12, 1), encoding(7, 0, first=7)], CPU, filler=True)
+    assert batch.input_ids.tolist() == [*range(100, 112), *range(7, 14), *[13] * 13]
+    assert batch.positions.tolist() == [*range(12), *range(7), *[6] * 13]
+    assert batch.seqs.lengths == (12, 7)
+    assert batch.seqs.cu_seqlens.tolist() == [0, 12, 19]
     assert batch.pool_rows is not None
-    assert batch.pool_rows.tolist() == [1, 2, 3, 4]
-    assert batch.pooled.lengths == (2, 2)
-    pooled = pack([encoding(3, 1), encoding(2)], CPU, round_to=3).pool_rows
-    assert pooled is not None
-    assert pooled.tolist() == [1, 2, 3, 4, 4, 4]
+    assert batch.pool_rows.tolist() == [*range(1, 19), *[18] * 14]
+    assert batch.pooled.lengths == (11, 7)
+
+
+def test_filler_makes_few_sizes_and_is_an_eighth_at_most() -> None:
+    sizes = {}
+    for tokens in range(1, 2049):
+        sizes[tokens] = pack([encoding(tokens)], CPU, filler=True).num_tokens
+        assert tokens <= sizes[tokens] < tokens + max(16, tokens / 8)
+    assert len(set(sizes.values())) == 16 + 3 * 8
