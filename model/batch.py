@@ -56,6 +56,7 @@ class RunnerOptions:
     max_batch_tokens: int = 1024
     max_batch_seqs: int = 256
     max_input_tokens: int = 32_768
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +69,4 @@ class RunnerInfo:
     quantization: str
     attention: str
     width: int  # of the vectors it returns
+    cuda_graphs: bool = False

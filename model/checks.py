@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import host
+from model import cuda_graphs, host
 from model.attention import AttentionKernel, available_kernels, choose_kernel
 from model.batch import Encoding
 from model.card import PUBLISHED_SCORES, read_card
@@ -371,6 +371,28 @@ def check_kernels(subject: Subject, working: Loaded) -> Iterator[Check]:
         if name != used:
             _, attend = choose_kernel(name, subject.device, subject.dtype)
             yield _same(f"{name} and {used}", subject, working.embed(samples, attend), expected)
+
+
+def check_graphs(subject: Subject, working: Loaded) -> Iterator[Check]:
+    """Recorded forwards against eager ones, sample by sample and all together."""
+    try:
+        cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], subject.quantization)
+    except UnsupportedError:
+        return
+    with torch.inference_mode():
+        forward = cuda_graphs.GraphedForward(
+            lambda batch: working.model(batch, working.attend), subject.device
+        )
+        samples = [e for e in sample_encodings(subject) if len(e) <= cuda_graphs.SIZES[-1]]
+        short = sorted(samples, key=len)[:4]
+        batches = [*([sample] for sample in samples), short]
+        got = []
+        for batch in batches:
+            rows = forward(batch)
+            assert rows is not None, batch
+            got.append(rows.cpu().numpy())  # at once: the next replay may overwrite them
+    expected = working.embed([encoding for batch in batches for encoding in batch])
+    yield _same("CUDA graphs and eager", subject, np.concatenate(got), expected)
 
 
 # -- the precisions --------------------------------------------------------------------------

@@ -119,6 +119,7 @@ def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
     yield checks.check_alone(subject, working)
     yield checks.check_pooler(subject, working)
     yield from checks.check_kernels(subject, working)
+    yield from checks.check_graphs(subject, working)
     exact = working if variant == "float32" else None
     if exact is None:
         del working  # float32 may need its memory

@@ -65,6 +65,7 @@ class EmbeddingEngine:
             dtype=settings.dtype,
             quantization=settings.quantization,
             attention=settings.attention,
+            cuda_graphs=settings.cuda_graphs,
             threads=settings.threads,
             max_batch_seqs=settings.max_batch_seqs,
             max_input_tokens=self.max_input_tokens,

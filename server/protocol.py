@@ -112,6 +112,10 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._stop(self._read_timer)
         super().on_message_complete()
+        # A large last piece has stopped the reading, and whoever has the whole body asks for no
+        # more: read on, or nobody sees the client go. Behind a request that waits, uvicorn stops.
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's way to answer what its parser refuses."""

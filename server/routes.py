@@ -214,6 +214,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
                         "dtype": runner.dtype,
                         "quantization": runner.quantization,
                         "attention": runner.attention,
+                        "cuda_graphs": runner.cuda_graphs,
                     }
                     for runner in engine.runners
                 ],

@@ -207,6 +207,7 @@ class Device(BaseModel):
     dtype: str
     quantization: str
     attention: str
+    cuda_graphs: bool
 
 
 class Limits(BaseModel):

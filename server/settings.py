@@ -99,6 +99,11 @@ class Settings(BaseModel):
     attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
         "auto", description="attention kernel; auto: the best that runs on the device"
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="record the forward of small batches at the start and replay it: shorter "
+        "answers to single queries on a GPU, for some memory",
+    )
     threads: int | None = Field(
         None,
         ge=1,

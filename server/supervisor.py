@@ -183,12 +183,14 @@ class Supervisor:
         assert kind is Kind.HELLO, kind
         info = RunnerInfo(**orjson.loads(payload))
         options = self._options[slot]
+        how = [info.device_name, info.dtype, info.quantization, info.attention]
+        how += ["CUDA graphs"] if info.cuda_graphs else []
         logger.info(
             "worker %d is ready after %.1f s on %s (%s)",
             slot,
             time.monotonic() - started,
             info.device,
-            ", ".join((info.device_name, info.dtype, info.quantization, info.attention)),
+            ", ".join(how),
         )
         limits = BatchLimits(options.max_batch_tokens, options.max_batch_seqs)
         return Worker(slot, info, limits, writer, self._processes[slot])

@@ -29,6 +29,7 @@ MODEL = [
     "nv_embed",
     "quantization",
     "loader",
+    "cuda_graphs",
     "runner",
     "encoder",
     "checks",

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -98,27 +99,45 @@ def llama_cpp(kind: str) -> Callable[..., list[dict[str, object]]]:
     def run(
         environment: Path, trunk: Path, file: Path, options: argparse.Namespace
     ) -> list[dict[str, object]]:
-        converter = shutil.which("convert_hf_to_gguf.py")
-        if converter is None:
-            raise RuntimeError(
-                "llama.cpp's convert_hf_to_gguf.py is not on the path: the Python package has none"
-            )
+        """llama.cpp's own server, built with its own defaults from the sources that the package
+        brings; its slots share one context, each with room for the longest text."""
+        source, build = _llama_cpp_built(environment, options)
         weights = trunk / f"trunk-{kind}.gguf"
         if not weights.exists():
-            python = str(environment / "bin" / "python")
-            _call(
-                [python, converter, str(trunk), "--outtype", kind, "--outfile", str(weights)],
-                options,
-            )
+            converter = [str(environment / "bin" / "python"), str(source / "convert_hf_to_gguf.py")]
+            _call([*converter, str(trunk), "--outtype", kind, "--outfile", str(weights)], options)
         port = _free_port()
-        command = [str(environment / "bin" / "python"), "-m", "llama_cpp.server"]
-        command += ["--model", str(weights), "--embedding", "true", "--port", str(port)]
-        command += ["--n_threads", str(options.threads), "--n_ctx", "8192", "--n_batch", "1024"]
+        command = [str(build / "bin" / "llama-server"), "--model", str(weights), "--embedding"]
+        command += ["--pooling", "mean", "--attention", "non-causal", "--port", str(port)]
+        command += ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
+        command += ["--parallel", "32", "--ctx-size", str(32 * 576)]
+        command += ["--batch-size", "2048", "--ubatch-size", "2048", "--no-webui"]
         return _serve(command, port, "/v1/embeddings", file, options)
 
     return run
 
 
+def _llama_cpp_built(environment: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+    """-> (llama.cpp's sources, the folder that it was built in). Needs cmake and a C++ compiler."""
+    package, build = environment / "source", environment / "build"
+    if not (build / "bin" / "llama-server").exists():
+        pip = [str(environment / "bin" / "pip"), "download", "--quiet", "--no-deps"]
+        pip += ["--no-binary", ":all:", "--no-build-isolation", "--dest", str(package)]
+        _call([*pip, "llama-cpp-python"], options)
+        with tarfile.open(next(package.glob("*.tar.gz"))) as archive:
+            archive.extractall(package, filter="data")
+    (source,) = package.glob("*/vendor/llama.cpp")
+    if not (build / "bin" / "llama-server").exists():
+        without = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES")
+        settings = [f"-DLLAMA_{name}=OFF" for name in without]
+        configure = ["cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+        _call([*configure, *settings], options)
+        _call(["cmake", "--build", str(build), "--parallel", "--target", "llama-server"], options)
+    return source, build
+
+
+_LLAMA_CPP = ("torch", "scikit-build-core", "gguf", "transformers", "sentencepiece")
+"""To unpack its sources and to convert the trunk for it."""
 PEERS = {
     "sentence-transformers": Peer(("torch", "sentence-transformers"), offline("torch")),
     "sentence-transformers ONNX int8": Peer(
@@ -128,10 +147,8 @@ PEERS = {
         ("torch", "sentence-transformers[openvino]"), offline("openvino")
     ),
     "infinity": Peer(("torch", "infinity-emb[torch,server]"), infinity),
-    "llama.cpp f32": Peer(("llama-cpp-python[server]", "transformers", "torch"), llama_cpp("f32")),
-    "llama.cpp q8_0": Peer(
-        ("llama-cpp-python[server]", "transformers", "torch"), llama_cpp("q8_0")
-    ),
+    "llama.cpp f32": Peer(_LLAMA_CPP, llama_cpp("f32")),
+    "llama.cpp q8_0": Peer(_LLAMA_CPP, llama_cpp("q8_0")),
 }
 
 
@@ -220,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _install(peer: Peer, options: argparse.Namespace) -> Path:
     packages = [options.torch if name == "torch" else name for name in peer.packages]
-    slug = "-".join(peer.packages[-1:] if "torch" in peer.packages[0] else peer.packages[:1])
+    slug = "-".join(peer.packages[1:2])
     environment = (
         options.scratch.resolve()
         / "peers"

@@ -140,3 +140,26 @@ def test_connections_beyond_the_cap_get_a_503(golden_checkpoint: Path, tmp_path:
         server.wait_until(lambda: server.embed(input="x").status_code == 200, "served again")
         text = server.client.get("/metrics").text
         assert 'nv_embed_requests_total{route="other",status="503"} 1.0' in text
+
+
+def test_a_client_that_goes_after_a_large_body_is_noticed(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A piece above uvicorn's high-water mark stops the reading. When it was the last one, nobody
+    asks for more, and the end of the connection must be seen all the same."""
+    options = (*FAKE, "--max-batch-tokens", "64")
+    with serving(
+        golden_checkpoint, *options, log=tmp_path / "log", env={"FAKE_SECONDS": "0.3"}
+    ) as server:
+        for kilobytes in range(70, 250, 30):
+            inputs = [f"{number} " + "word " * 200 for number in range(kilobytes)]
+            body = json.dumps({"model": "golden-embed", "input": inputs}).encode()
+            with connected(server) as client:
+                client.sendall(POST + b"content-length: %d\r\n\r\n" % len(body))
+                time.sleep(0.05)  # the app waits for the body, which then comes in few pieces
+                client.sendall(body)
+                server.wait_for_metric("nv_embed_running_requests", 1)
+            left = time.monotonic()
+            server.wait_for_metric("nv_embed_queued_tokens", 0)
+            assert time.monotonic() - left < 5, "it was worked through"
+            server.wait_for_metric("nv_embed_running_requests", 0)

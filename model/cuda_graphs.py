@@ -1,0 +1,135 @@
+"""CUDA graphs: the forward of a small batch is recorded once for each size and replayed.
+
+With few tokens a GPU waits for Python, which launches some hundred kernels one after another; a
+graph is one launch. A recording has fixed shapes and addresses, so a batch is laid into buffers of
+the next larger size: filler rows behind the last sequence, empty sequences behind the last one,
+and as the longest sequence the whole buffer. Kernels that read lengths on the host cannot be
+recorded, nor can LLM.int8, which looks for outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.batch import Encoding
+from model.errors import UnsupportedError
+from model.packing import PackedBatch, Segments, pack
+
+SIZES = (16, 32, 64, 128, 256)
+"""Tokens of the recordings: beyond, the GPU has more to do than Python."""
+MAX_SEQS = 16
+RECORDABLE = ("flash-attn", "varlen")
+
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes what to run; gives what runs the same again and returns the same tensor, overwritten."""
+
+
+def check(device: torch.device, kernel: str, quantization: str) -> None:
+    """Raise UnsupportedError, with the reason, where nothing can be recorded."""
+    if device.type != "cuda":
+        raise UnsupportedError(f"CUDA graphs need a GPU, not {device}")
+    if kernel not in RECORDABLE:
+        raise UnsupportedError(
+            f"CUDA graphs need attention {' or '.join(RECORDABLE)}: not {kernel}"
+        )
+    if quantization == "int8":
+        raise UnsupportedError("CUDA graphs cannot hold LLM.int8: take float8 or int8-dynamic")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recording:
+    host: Tensor  # int32, laid out as `_parts`
+    device: Tensor  # the same there, which the recorded kernels read
+    replay: Callable[[], Tensor]  # -> [MAX_SEQS, D]
+
+
+class GraphedForward:
+    """`forward` of batches up to the largest of SIZES, recorded when this is made."""
+
+    def __init__(
+        self,
+        forward: Callable[[PackedBatch], Tensor],
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
+        record = record or recorder(device)
+        self._recordings: dict[int, _Recording] = {}
+        for size in reversed(SIZES):  # the largest first: the others fit into its memory
+            host = torch.zeros(sum(_parts(size)), dtype=torch.int32)
+            host = host.pin_memory() if device.type == "cuda" else host
+            there = host.to(device, copy=True)
+            batch = _batch_in(there, size)
+            self._recordings[size] = _Recording(
+                host,
+                there,
+                record(lambda batch=batch: forward(batch)),  # type: ignore[misc]
+            )
+
+    def __call__(self, encodings: Sequence[Encoding]) -> Tensor | None:
+        """[N, D], to be read before the next call; None for a batch that is too large."""
+        tokens = sum(map(len, encodings))
+        if tokens > SIZES[-1] or len(encodings) > MAX_SEQS:
+            return None
+        size = next(size for size in SIZES if tokens <= size)
+        recording = self._recordings[size]
+        _lay(pack(encodings, torch.device("cpu")), recording.host, size)
+        recording.device.copy_(recording.host, non_blocking=True)
+        return recording.replay()[: len(encodings)]
+
+
+def _parts(size: int) -> list[int]:
+    """Ids, positions, pooled rows, bounds of the sequences and of their pooled rows."""
+    return [size, size, size, MAX_SEQS + 1, MAX_SEQS + 1]
+
+
+def _batch_in(buffer: Tensor, size: int) -> PackedBatch:
+    ids, positions, pool_rows, bounds, pooled = torch.split(buffer, _parts(size))
+    lengths = (0,) * MAX_SEQS  # nobody reads them: they change from replay to replay
+    return PackedBatch(
+        ids,
+        positions,
+        Segments(lengths, bounds, size),
+        pool_rows,
+        Segments(lengths, pooled, size),
+    )
+
+
+def _lay(batch: PackedBatch, host: Tensor, size: int) -> None:
+    """Write `batch` into a buffer of `size`: filler is the first row, once more."""
+    rows = np.arange(batch.num_tokens) if batch.pool_rows is None else batch.pool_rows.numpy()
+    parts = [batch.input_ids.numpy(), batch.positions.numpy(), rows]
+    bounds = [batch.seqs.cu_seqlens.numpy(), batch.pooled.cu_seqlens.numpy()]
+    modes = ["constant"] * 3 + ["edge"] * 2
+    for target, values, mode in zip(
+        torch.split(host, _parts(size)), parts + bounds, modes, strict=True
+    ):
+        target.numpy()[:] = np.pad(values, (0, len(target) - len(values)), mode=mode)  # type: ignore[call-overload]
+
+
+def recorder(device: torch.device) -> Record:
+    """Records on `device`, all recordings in one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # what is made at the first use must not be made in the recording
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return record
