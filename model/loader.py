@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import quantization
+from model import packed_linear, quantization
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.hub import weight_files
@@ -33,6 +33,7 @@ from model.latent_attention import (
 )
 from model.mistral import MistralBackbone
 from model.nv_embed import NVEmbed
+from model.packed_linear import PackedLinear
 
 Parameters = list[tuple[str, nn.Parameter]]
 """Parameters of NVEmbed by name."""
@@ -205,6 +206,8 @@ def load_model(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize)
+    if packed_linear.is_faster(device, dtype):
+        packed_linear.replace_linears(model)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
@@ -260,14 +263,20 @@ def _pieces(
         return [(f"{owner}.{leaf}", parameter) for leaf, parameter in parameters]
 
     def plain(name: str, sources: list[Source]) -> Parameters:
-        return [(name, _stack(checkpoint, sources, device, dtype))]
+        return [laid_out(name, _stack(checkpoint, sources, device, dtype))]
 
     def folded() -> Parameters:
-        matrices = zip(("to", "from"), _fold(checkpoint, config, device, dtype), strict=True)
+        to_latents, from_latents = _fold(checkpoint, config, device, dtype)
         return [
-            (f"pooler.{way}_latents.weight", nn.Parameter(matrix, requires_grad=False))
-            for way, matrix in matrices
+            laid_out("pooler.to_latents.weight", to_latents),
+            laid_out("pooler.from_latents.weight", from_latents),
         ]
+
+    def laid_out(name: str, values: Tensor) -> tuple[str, nn.Parameter]:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(owner), PackedLinear):
+            return name, packed_linear.packed(values)
+        return name, nn.Parameter(values, requires_grad=False)
 
     pieces = [_Piece(_count(folded_sources(config).values()), folded)]
     for name, sources in tensor_table(config).items():
@@ -286,7 +295,7 @@ def _count(sources: Iterable[Source]) -> int:
 
 def _stack(
     checkpoint: Checkpoint, sources: list[Source], device: torch.device, dtype: torch.dtype
-) -> nn.Parameter:
+) -> Tensor:
     """`sources` stacked along dim 0, each copied to its place once."""
     rows = sum(source.shape[0] for source in sources)
     stacked = torch.empty(rows, *sources[0].shape[1:], device=device, dtype=dtype)
@@ -294,7 +303,7 @@ def _stack(
     for source in sources:
         stacked[start : start + source.shape[0]].copy_(checkpoint.rows(source.name))
         start += source.shape[0]
-    return nn.Parameter(stacked, requires_grad=False)
+    return stacked
 
 
 def _fold(
@@ -339,7 +348,8 @@ def load_backbone(
     for parameter, sources in tensor_table(config).items():
         owner, _, name = parameter.partition(".")
         if owner == "backbone":
-            _set(backbone, name, _stack(checkpoint, sources, device, dtype))
+            values = _stack(checkpoint, sources, device, dtype)
+            _set(backbone, name, nn.Parameter(values, requires_grad=False))
             for source in sources:
                 tensor = checkpoint.rows(source.name)
                 theirs[source.name.removeprefix("embedding_model.")] = tensor

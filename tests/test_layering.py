@@ -28,6 +28,7 @@ MODEL = [
     "latent_attention",
     "nv_embed",
     "quantization",
+    "packed_linear",
     "loader",
     "cuda_graphs",
     "runner",

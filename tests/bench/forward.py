@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import host
 from model.attention import AttentionKernel
 from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.packed_linear import PackedLinear
 from model.packing import PackedBatch, Segments, pack
 from model.runner import ModelRunner
 from tests.bench import report, workloads
@@ -34,11 +35,11 @@ def products(
     model: nn.Module, batches: Sequence[PackedBatch], attend: AttentionKernel
 ) -> Callable[[], None]:
     """The forward's matrix products alone, on rows of noise."""
-    calls: list[tuple[nn.Linear, int]] = []
+    calls: list[tuple[nn.Module, int]] = []
     hooks = [
         module.register_forward_pre_hook(lambda m, inputs: calls.append((m, inputs[0].shape[0])))
         for module in model.modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | PackedLinear)
     ]
     for batch in batches:
         model(batch, attend)
@@ -48,12 +49,13 @@ def products(
     dtype = calls[0][0].weight.dtype
     inputs = {m.in_features: torch.randn(rows, m.in_features).to(dtype) for m, _ in calls}
     outputs = {m.out_features: torch.empty(rows, m.out_features, dtype=dtype) for m, _ in calls}
+    weights = {m: torch.randn(m.out_features, m.in_features).to(dtype).T for m, _ in calls}
 
     def run() -> None:
         for module, count in calls:
             torch.mm(
                 inputs[module.in_features][:count],
-                module.weight.T,
+                weights[module],
                 out=outputs[module.out_features][:count],
             )
 
@@ -151,6 +153,10 @@ def _others(folder: Path, options: argparse.Namespace) -> dict[str, ModelRunner]
     return runners
 
 
+def _packed_linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * weight[0]
+
+
 def _measure(
     out: report.Report,
     runner: ModelRunner,
@@ -187,7 +193,8 @@ def _measure(
         with host.PeakMemory() as peak:
             run()
         memory[what] = max(0, peak.bytes - before) / 1e6
-    with FlopCounterMode(display=False) as counter:
+    packed_linear = {torch.ops.mkldnn._linear_pointwise: _packed_linear_flops}
+    with FlopCounterMode(display=False, custom_mapping=packed_linear) as counter:
         for batch in batches:
             model(batch, attend)
     seconds = report.alternate(alternatives, options.rounds)
