@@ -49,9 +49,9 @@ def sdpa_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
     many sequences is faster than many calls.
     """
     k, v, grouped = _grouped(q, k, v)
-    plan = _plan(queries, keys, len(q), len(k), q.dtype)
-    outputs = []
-    for alike in plan.groups:
+    attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attended[sum(queries.lengths) :] = 0  # filler: anything, but no NaN left over in memory
+    for alike in _plan(queries, keys, len(q), len(k), q.dtype):
         out = F.scaled_dot_product_attention(
             _take(q, alike.query_rows, alike.count),
             _take(k, alike.key_rows, alike.count),
@@ -59,9 +59,8 @@ def sdpa_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
             attn_mask=alike.mask,
             enable_gqa=grouped,
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return attended if plan.back is None else attended.index_select(0, plan.back)
+        _put(attended, alike.query_rows, out.transpose(1, 2).flatten(0, 1))
+    return attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +73,10 @@ class _Alike:
     mask: Tensor | None  # [count, 1, 1, keys] added to the scores: 0, or -inf beyond the end
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    groups: tuple[_Alike, ...]
-    back: Tensor | None  # [Tq] where each packed row lies in the groups' output; None: in place
-
-
 @lru_cache(maxsize=4)  # the batch at work, for all its layers: Segments are compared by identity
-def _plan(queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: torch.dtype) -> _Plan:
+def _plan(
+    queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: torch.dtype
+) -> list[_Alike]:
     device = keys.cu_seqlens.device
     step = 1 if dtype == torch.float32 else ROUND_TO
     members: dict[tuple[int, int], list[int]] = {}
@@ -90,22 +85,17 @@ def _plan(queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: to
         members.setdefault(rounded, []).append(index)
     q_bounds, k_bounds = _row_bounds(queries, q_rows), _row_bounds(keys, k_rows)
     lengths = np.array(keys.lengths)
-    back = np.full(q_rows, -1)
-    groups, done = [], 0
+    groups = []
     for (q_length, k_length), chosen in sorted(members.items()):
         query_rows = _rows_up_to(q_length, *q_bounds[:, chosen])
         key_rows = _rows_up_to(k_length, *k_bounds[:, chosen])
-        back[query_rows] = np.arange(done, done + len(query_rows))
-        done += len(query_rows)
         beyond = np.arange(k_length) >= lengths[chosen, None]
         mask = None
         if beyond.any():
             mask = torch.from_numpy(np.where(beyond, -np.inf, 0.0)[:, None, None]).to(device, dtype)
         rows = _index(query_rows, device), _index(key_rows, device)
         groups.append(_Alike(len(chosen), *rows, mask))
-    back[back < 0] = back[sum(queries.lengths) - 1]
-    in_place = np.array_equal(back, np.arange(done))
-    return _Plan(tuple(groups), None if in_place else torch.from_numpy(back).to(device))
+    return groups
 
 
 def _row_bounds(segments: Segments, rows: int) -> np.ndarray:
@@ -128,6 +118,14 @@ def _index(rows: np.ndarray, device: torch.device) -> Tensor | slice:
     if (np.diff(rows) == 1).all():
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return torch.from_numpy(rows).to(device)
+
+
+def _put(target: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+    """Rows beyond a sequence's end write its last row again, with the same values."""
+    if isinstance(rows, slice):
+        target[rows] = values
+    else:
+        target.index_copy_(0, rows, values)
 
 
 def _take(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:

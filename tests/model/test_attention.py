@@ -264,8 +264,8 @@ def test_one_sequence_on_the_cpu_is_not_copied() -> None:
     rows = segments([21])
     for dtype, count in ((torch.float32, 21), (torch.bfloat16, 32)):
         plan = _plan(rows, rows, count, count, dtype)
-        assert [alike.key_rows for alike in plan.groups] == [slice(0, count)]
-        assert plan.back is None
+        assert [alike.key_rows for alike in plan] == [slice(0, count)]
+        assert [alike.query_rows for alike in plan] == [slice(0, count)]
 
 
 def test_what_is_not_finite_stays_in_its_own_sequence() -> None:
