@@ -31,7 +31,7 @@ from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
 EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
-DEADLINE_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
+DEADLINE_HEADERS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
@@ -286,15 +286,16 @@ def _json(content: object) -> Response:
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises UnsupportedMediaTypeError or BodyTooLargeError."""
-    content_type = request.headers.get("content-type", "application/json")
-    media_type = content_type.partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
+    header = request.scope["header"]
+    content_type = header.get(b"content-type", b"application/json")
+    media_type = content_type.partition(b";")[0].strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
         raise UnsupportedMediaTypeError(
             "The body must be JSON: send the header Content-Type: application/json"
         )
     too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
-    length = request.headers.get("content-length", "0")
-    if length.isascii() and length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
+    length = header.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
         raise too_large
     parts, size = [], 0
     async for part in request.stream():
@@ -344,9 +345,12 @@ def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> 
 
 def _patience(request: Request) -> float:
     """Seconds that the client waits for its answer, by the SDKs' headers; else for ever."""
-    for header in DEADLINE_HEADERS:
+    for name in DEADLINE_HEADERS:
+        given = request.scope["header"].get(name)
+        if given is None:
+            continue
         try:
-            seconds = float(request.headers.get(header, ""))
+            seconds = float(given)
         except ValueError:
             continue
         if math.isfinite(seconds) and seconds > 0:

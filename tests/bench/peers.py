@@ -215,10 +215,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = options.scratch.resolve() / "texts.json"
     file.write_text(json.dumps(texts))
     options.dtype, options.quantization = "float32", "none"
-    seconds = serve._forward_alone(checkpoint, file, options)
+    seconds, _ = serve._forward_alone(checkpoint, file, options)
     bound = len(texts) / seconds
     out.add(system="nv-embed, packed forward", load="offline", texts_per_s=bound)
-    for name in options.peers.split(","):
+    for quantization in ("none", "int8-dynamic"):
+        name = "nv-embed" if quantization == "none" else f"nv-embed {quantization}"
+        for row in _ours(checkpoint, quantization, file, options):
+            out.add(system=name, **row)
+    for name in filter(None, options.peers.split(",")):
         peer = PEERS[name.strip()]
         try:
             environment = _install(peer, options)
@@ -230,9 +234,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         for row in rows:
             out.add(system=name, **row)
-            rate = float(str(row["texts_per_s"]))
-            out.ratios[f"packed forward / {name}, {row['load']}"] = bound / rate
+    ours = {row["load"]: row["texts_per_s"] for row in out.rows if row["system"] == "nv-embed"}
+    ours["offline"] = bound
+    for row in out.rows:
+        if rate := row.get("texts_per_s"):
+            name = f"nv-embed / {row['system']}, {row['load']}"
+            out.ratios[name] = ours[row["load"]] / rate
     out.finish(options.results, group="system", label="load", value="texts_per_s", unit="texts/s")
+
+
+def _ours(
+    checkpoint: Path, quantization: str, file: Path, options: argparse.Namespace
+) -> list[dict[str, object]]:
+    port = _free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint)]
+    command += ["--served-model-name", "trunk", "--port", str(port), "--device", "cpu"]
+    command += ["--dtype", "float32", "--quantization", quantization]
+    command += ["--threads", str(options.threads)]
+    return _serve(command, port, "/v1/embeddings", file, options)
 
 
 def _install(peer: Peer, options: argparse.Namespace) -> Path:
