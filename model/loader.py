@@ -38,7 +38,7 @@ from model.packed_linear import PackedLinear
 Parameters = list[tuple[str, nn.Parameter]]
 """Parameters of NVEmbed by name."""
 
-_READERS = 4
+_READERS = 3
 """Threads that read and convert: one alone waits for the disk at each page."""
 _LATENT = "latent_attention_model."
 _CROSS = _LATENT + "cross_attend_blocks.0."

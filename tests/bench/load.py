@@ -49,9 +49,11 @@ ready = time.perf_counter()
 row = runner.embed([Encoding(np.arange(1, 17, dtype=np.int32))])
 assert np.isfinite(row).all()
 kept = sum(p.numel() * p.element_size() for p in runner.model.parameters())
+full = 4 * sum(p.numel() for p in runner.model.parameters())
 print(json.dumps({"ready_s": ready - started, "load_s": loaded - started,
     "one_text_s": time.perf_counter() - ready, "kept_gb": kept / 1e9,
-    "peak_gb": (peak.bytes - before) / 1e9, "peak_of_kept": (peak.bytes - before) / kept}))
+    "peak_gb": (peak.bytes - before) / 1e9, "peak_of_kept": (peak.bytes - before) / kept,
+    "kept_of_float32": kept / full, "peak_of_float32": (peak.bytes - before) / full}))
 """
 
 
@@ -128,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figures = json.loads(child.stdout.splitlines()[-1])
         out.add(variant=variant, what="load", disk_gb=read / 1e9, read_s=reading, **figures)
         out.ratios[f"{variant}: peak / weights kept"] = figures["peak_of_kept"]
+        out.ratios[f"{variant}: weights kept / float32"] = figures["kept_of_float32"]
+        out.ratios[f"{variant}: peak / float32"] = figures["peak_of_float32"]
         out.ratios[f"{variant}: reading the files / ready"] = reading / figures["ready_s"]
     out.finish(options.results, group="variant", label="what", value="peak_gb", unit="peak GB")
 

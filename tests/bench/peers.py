@@ -100,21 +100,39 @@ def llama_cpp(kind: str) -> Callable[..., list[dict[str, object]]]:
         environment: Path, trunk: Path, file: Path, options: argparse.Namespace
     ) -> list[dict[str, object]]:
         """llama.cpp's own server, built with its own defaults from the sources that the package
-        brings; its slots share one context, each with room for the longest text."""
+        brings; its slots share one context, each with room for the longest text. Its attention
+        stays causal, which is half of the work."""
         source, build = _llama_cpp_built(environment, options)
         weights = trunk / f"trunk-{kind}.gguf"
         if not weights.exists():
+            decoder = _as_decoder(trunk, trunk.with_name("trunk-decoder"))
             converter = [str(environment / "bin" / "python"), str(source / "convert_hf_to_gguf.py")]
-            _call([*converter, str(trunk), "--outtype", kind, "--outfile", str(weights)], options)
+            _call([*converter, str(decoder), "--outtype", kind, "--outfile", str(weights)], options)
         port = _free_port()
         command = [str(build / "bin" / "llama-server"), "--model", str(weights), "--embedding"]
-        command += ["--pooling", "mean", "--attention", "non-causal", "--port", str(port)]
+        command += ["--pooling", "mean", "--port", str(port)]
         command += ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
         command += ["--parallel", "32", "--ctx-size", str(32 * 576)]
         command += ["--batch-size", "2048", "--ubatch-size", "2048", "--no-webui"]
         return _serve(command, port, "/v1/embeddings", file, options)
 
     return run
+
+
+def _as_decoder(trunk: Path, folder: Path) -> Path:
+    """The same weights as the language model that llama.cpp's converter knows."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(trunk / "model.safetensors")
+    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((trunk / "config.json").read_text())
+    raw |= {"architectures": ["MistralForCausalLM"], "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(raw))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(trunk / name, folder)
+    return folder
 
 
 def _llama_cpp_built(environment: Path, options: argparse.Namespace) -> tuple[Path, Path]:

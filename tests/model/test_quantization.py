@@ -15,6 +15,7 @@ from model.errors import UnsupportedError
 from model.loader import empty_model, load_model
 from model.packing import pack
 from tests.checkpoints import golden_cases
+from tests.model.test_config import OFFICIAL
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -47,6 +48,16 @@ def test_int8_weights_are_int8(wide_checkpoint: Path, how: str) -> None:
     assert len(linears) == 4 * config.num_hidden_layers + 1  # the last layer's q stands apart
     assert {dtypes[name] for name in linears} == {torch.int8}
     assert {dtypes[name] for name in dtypes.keys() - linears} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
+def test_8_bits_are_a_quarter_of_the_official_model(how: str) -> None:
+    """What is kept, counted on meta tensors: token table, pooler and norms stay in 16 bit."""
+    config = NVEmbedConfig.from_dict(OFFICIAL)
+    model = empty_model(config, quantize=how, dtype=torch.bfloat16)
+    kept = sum(p.numel() * p.element_size() for p in model.parameters())
+    float32 = 4 * sum(p.numel() for p in empty_model(config).parameters())
+    assert 0.25 < kept / float32 < 0.27, kept / float32
 
 
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
