@@ -38,7 +38,7 @@ def check(device: torch.device, kernel: str, quantization: str) -> None:
             f"CUDA graphs need attention {' or '.join(RECORDABLE)}: not {kernel}"
         )
     if quantization == "int8":
-        raise UnsupportedError("CUDA graphs cannot hold LLM.int8: take float8 or int8-dynamic")
+        raise UnsupportedError("CUDA graphs cannot hold LLM.int8: take float8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +100,8 @@ def _batch_in(buffer: Tensor, size: int) -> PackedBatch:
 
 
 def _lay(batch: PackedBatch, host: Tensor, size: int) -> None:
-    """Write `batch` into a buffer of `size`: filler is the first row, once more."""
+    """Write `batch` into a buffer of `size`: filler is id 0 at position 0, and what is pooled
+    beyond the last sequence is row 0 again."""
     rows = np.arange(batch.num_tokens) if batch.pool_rows is None else batch.pool_rows.numpy()
     parts = [batch.input_ids.numpy(), batch.positions.numpy(), rows]
     bounds = [batch.seqs.cu_seqlens.numpy(), batch.pooled.cu_seqlens.numpy()]
@@ -114,17 +115,18 @@ def _lay(batch: PackedBatch, host: Tensor, size: int) -> None:
 def recorder(device: torch.device) -> Record:
     """Records on `device`, all recordings in one pool of memory."""
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # memory is kept by stream
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # what is made at the first use must not be made in the recording
-                run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            out = run()
+        with torch.cuda.device(device):  # or torch would wake the first one
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # what the first use makes must not be made in the recording
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                out = run()
 
         def replay() -> Tensor:
             graph.replay()

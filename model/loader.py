@@ -2,7 +2,7 @@
 
 One table, `tensor_table`, names every tensor of the official layout (v1 and v2: 304 of them),
 its shape and the parameter that it goes to. Shards are mapped, never read whole: beside the
-weights that are kept, only one parameter's worth of memory is in use at a time.
+weights that are kept, what a few parameters take is in use at a time.
 """
 
 from __future__ import annotations

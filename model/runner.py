@@ -61,7 +61,7 @@ class ModelRunner:
         # oneDNN compiles its products (all but those in float32) for each number of rows that
         # it meets: 13 ms in a forward of 20, and 0.3 MB each. With filler they are few.
         compiles = self.dtype != torch.float32 or options.quantization != "none"
-        self._filler = compiles and kernel == "sdpa"
+        self._filler = compiles and kernel == "sdpa" and self.device.type == "cpu"
         self.model = load_model(
             Path(options.path),
             self.config,
@@ -91,18 +91,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """CUDA: the longest sequence, then a full batch, so that memory is claimed and kernels
-        are chosen before the first request; graphs are recorded. CPU: one short batch."""
+        """CUDA: graphs, then the longest sequence, then a full batch, so that memory is claimed
+        and kernels are chosen before the first request. CPU: one short batch."""
         if self.device.type != "cuda":
             host.keep_freed_memory()
             self.embed([_ramp(8)])
             return
         options = self._options
+        if options.cuda_graphs:  # first: recording hands free memory back
+            self._graphs = cuda_graphs.GraphedForward(self._forward, self.device)
         self.embed([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
         self.embed([_ramp(options.max_batch_tokens // seqs)] * seqs)
-        if options.cuda_graphs:
-            self._graphs = cuda_graphs.GraphedForward(self._forward, self.device)
         torch.cuda.synchronize(self.device)
 
     def close(self) -> None:

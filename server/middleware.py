@@ -57,8 +57,8 @@ class RequestRecord:
     """Outermost: gives each request its id, its log line and its place in the metrics.
 
     `scope["log"]` is a dictionary that inner layers add to the log line; on `scope["bytes"]` they
-    count what they keep in memory. `scope["header"]` has the headers by name, the last of each:
-    made once, for a search of the list takes as long.
+    count what they keep in memory. `scope["headers_by_name"]` is a dictionary, made once because
+    each search of the list would take as long; of equal names the last one counts.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class RequestRecord:
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 0
-        scope["header"] = header = dict(scope["headers"])
+        scope["headers_by_name"] = header = dict(scope["headers"])
         request_id = _request_id(header.get(b"x-request-id", b""))
         details: dict[str, Any] = {}
         scope["log"], scope["request_id"] = details, request_id
@@ -144,7 +144,7 @@ class Gate:
     def _refusal(self, scope: Scope) -> InvalidKeyError | None:
         if not self._keys or scope["path"] in self._open_paths:
             return None
-        given = scope["header"].get(b"authorization")
+        given = scope["headers_by_name"].get(b"authorization")
         if given is None:
             return InvalidKeyError("You didn't provide an API key: send Authorization: Bearer KEY")
         scheme, _, key = given.partition(b" ")

@@ -286,7 +286,7 @@ def _json(content: object) -> Response:
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises UnsupportedMediaTypeError or BodyTooLargeError."""
-    header = request.scope["header"]
+    header = request.scope["headers_by_name"]
     content_type = header.get(b"content-type", b"application/json")
     media_type = content_type.partition(b";")[0].strip().lower()
     if media_type != b"application/json" and not media_type.endswith(b"+json"):
@@ -346,7 +346,7 @@ def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> 
 def _patience(request: Request) -> float:
     """Seconds that the client waits for its answer, by the SDKs' headers; else for ever."""
     for name in DEADLINE_HEADERS:
-        given = request.scope["header"].get(name)
+        given = request.scope["headers_by_name"].get(name)
         if given is None:
             continue
         try:

@@ -3,8 +3,9 @@ batch, for several mixes of lengths, in one run.
 
 The products (every linear layer of the backbone and the pooler, with the rows that it really sees,
 into memory that is already there) are what no implementation can leave out: the distance to them
-is what norms, attention, activations, copies and Python cost. The padded batch is what a server
-computes that fills every text up to the longest one of its batch and masks the rest. FLOPs are
+is what norms, attention, activations, copies and Python cost. (In bfloat16 the forward's own
+products are quicker than these, which lay their weights out anew.) The padded batch is what a
+server computes that fills every text up to the longest of its batch and masks the rest. FLOPs are
 counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
 Times are the least of the rounds; where other programs run, compare CPU time, with one thread.
 """

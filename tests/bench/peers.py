@@ -99,7 +99,7 @@ def llama_cpp(kind: str) -> Callable[..., list[dict[str, object]]]:
     def run(
         environment: Path, trunk: Path, file: Path, options: argparse.Namespace
     ) -> list[dict[str, object]]:
-        """llama.cpp's own server, built with its own defaults from the sources that the package
+        """llama.cpp's own server, built from the sources that the package
         brings; its slots share one context, each with room for the longest text. Its attention
         stays causal, which is half of the work."""
         source, build = _llama_cpp_built(environment, options)
@@ -117,6 +117,14 @@ def llama_cpp(kind: str) -> Callable[..., list[dict[str, object]]]:
         return _serve(command, port, "/v1/embeddings", file, options)
 
     return run
+
+
+_GGML_FLAGS = {
+    "avx512f": "-DGGML_AVX512=ON",
+    "avx512_vnni": "-DGGML_AVX512_VNNI=ON",
+    "avx512_bf16": "-DGGML_AVX512_BF16=ON",
+    "avx512vbmi": "-DGGML_AVX512_VBMI=ON",
+}
 
 
 def _as_decoder(trunk: Path, folder: Path) -> Path:
@@ -148,13 +156,17 @@ def _llama_cpp_built(environment: Path, options: argparse.Namespace) -> tuple[Pa
     if not (build / "bin" / "llama-server").exists():
         without = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES")
         settings = [f"-DLLAMA_{name}=OFF" for name in without]
+        # Not "native": that compiles in AMX, and the server ended with an illegal instruction.
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+        here = [option for flag, option in _GGML_FLAGS.items() if flag in flags]
+        settings += ["-DGGML_NATIVE=OFF", *here]
         configure = ["cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
         _call([*configure, *settings], options)
         _call(["cmake", "--build", str(build), "--parallel", "--target", "llama-server"], options)
     return source, build
 
 
-_LLAMA_CPP = ("torch", "scikit-build-core", "gguf", "transformers", "sentencepiece")
+_LLAMA_CPP = ("torch", "gguf", "scikit-build-core", "transformers", "sentencepiece")
 """To unpack its sources and to convert the trunk for it."""
 PEERS = {
     "sentence-transformers": Peer(("torch", "sentence-transformers"), offline("torch")),
@@ -274,7 +286,7 @@ def _ours(
 
 def _install(peer: Peer, options: argparse.Namespace) -> Path:
     packages = [options.torch if name == "torch" else name for name in peer.packages]
-    slug = "-".join(peer.packages[1:2])
+    slug = peer.packages[1]
     environment = (
         options.scratch.resolve()
         / "peers"

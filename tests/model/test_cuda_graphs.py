@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from model import cuda_graphs, latent_attention
-from model.attention import sdpa_by_length
+from model.attention import choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
-from model.loader import load_model
+from model.loader import empty_model, load_model
 from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, Segments, pack
 from model.runner import ModelRunner
@@ -96,17 +96,22 @@ def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type:
 def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> None:
     """The buffers' views have the shapes and dtypes that the real varlen kernel wants."""
     meta = torch.device("meta")
+    model = empty_model(golden_config, dtype=torch.bfloat16)
+    _, attend = choose_kernel("varlen", meta, torch.bfloat16)
     seen: list[PackedBatch] = []
 
     def forward(batch: PackedBatch) -> Tensor:
         seen.append(batch)
-        return torch.empty(cuda_graphs.MAX_SEQS, 4, device=meta)
+        rows: Tensor = model(batch, attend)
+        assert rows.shape == (cuda_graphs.MAX_SEQS, golden_config.hidden_size)
+        return rows
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         run()
         return run
 
-    cuda_graphs.GraphedForward(forward, meta, record)
+    with torch.inference_mode():
+        cuda_graphs.GraphedForward(forward, meta, record)
     assert [batch.num_tokens for batch in seen] == sorted(cuda_graphs.SIZES, reverse=True)
     for batch in seen:
         assert batch.seqs.cu_seqlens.dtype == torch.int32

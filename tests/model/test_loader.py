@@ -135,6 +135,22 @@ def test_the_fused_projections_keep_their_order(
     np.testing.assert_array_equal(fused.numpy(), np.concatenate(parts).astype(np.float32))
 
 
+def test_a_tensor_that_cannot_be_read_ends_the_loading(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of many that are read at the same time: its error is told, the others are given up."""
+    read = Checkpoint.rows
+
+    def rows(self: Checkpoint, name: str, *where: int) -> torch.Tensor:
+        if name == K_PROJ:
+            raise CheckpointError(f"{name} cannot be read")
+        return read(self, name, *where)
+
+    monkeypatch.setattr(Checkpoint, "rows", rows)
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight cannot be read"):
+        load(folder)
+
+
 # -- memory ----------------------------------------------------------------------------------
 
 MEASURE = """
