@@ -14,6 +14,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from model.tasks import TASKS
 from server import instructions, schemas, serialize
@@ -321,13 +322,16 @@ def _hold(request: Request, size: int) -> None:
 
 
 class _DrainedResponse(Response):
-    """Ends only when the client has taken most of it: uvicorn waits before the second send."""
+    """Ends only when the client has taken most of it: uvicorn waits before the second send. What
+    is below its high-water mark it does not wait for."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        large = len(self.body) > HIGH_WATER_LIMIT
+        await send({"type": "http.response.body", "body": self.body, "more_body": large})
+        if large:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:

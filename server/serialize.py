@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from binascii import b2a_base64
 from collections.abc import Sequence
 
 import numpy as np
 import orjson
+import pybase64
 from numpy.typing import NDArray
 
 
@@ -44,7 +44,7 @@ def embeddings_body(
 
 
 def _base64(row: NDArray[np.float32]) -> bytes:
-    return b'"%b"' % b2a_base64(row.data, newline=False)
+    return b'"%b"' % pybase64.b64encode(row.data)
 
 
 def _floats(row: NDArray[np.float32]) -> bytes:
