@@ -78,7 +78,8 @@ def _plan(
     queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: torch.dtype
 ) -> list[_Alike]:
     device = keys.cu_seqlens.device
-    step = 1 if dtype == torch.float32 else ROUND_TO
+    compiled = dtype != torch.float32 and device.type != "cuda"  # for each length
+    step = ROUND_TO if compiled else 1
     members: dict[tuple[int, int], list[int]] = {}
     for index, (q_length, k_length) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
         rounded = -(-q_length // step) * step, -(-k_length // step) * step
@@ -135,7 +136,7 @@ def _take(x: Tensor, rows: Tensor | slice, count: int) -> Tensor:
 
 
 def sdpa_padded(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """The only place with padding: for GPUs and dtypes that the varlen kernels refuse."""
+    """All padded to the longest: for GPUs and dtypes that the varlen kernels refuse."""
     k, v, grouped = _grouped(q, k, v)
     q_pad, k_pad, v_pad = _pad(q, queries), _pad(k, keys), _pad(v, keys)
     lengths = keys.cu_seqlens.diff()
