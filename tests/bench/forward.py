@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         out.ratios[f"{key}: packed / padded, CPU time"] = row["of_padded_cpu"]
     for row in out.rows:
         row["mix"] = f"{row['model']} {row['dtype']} {row['mix']}"
-    out.finish(options.results, group="mix", label="what", value="tokens_per_s", unit="tokens/s")
+    unit = "of the bare products"  # one scale for models of different sizes
+    out.finish(options.results, group="mix", label="what", value="of_products", unit=unit)
 
 
 def _key(row: dict[str, Any]) -> set[tuple[str, Any]]:
