@@ -236,6 +236,7 @@ def test_says_what_it_skips(golden_checkpoint: Path) -> None:
     checks = outcome(subject(golden_checkpoint))
     skipped = {name: check.note for name, check in checks.items() if check.status == "skipped"}
     assert skipped == {
+        "CUDA graphs and eager": "CUDA graphs need a GPU, not cpu",
         "golden ids": "the folder holds no golden.json, and no --golden was given",
         "golden vectors": "the folder holds no golden.json, and no --golden was given",
         "model card's example": "the folder holds no model card (README.md)",
