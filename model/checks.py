@@ -22,12 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import cuda_graphs, host
-from model.attention import (
-    AttentionKernel,
-    available_kernels,
-    choose_kernel,
-    sdpa_by_length,
-)
+from model.attention import AttentionKernel, available_kernels, choose_kernel
 from model.batch import Encoding
 from model.card import PUBLISHED_SCORES, read_card
 from model.config import NVEmbedConfig
@@ -43,6 +38,7 @@ from model.loader import (
 from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, pack
 from model.quantization import check as check_quantization
+from model.runner import wants_filler
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
 
 PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
@@ -133,14 +129,13 @@ class Loaded:
     attend: AttentionKernel
     device: torch.device
     dtype: torch.dtype
+    quantization: str
 
     def embed(
         self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
     ) -> NDArray[np.float32]:
         attend = attend or self.attend
-        filler = (  # as in the runner
-            self.device.type == "cpu" and self.dtype != torch.float32 and attend is sdpa_by_length
-        )
+        filler = wants_filler(self.device, self.dtype, self.quantization, attend)
         with torch.inference_mode():
             rows = self.model(pack(encodings, self.device, filler=filler), attend)
         return rows.cpu().numpy()  # type: ignore[no-any-return]
@@ -483,7 +478,7 @@ def load(subject: Subject, dtype: torch.dtype, quantization: str) -> Loaded:
         dtype=dtype,
         quantize=quantization,
     )
-    return Loaded(model, subject.kernel(dtype)[1], subject.device, dtype)
+    return Loaded(model, subject.kernel(dtype)[1], subject.device, dtype, quantization)
 
 
 def throughput(subject: Subject, working: Loaded) -> float:

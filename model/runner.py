@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from model import cuda_graphs, host
-from model.attention import choose_kernel
+from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
@@ -58,10 +58,7 @@ class ModelRunner:
         if options.cuda_graphs:
             cuda_graphs.check(self.device, kernel, options.quantization)
         self._graphs: cuda_graphs.GraphedForward | None = None
-        # oneDNN compiles its products (all but those in float32) for each number of rows that
-        # it meets: 13 ms in a forward of 20, and 0.3 MB each. With filler they are few.
-        compiles = self.dtype != torch.float32 or options.quantization != "none"
-        self._filler = compiles and kernel == "sdpa" and self.device.type == "cpu"
+        self._filler = wants_filler(self.device, self.dtype, options.quantization, self._attend)
         self.model = load_model(
             Path(options.path),
             self.config,
@@ -107,6 +104,15 @@ class ModelRunner:
 
     def close(self) -> None:
         del self.model
+
+
+def wants_filler(
+    device: torch.device, dtype: torch.dtype, quantization: str, attend: AttentionKernel
+) -> bool:
+    """Whether batches run faster with filler. oneDNN compiles its products (all but those in
+    float32) for each number of rows that it meets: 13 ms in a forward of 20, and 0.3 MB each."""
+    compiles = dtype != torch.float32 or quantization != "none"
+    return device.type == "cpu" and compiles and attend is sdpa_by_length
 
 
 def _ramp(length: int) -> Encoding:
