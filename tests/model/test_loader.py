@@ -177,21 +177,22 @@ print((peak.bytes - before) / kept, kept)
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 300 MB in float16, its parts in the official proportions: no tensor is much of it,
-    and the pooler's cross-attention, which folding drops, is a tenth of it."""
+    """Some 240 MB in float16, its parts in the official proportions: no tensor is more than a 50th
+    of it (several are in the readers' hands at once), and the pooler's cross-attention, which
+    folding drops, is a tenth."""
     folder = tmp_path_factory.mktemp("large")
     raw = config_json("wide")
     raw["text_config"] |= {
-        "hidden_size": 1024, "num_hidden_layers": 10, "intermediate_size": 3584,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8000,
+        "hidden_size": 512, "num_hidden_layers": 32, "intermediate_size": 1792,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 4000,
     }  # fmt: skip
     raw["latent_attention_config"] |= {
-        "hidden_dim": 1024, "latent_dim": 1024, "num_latents_value": 128, "cross_dim_head": 1024,
+        "hidden_dim": 512, "latent_dim": 512, "num_latents_value": 128, "cross_dim_head": 512,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
     shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
     names = sorted(shapes)
-    noise = np.random.default_rng(0).standard_normal(20_000_000).astype(np.float16)
+    noise = np.random.default_rng(0).standard_normal(2_000_000).astype(np.float16)
     weight_map = {}
     for shard, part in enumerate((names[::2], names[1::2])):
         file = f"model-0000{shard + 1}-of-00002.safetensors"
@@ -221,8 +222,8 @@ def test_loading_holds_one_copy(large_checkpoint: Path, dtype: str, quantize: st
     output = child.stdout
     ratio, kept = map(float, output.split())
     print(f"{dtype}, {quantize}: {ratio:.3f} x {kept / 1e6:.0f} MB")
-    assert kept > 150e6
-    assert 0.9 < ratio <= 1.15, f"{ratio:.3f} x {kept / 1e6:.0f} MB"
+    assert kept > 100e6
+    assert 0.9 < ratio <= 1.1, f"{ratio:.3f} x {kept / 1e6:.0f} MB"
 
 
 def test_an_unreadable_tensor_list_is_shortened(folder: Path) -> None:
