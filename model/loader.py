@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import packed_linear, quantization
+from model import packed_linear, quantization, rotary
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.hub import weight_files
@@ -51,6 +51,8 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
+    rotated: bool = False
+    """Wq and Wk, whose rows make the pairs that model.rotary turns."""
 
 
 def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
@@ -61,8 +63,8 @@ def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
     width, inter = config.hidden_size, config.intermediate_size
     table: dict[str, list[Source]] = {}
 
-    def add(parameter: str, *sources: tuple[str, tuple[int, ...]]) -> None:
-        table[parameter] = [Source(*source) for source in sources]
+    def add(parameter: str, *sources: tuple[str, tuple[int, ...]] | Source) -> None:
+        table[parameter] = [s if isinstance(s, Source) else Source(*s) for s in sources]
 
     add(
         "backbone.embed_tokens.weight",
@@ -73,8 +75,8 @@ def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
         theirs = f"embedding_model.layers.{index}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             add(f"{ours}{norm}.weight", (f"{theirs}{norm}.weight", (width,)))
-        q = (theirs + "self_attn.q_proj.weight", (config.q_size, width))
-        k = (theirs + "self_attn.k_proj.weight", (config.kv_size, width))
+        q = Source(theirs + "self_attn.q_proj.weight", (config.q_size, width), rotated=True)
+        k = Source(theirs + "self_attn.k_proj.weight", (config.kv_size, width), rotated=True)
         v = (theirs + "self_attn.v_proj.weight", (config.kv_size, width))
         if index < config.num_hidden_layers - 1:
             add(ours + "self_attn.qkv_proj.weight", q, k, v)
@@ -206,13 +208,16 @@ def load_model(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize)
-    if packed_linear.is_faster(device, dtype):
-        packed_linear.replace_linears(model)
+    model.backbone.rotary = rotary.fastest(device)
+    if packed := packed_linear.choose(device, dtype):
+        packed_linear.replace_linears(model, packed)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
         tqdm(desc="Loading", total=total, unit=" weights", unit_scale=True, disable=None) as bar,
-        ThreadPoolExecutor(_READERS, "load") as readers,
+        ThreadPoolExecutor(
+            _READERS, "load", torch.set_num_threads, (torch.get_num_threads(),)
+        ) as readers,
     ):
         running = {readers.submit(piece.load): piece for piece in pieces}
         try:
@@ -254,16 +259,23 @@ def _pieces(
     dtype: torch.dtype,
 ) -> list[_Piece]:
     """The fold first: it computes while the others read."""
+    neighbours = model.backbone.rotary is rotary.NeighboursRotary
+
+    def read(source: Source) -> Tensor:
+        rows = checkpoint.rows(source.name)
+        return (
+            rotary.as_neighbours(rows, config.head_dim) if neighbours and source.rotated else rows
+        )
 
     def quantized(name: str, layer: nn.Module, sources: list[Source]) -> Parameters:
         owner = name.rpartition(".")[0]
-        parts = (checkpoint.rows(source.name) for source in sources)
+        parts = map(read, sources)
         rows = sum(source.shape[0] for source in sources)
         parameters = quantization.parameters_of(layer, parts, rows, device)
         return [(f"{owner}.{leaf}", parameter) for leaf, parameter in parameters]
 
     def plain(name: str, sources: list[Source]) -> Parameters:
-        return [laid_out(name, _stack(checkpoint, sources, device, dtype))]
+        return [laid_out(name, _stack(read, sources, device, dtype))]
 
     def folded() -> Parameters:
         to_latents, from_latents = _fold(checkpoint, config, device, dtype)
@@ -274,8 +286,9 @@ def _pieces(
 
     def laid_out(name: str, values: Tensor) -> tuple[str, nn.Parameter]:
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(owner), PackedLinear):
-            return name, packed_linear.packed(values)
+        layer = model.get_submodule(owner)
+        if leaf == "weight" and isinstance(layer, PackedLinear):
+            return name, layer.packed(values)
         return name, nn.Parameter(values, requires_grad=False)
 
     pieces = [_Piece(_count(folded_sources(config).values()), folded)]
@@ -294,14 +307,17 @@ def _count(sources: Iterable[Source]) -> int:
 
 
 def _stack(
-    checkpoint: Checkpoint, sources: list[Source], device: torch.device, dtype: torch.dtype
+    read: Callable[[Source], Tensor],
+    sources: list[Source],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`sources` stacked along dim 0, each copied to its place once."""
     rows = sum(source.shape[0] for source in sources)
     stacked = torch.empty(rows, *sources[0].shape[1:], device=device, dtype=dtype)
     start = 0
     for source in sources:
-        stacked[start : start + source.shape[0]].copy_(checkpoint.rows(source.name))
+        stacked[start : start + source.shape[0]].copy_(read(source))
         start += source.shape[0]
     return stacked
 
@@ -348,7 +364,7 @@ def load_backbone(
     for parameter, sources in tensor_table(config).items():
         owner, _, name = parameter.partition(".")
         if owner == "backbone":
-            values = _stack(checkpoint, sources, device, dtype)
+            values = _stack(lambda s: checkpoint.rows(s.name), sources, device, dtype)
             _set(backbone, name, nn.Parameter(values, requires_grad=False))
             for source in sources:
                 tensor = checkpoint.rows(source.name)
@@ -377,5 +393,6 @@ def load_plain_pooler(
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     parent = module.get_submodule(owner)
-    assert getattr(parent, leaf).shape == parameter.shape, (name, parameter.shape)
+    shape = parameter.shape
+    assert parameter.is_mkldnn or getattr(parent, leaf).shape == shape, (name, shape)
     setattr(parent, leaf, parameter)

@@ -7,7 +7,7 @@ Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head wid
 `sliding_window` is in the official config and not applied, as in the reference.
 
 Beside the matrix products time goes into memory traffic, so without gradients what is not needed
-any more is overwritten: the residual, the gate, and q and k by their rotated selves.
+any more is overwritten: the residual, and q and k by their rotated selves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.attention import AttentionKernel
 from model.config import NVEmbedConfig
 from model.packing import PackedBatch
+from model.rotary import HalvesRotary, Rotary
 
 
 class RMSNorm(nn.Module):
@@ -36,27 +37,6 @@ class RMSNorm(nn.Module):
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
         return (x * scale).to(x.dtype).mul_(self.weight)  # type: ignore[no-any-return]
-
-
-def rotary_tables(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, E/2] for rotary embeddings, computed in float32."""
-    device = positions.device
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    angles = (positions.float()[:, None] * (1.0 / theta**exponents))[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, heads, E]: pairs are (i, i + E/2). Without gradients in place."""
-    first, second = x.chunk(2, dim=-1)
-    if torch.is_grad_enabled():
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).add_(turned)
-    return x
 
 
 class SelfAttention(nn.Module):
@@ -80,7 +60,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
     ) -> Tensor:
@@ -88,23 +68,22 @@ class SelfAttention(nn.Module):
         q_size, k_size, v_size = self.sizes
         qk, v = self._heads(self.qkv_proj(x), (q_size + k_size, v_size))
         heads = [q_size // self.head_dim, k_size // self.head_dim]
-        q, k = torch.split(rotate(qk, *rotary), heads, dim=1)
+        q, k = torch.split(rotary.rotate(qk), heads, dim=1)
         out = attend(q, k, v, batch.seqs, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def forward_pooled(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
     ) -> Tensor:
         """x [T, D] -> [P, D]: keys and values of all rows, queries of the pooled rows."""
         k, v = self._heads(self.kv_proj(x), self.sizes[1:])
         (q,) = self._heads(self.q_proj(select_rows(x, batch)), self.sizes[:1])
-        cos, sin = rotary
-        q = rotate(q, select_rows(cos, batch), select_rows(sin, batch))
-        out = attend(q, rotate(k, cos, sin), v, batch.pooled, batch.seqs)
+        of_pooled = rotary if batch.pool_rows is None else rotary.select(batch.pool_rows)
+        out = attend(of_pooled.rotate(q), rotary.rotate(k), v, batch.pooled, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def _heads(self, projected: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
@@ -124,7 +103,8 @@ class MLP(nn.Module):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))  # type: ignore[no-any-return]
+        # Not in the gate's place: the next product would first copy what lies apart.
+        return self.down_proj(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -141,7 +121,7 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
     ) -> Tensor:
@@ -157,6 +137,9 @@ class Layer(nn.Module):
 
 class MistralBackbone(nn.Module):
     """Token ids to final hidden states of the rows that are pooled."""
+
+    rotary: type[Rotary] = HalvesRotary
+    """How the rows of Wq and Wk lie."""
 
     def __init__(self, config: NVEmbedConfig) -> None:
         super().__init__()
@@ -174,7 +157,9 @@ class MistralBackbone(nn.Module):
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> [P, D], the final norm applied."""
         hidden_states = self.embed_tokens(batch.input_ids)
-        rotary = rotary_tables(batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype)
+        rotary = self.rotary.of(
+            batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype
+        )
         for layer in self.layers:
             hidden_states = layer(hidden_states, rotary, batch, attend)
         return self.norm(hidden_states)  # type: ignore[no-any-return]

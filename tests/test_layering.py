@@ -24,6 +24,7 @@ MODEL = [
     "tasks",
     "packing",
     "attention",
+    "rotary",
     "mistral",
     "latent_attention",
     "nv_embed",

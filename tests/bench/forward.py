@@ -3,8 +3,8 @@ batch, for several mixes of lengths, in one run.
 
 The products (every linear layer of the backbone and the pooler, with the rows that it really sees,
 into memory that is already there) are what no implementation can leave out: the distance to them
-is what norms, attention, activations, copies and Python cost. (In bfloat16 the forward's own
-products are quicker than these, which lay their weights out anew.) The padded batch is what a
+is what norms, attention, activations, copies and Python cost. (The forward's own products are
+quicker than these plain ones, which lay their weights out anew.) The padded batch is what a
 server computes that fills every text up to the longest of its batch and masks the rest. FLOPs are
 counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
 Times are the least of the rounds; where other programs run, compare CPU time, with one thread.
@@ -155,8 +155,12 @@ def _others(folder: Path, options: argparse.Namespace) -> dict[str, ModelRunner]
     return runners
 
 
-def _packed_linear_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+def _onednn_flops(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * x.numel() * weight[0]
+
+
+def _mkl_flops(x: torch.Size, packed: torch.Size, plain: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * plain[0]
 
 
 def _measure(
@@ -195,8 +199,11 @@ def _measure(
         with host.PeakMemory() as peak:
             run()
         memory[what] = max(0, peak.bytes - before) / 1e6
-    packed_linear = {torch.ops.mkldnn._linear_pointwise: _packed_linear_flops}
-    with FlopCounterMode(display=False, custom_mapping=packed_linear) as counter:
+    flops_of = {
+        torch.ops.mkldnn._linear_pointwise: _onednn_flops,
+        torch.ops.mkl._mkl_linear: _mkl_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=flops_of) as counter:
         for batch in batches:
             model(batch, attend)
     seconds = report.alternate(alternatives, options.rounds)

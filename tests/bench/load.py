@@ -35,6 +35,7 @@ import json, sys, time
 import numpy as np, torch
 from model import host, quantization
 from model.batch import Encoding, RunnerOptions
+from model.loader import empty_model
 from model.runner import ModelRunner
 folder, dtype, how, threads = sys.argv[1:]
 if how == "int8":
@@ -48,8 +49,9 @@ runner.warm_up()
 ready = time.perf_counter()
 row = runner.embed([Encoding(np.arange(1, 17, dtype=np.int32))])
 assert np.isfinite(row).all()
-kept = sum(p.numel() * p.element_size() for p in runner.model.parameters())
-full = 4 * sum(p.numel() for p in runner.model.parameters())
+empty = empty_model(runner.config, quantize=how, dtype=runner.dtype)
+kept = sum(p.numel() * p.element_size() for p in empty.parameters())
+full = 4 * sum(p.numel() for p in empty_model(runner.config).parameters())
 print(json.dumps({"ready_s": ready - started, "load_s": loaded - started,
     "one_text_s": time.perf_counter() - ready, "kept_gb": kept / 1e9,
     "peak_gb": (peak.bytes - before) / 1e9, "peak_of_kept": (peak.bytes - before) / kept,
