@@ -7,7 +7,8 @@ Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head wid
 `sliding_window` is in the official config and not applied, as in the reference.
 
 Beside the matrix products time goes into memory traffic, so without gradients what is not needed
-any more is overwritten: the residual, and q and k by their rotated selves.
+any more is overwritten: the residual by its sum with an update, the update by the normed sum, and
+q and k by their rotated selves.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from model.config import NVEmbedConfig
 from model.packing import PackedBatch
 from model.rotary import HalvesRotary, Rotary
 
+_ROWS_AT_A_TIME = 256
+"""Of norms and MLPs on the CPU: what one operation leaves is still in the cache for the next."""
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension; statistics in float32."""
@@ -31,12 +35,28 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # On the CPU rms_norm is a row of operations, each over all of x; this needs three.
+        return self._norm(x, torch.empty_like(x))
+
+    def add(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (residual + update, the same normed). Without gradients in their places."""
+        if torch.is_grad_enabled():
+            residual = residual + update
+            return residual, self(residual)
+        if residual.device.type != "cpu":
+            return residual.add_(update), self(residual)
+        parts = (torch.split(x, _ROWS_AT_A_TIME) for x in (residual, update))
+        for rows, added in zip(*parts, strict=True):
+            self._norm(rows.add_(added), added)
+        return residual, update
+
+    def _norm(self, x: Tensor, out: Tensor) -> Tensor:
+        """For the CPU, where rms_norm is a row of operations, each over all of x."""
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).to(x.dtype).mul_(self.weight)  # type: ignore[no-any-return]
+        return torch.mul(x, scale, out=out).mul_(self.weight)
 
 
 class SelfAttention(nn.Module):
@@ -100,6 +120,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]. On the CPU without gradients in x's place, some rows at a time."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= _ROWS_AT_A_TIME:
+            return self._some_rows(x)
+        for rows in torch.split(x, _ROWS_AT_A_TIME):
+            rows.copy_(self._some_rows(rows))
+        return x
+
+    def _some_rows(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
@@ -108,7 +136,10 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normed copy beside the residual."""
+    """Attention and MLP, each on a normed copy beside the residual.
+
+    What the MLP adds to the residual is left to the next norm, which then does both in one go.
+    """
 
     def __init__(self, config: NVEmbedConfig, *, last: bool) -> None:
         super().__init__()
@@ -120,19 +151,25 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        residual: Tensor,
+        update: Tensor | None,
         rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
-    ) -> Tensor:
-        normed = self.input_layernorm(hidden_states)
+    ) -> tuple[Tensor, Tensor]:
+        """residual [T, D] and what is still to be added to it -> the same of the next layer, in
+        the last one [P, D]."""
+        if update is None:
+            normed = self.input_layernorm(residual)
+        else:
+            residual, normed = self.input_layernorm.add(residual, update)
         if self.last:
             attended = self.self_attn.forward_pooled(normed, rotary, batch, attend)
-            hidden_states = add(select_rows(hidden_states, batch), attended)
+            residual = select_rows(residual, batch)
         else:
             attended = self.self_attn(normed, rotary, batch, attend)
-            hidden_states = add(hidden_states, attended)
-        return add(hidden_states, self.mlp(self.post_attention_layernorm(hidden_states)))
+        residual, normed = self.post_attention_layernorm.add(residual, attended)
+        return residual, self.mlp(normed)
 
 
 class MistralBackbone(nn.Module):
@@ -156,18 +193,14 @@ class MistralBackbone(nn.Module):
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> [P, D], the final norm applied."""
-        hidden_states = self.embed_tokens(batch.input_ids)
-        rotary = self.rotary.of(
-            batch.positions, self.head_dim, self.rope_theta, hidden_states.dtype
-        )
+        residual: Tensor = self.embed_tokens(batch.input_ids)
+        update: Tensor | None = None
+        rotary = self.rotary.of(batch.positions, self.head_dim, self.rope_theta, residual.dtype)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, rotary, batch, attend)
-        return self.norm(hidden_states)  # type: ignore[no-any-return]
-
-
-def add(residual: Tensor, update: Tensor) -> Tensor:
-    """Their sum, without gradients in the residual's place."""
-    return residual + update if torch.is_grad_enabled() else residual.add_(update)
+            residual, update = layer(residual, update, rotary, batch, attend)
+        assert update is not None, "a model without layers"
+        _, normed = self.norm.add(residual, update)
+        return normed
 
 
 def select_rows(x: Tensor, batch: PackedBatch) -> Tensor:

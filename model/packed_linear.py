@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("nv_embed.packed_linear")
 
-_ROWS = 512
+_ROWS = 256
 """That the layout is chosen for; any number of rows can be multiplied with it."""
 
 

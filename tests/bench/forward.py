@@ -7,14 +7,18 @@ is what norms, attention, activations, copies and Python cost. (The forward's ow
 quicker than these plain ones, which lay their weights out anew.) The padded batch is what a
 server computes that fills every text up to the longest of its batch and masks the rest. FLOPs are
 counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
-Times are the least of the rounds; where other programs run, compare CPU time, with one thread.
+Times are the least of the rounds, batch by batch, added up: all take turns at the same batch, so
+that what else runs on the machine falls on all. With one thread compare CPU time, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +35,42 @@ from model.packing import PackedBatch, Segments, pack
 from model.runner import ModelRunner
 from tests.bench import report, workloads
 
+Runs = list[Callable[[], object]]
+"""One call for each batch."""
 
-def products(
-    model: nn.Module, batches: Sequence[PackedBatch], attend: AttentionKernel
-) -> Callable[[], None]:
-    """The forward's matrix products alone, on rows of noise."""
-    calls: list[tuple[nn.Module, int]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, inputs: calls.append((m, inputs[0].shape[0])))
-        for module in model.modules()
-        if isinstance(module, nn.Linear | PackedLinear)
-    ]
+
+def products(model: nn.Module, batches: Sequence[PackedBatch], attend: AttentionKernel) -> Runs:
+    """The forward's matrix products alone, on rows of noise: one for each layer, with all rows
+    that the layer sees, in however many parts the forward may take them."""
+    rows_of: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows_of[module] += len(inputs[0])
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | PackedLinear)]
+    hooks = [layer.register_forward_pre_hook(count) for layer in layers]
+    calls = []
     for batch in batches:
         model(batch, attend)
+        calls.append(dict(rows_of))
+        rows_of.clear()
     for hook in hooks:
         hook.remove()
-    rows = max(count for _, count in calls)
-    dtype = calls[0][0].weight.dtype
-    inputs = {m.in_features: torch.randn(rows, m.in_features).to(dtype) for m, _ in calls}
-    outputs = {m.out_features: torch.empty(rows, m.out_features, dtype=dtype) for m, _ in calls}
-    weights = {m: torch.randn(m.out_features, m.in_features).to(dtype).T for m, _ in calls}
+    most = max(count for rows in calls for count in rows.values())
+    dtype = layers[0].weight.dtype
+    inputs = {m.in_features: torch.randn(most, m.in_features).to(dtype) for m in layers}
+    outputs = {m.out_features: torch.empty(most, m.out_features, dtype=dtype) for m in layers}
+    weights = {m: torch.randn(m.out_features, m.in_features).to(dtype).T for m in layers}
 
-    def run() -> None:
-        for module, count in calls:
+    def run(rows: dict[nn.Module, int]) -> None:
+        for module, count in rows.items():
             torch.mm(
                 inputs[module.in_features][:count],
                 weights[module],
                 out=outputs[module.out_features][:count],
             )
 
-    return run
+    return [partial(run, rows) for rows in calls]
 
 
 def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
@@ -78,22 +88,15 @@ def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
     return attend
 
 
-def padded(
-    model: nn.Module, batches: Sequence[Sequence[Encoding]], device: torch.device
-) -> Callable[[], None]:
-    prepared = []
+def padded(model: nn.Module, batches: Sequence[Sequence[Encoding]], device: torch.device) -> Runs:
+    runs: Runs = []
     for batch in batches:
         lengths = [len(encoding) for encoding in batch]
         filled = [Encoding(encoding.ids.repeat(1).copy()) for encoding in batch]
         for encoding in filled:
             encoding.ids.resize(max(lengths), refcheck=False)
-        prepared.append((pack(filled, device), padded_attention(lengths)))
-
-    def run() -> None:
-        for batch, attend in prepared:
-            model(batch, attend)
-
-    return run
+        runs.append(partial(model, pack(filled, device), padded_attention(lengths)))
+    return runs
 
 
 @torch.inference_mode()
@@ -179,12 +182,8 @@ def _measure(
     batches = [pack(group, runner.device) for group in groups]
     in_32s = [encodings[i : i + 32] for i in range(0, len(encodings), 32)]
 
-    def packed(runner: ModelRunner) -> Callable[[], None]:
-        def run() -> None:
-            for group in groups:
-                runner.embed(group)
-
-        return run
+    def packed(runner: ModelRunner) -> Runs:
+        return [partial(runner.embed, group) for group in groups]
 
     alternatives = {
         "packed": packed(runner),
@@ -193,11 +192,12 @@ def _measure(
         "padded": padded(model, in_32s, runner.device),
     }
     memory = {}
-    for what, run in alternatives.items():
+    for what, runs in alternatives.items():
         ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide what this one takes
         before = host.anonymous_memory()
         with host.PeakMemory() as peak:
-            run()
+            for run in runs:
+                run()
         memory[what] = max(0, peak.bytes - before) / 1e6
     flops_of = {
         torch.ops.mkldnn._linear_pointwise: _onednn_flops,
@@ -206,9 +206,21 @@ def _measure(
     with FlopCounterMode(display=False, custom_mapping=flops_of) as counter:
         for batch in batches:
             model(batch, attend)
-    seconds = report.alternate(alternatives, options.rounds)
-    best = {what: min(times.wall for times in runs) for what, runs in seconds.items()}
-    cpu = {what: min(times.cpu for times in runs) for what, runs in seconds.items()}
+    seconds = [
+        report.alternate({what: run for what, run in turn if run is not None}, options.rounds)
+        for turn in (
+            zip(alternatives, runs, strict=True) for runs in zip_longest(*alternatives.values())
+        )
+    ]
+
+    def total(what: str, of: Callable[[list[report.Seconds]], float]) -> float:
+        return sum(of(turn[what]) for turn in seconds if what in turn)
+
+    best = {what: total(what, lambda t: min(s.wall for s in t)) for what in alternatives}
+    cpu = {what: total(what, lambda t: min(s.cpu for s in t)) for what in alternatives}
+    middle = {
+        what: total(what, lambda t: report.median([s.wall for s in t])) for what in alternatives
+    }
     real, flops = sum(map(len, encodings)), counter.get_total_flops()
     dtype = runner.info.dtype
     for what, best_seconds in best.items():
@@ -218,7 +230,7 @@ def _measure(
             mix=mix,
             what=what,
             tokens_per_s=real / best_seconds,
-            median_tokens_per_s=real / report.median([times.wall for times in seconds[what]]),
+            median_tokens_per_s=real / middle[what],
             of_products=best["products"] / best_seconds,
             of_padded=best["padded"] / best_seconds,
             of_products_cpu=cpu["products"] / cpu[what],

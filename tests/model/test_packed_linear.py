@@ -59,7 +59,7 @@ for threads in (1, 2):
         layer.weight = layer.packed(plain.weight.detach())
         for used in (threads, 3 - threads):
             torch.set_num_threads(used)
-            for rows in (*range(1, 67), 127, 200, 511, 513, 777, 1024, 1500):
+            for rows in (*range(1, 67), 127, 200, 255, 257, 777, 1024, 1500):
                 x = torch.randn(rows, inputs)
                 expected = x.double() @ plain.weight.double().T
                 torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
@@ -77,13 +77,13 @@ def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:
 def test_a_processor_on_which_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     product = torch.ops.mkl._mkl_linear
 
-    def wrong_beyond_512(x: torch.Tensor, *rest: object) -> torch.Tensor:
+    def wrong_beyond_256(x: torch.Tensor, *rest: object) -> torch.Tensor:
         out: torch.Tensor = product(x, *rest)
-        return out if len(x) <= 512 else out + 0.01
+        return out if len(x) <= 256 else out + 0.01
 
     packed_linear._mkl_takes_any_rows.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(torch.ops.mkl, "_mkl_linear", wrong_beyond_512)
+        patched.setattr(torch.ops.mkl, "_mkl_linear", wrong_beyond_256)
         assert choose(CPU, torch.float32) is None
     packed_linear._mkl_takes_any_rows.cache_clear()
     assert choose(CPU, torch.float32) is MKLLinear
