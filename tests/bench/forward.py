@@ -7,8 +7,8 @@ is what norms, attention, activations, copies and Python cost. (The forward's ow
 quicker than these plain ones, which lay their weights out anew.) The padded batch is what a
 server computes that fills every text up to the longest of its batch and masks the rest. FLOPs are
 counted by torch on the packed forward; memory is the most anonymous memory beyond the weights.
-Times are the least of the rounds, batch by batch, added up: all take turns at the same batch, so
-that what else runs on the machine falls on all. With one thread compare CPU time, too.
+Times are each batch's least of the rounds, added up: what else runs on the machine then has less
+to fall on. Where much else runs, compare CPU time, with one thread.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -206,21 +205,16 @@ def _measure(
     with FlopCounterMode(display=False, custom_mapping=flops_of) as counter:
         for batch in batches:
             model(batch, attend)
-    seconds = [
-        report.alternate({what: run for what, run in turn if run is not None}, options.rounds)
-        for turn in (
-            zip(alternatives, runs, strict=True) for runs in zip_longest(*alternatives.values())
-        )
-    ]
+    seconds = report.alternate(alternatives, options.rounds)
 
-    def total(what: str, of: Callable[[list[report.Seconds]], float]) -> float:
-        return sum(of(turn[what]) for turn in seconds if what in turn)
+    def total(what: str, of: Callable[[Iterable[float]], float], clock: str) -> float:
+        """Seconds for all batches, each batch's being the least or the middle of its rounds."""
+        of_batches = zip(*seconds[what], strict=True)
+        return sum(of([getattr(times, clock) for times in rounds]) for rounds in of_batches)
 
-    best = {what: total(what, lambda t: min(s.wall for s in t)) for what in alternatives}
-    cpu = {what: total(what, lambda t: min(s.cpu for s in t)) for what in alternatives}
-    middle = {
-        what: total(what, lambda t: report.median([s.wall for s in t])) for what in alternatives
-    }
+    best = {what: total(what, min, "wall") for what in alternatives}
+    cpu = {what: total(what, min, "cpu") for what in alternatives}
+    middle = {what: total(what, report.median, "wall") for what in alternatives}
     real, flops = sum(map(len, encodings)), counter.get_total_flops()
     dtype = runner.info.dtype
     for what, best_seconds in best.items():

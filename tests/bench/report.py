@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,21 +143,27 @@ class Seconds(NamedTuple):
 
 
 def alternate(
-    alternatives: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, list[Seconds]]:
-    """What each alternative takes in each round, one after the other in every round.
+    alternatives: Mapping[str, Sequence[Callable[[], object]]], rounds: int
+) -> dict[str, list[list[Seconds]]]:
+    """What each alternative's parts take in each round, one alternative after the other in every
+    round: [round][part].
 
     What else runs on the machine then falls on all of them alike.
     """
-    for run in alternatives.values():
-        run()  # warm-up
-    seconds: dict[str, list[Seconds]] = {name: [] for name in alternatives}
+    for parts in alternatives.values():
+        for run in parts:
+            run()  # warm-up
+    seconds: dict[str, list[list[Seconds]]] = {name: [] for name in alternatives}
     for _ in range(rounds):
-        for name, run in alternatives.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            seconds[name].append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
+        for name, parts in alternatives.items():
+            seconds[name].append([_timed(run) for run in parts])
     return seconds
+
+
+def _timed(run: Callable[[], object]) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -168,7 +174,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def median(values: Sequence[float]) -> float:
+def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
