@@ -208,9 +208,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize)
-    model.backbone.rotary = rotary.fastest(device)
-    if packed := packed_linear.choose(device, dtype):
-        packed_linear.replace_linears(model, packed)
+    _suit(model, model.backbone, device, dtype)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
@@ -259,13 +257,7 @@ def _pieces(
     dtype: torch.dtype,
 ) -> list[_Piece]:
     """The fold first: it computes while the others read."""
-    neighbours = model.backbone.rotary is rotary.NeighboursRotary
-
-    def read(source: Source) -> Tensor:
-        rows = checkpoint.rows(source.name)
-        return (
-            rotary.as_neighbours(rows, config.head_dim) if neighbours and source.rotated else rows
-        )
+    read = _reader(checkpoint, config, model.backbone)
 
     def quantized(name: str, layer: nn.Module, sources: list[Source]) -> Parameters:
         owner = name.rpartition(".")[0]
@@ -275,21 +267,13 @@ def _pieces(
         return [(f"{owner}.{leaf}", parameter) for leaf, parameter in parameters]
 
     def plain(name: str, sources: list[Source]) -> Parameters:
-        return [laid_out(name, _stack(read, sources, device, dtype))]
+        return [(name, _laid_out(model, name, _stack(read, sources, device, dtype)))]
 
     def folded() -> Parameters:
         to_latents, from_latents = _fold(checkpoint, config, device, dtype)
-        return [
-            laid_out("pooler.to_latents.weight", to_latents),
-            laid_out("pooler.from_latents.weight", from_latents),
-        ]
-
-    def laid_out(name: str, values: Tensor) -> tuple[str, nn.Parameter]:
-        owner, _, leaf = name.rpartition(".")
-        layer = model.get_submodule(owner)
-        if leaf == "weight" and isinstance(layer, PackedLinear):
-            return name, layer.packed(values)
-        return name, nn.Parameter(values, requires_grad=False)
+        folds = {"to_latents": to_latents, "from_latents": from_latents}
+        names = {f"pooler.{part}.weight": values for part, values in folds.items()}
+        return [(name, _laid_out(model, name, values)) for name, values in names.items()]
 
     pieces = [_Piece(_count(folded_sources(config).values()), folded)]
     for name, sources in tensor_table(config).items():
@@ -300,6 +284,39 @@ def _pieces(
             load = partial(plain, name, sources)
         pieces.append(_Piece(_count(sources), load))
     return pieces
+
+
+def _suit(
+    module: nn.Module, backbone: MistralBackbone, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give `module`, values not yet set, the layouts that are fastest there."""
+    backbone.rotary = rotary.fastest(device)
+    if kind := packed_linear.choose(device, dtype):
+        packed_linear.replace_linears(module, kind)
+
+
+def _reader(
+    checkpoint: Checkpoint, config: NVEmbedConfig, backbone: MistralBackbone
+) -> Callable[[Source], Tensor]:
+    """Reads a tensor with its rows in the order that `backbone` wants."""
+    neighbours = backbone.rotary is rotary.NeighboursRotary
+
+    def read(source: Source) -> Tensor:
+        rows = checkpoint.rows(source.name)
+        return (
+            rotary.as_neighbours(rows, config.head_dim) if neighbours and source.rotated else rows
+        )
+
+    return read
+
+
+def _laid_out(module: nn.Module, name: str, values: Tensor) -> nn.Parameter:
+    """`values` as the parameter `name` of `module`."""
+    owner, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    if leaf == "weight" and isinstance(layer, PackedLinear):
+        return layer.packed(values)
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _count(sources: Iterable[Source]) -> int:
@@ -353,19 +370,21 @@ def _fold(
 def load_backbone(
     folder: Path, config: NVEmbedConfig, *, layers: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[MistralBackbone, dict[str, Tensor]]:
-    """The first `layers` layers and the final norm; and the same tensors as they are on disk, in
-    the names of transformers' MistralModel, for a referee."""
+    """The first `layers` layers and the final norm, laid out as they serve; and the same tensors
+    as they are on disk, in the names of transformers' MistralModel, for a referee."""
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     config = replace(config, num_hidden_layers=layers)
     with torch.device("meta"):
         backbone = MistralBackbone(config)
+    _suit(backbone, backbone, device, dtype)
+    read = _reader(checkpoint, config, backbone)
     theirs = {}
     for parameter, sources in tensor_table(config).items():
         owner, _, name = parameter.partition(".")
         if owner == "backbone":
-            values = _stack(lambda s: checkpoint.rows(s.name), sources, device, dtype)
-            _set(backbone, name, nn.Parameter(values, requires_grad=False))
+            values = _stack(read, sources, device, dtype)
+            _set(backbone, name, _laid_out(backbone, name, values))
             for source in sources:
                 tensor = checkpoint.rows(source.name)
                 theirs[source.name.removeprefix("embedding_model.")] = tensor

@@ -7,8 +7,8 @@ Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head wid
 `sliding_window` is in the official config and not applied, as in the reference.
 
 Beside the matrix products time goes into memory traffic, so without gradients what is not needed
-any more is overwritten: the residual by its sum with an update, the update by the normed sum, and
-q and k by their rotated selves.
+any more is overwritten: the residual by its sum with an update, q and k by their rotated selves,
+and on the CPU the update by the normed sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from model.packing import PackedBatch
 from model.rotary import HalvesRotary, Rotary
 
 _ROWS_AT_A_TIME = 256
-"""In norms on the CPU, and in MLPs: what one operation leaves is in the cache for the next."""
+"""In RMSNorm.add on the CPU, and in MLPs with MKL's layers: what one operation leaves is in the
+cache for the next."""
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +43,8 @@ class RMSNorm(nn.Module):
         return self._norm(x, torch.empty_like(x))
 
     def add(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (residual + update, the same normed). Without gradients in their places."""
+        """-> (residual + update, the same normed). Without gradients `residual` is overwritten,
+        on the CPU `update`, too."""
         if torch.is_grad_enabled():
             residual = residual + update
             return residual, self(residual)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("nv_embed.packed_linear")
 
-_ROWS = 256
-"""That the layout is chosen for; any number of rows can be multiplied with it."""
+_ONEDNN_ROWS, _MKL_ROWS = 512, 256
+"""That the layouts are chosen for; any number of rows can be multiplied with them."""
 
 
 class PackedLinear(nn.Module):
@@ -52,7 +52,7 @@ class OneDNNLinear(PackedLinear):
 
     @staticmethod
     def _laid_out(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._reorder_linear_weight(weight, _ONEDNN_ROWS)  # type: ignore[no-any-return]
 
 
 class MKLLinear(PackedLinear):
@@ -64,23 +64,26 @@ class MKLLinear(PackedLinear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        nothing = torch.full((1,), torch.nan, device="cpu")
+        nothing = torch.full((1,), torch.nan, dtype=torch.float32, device="cpu")
         self._plain = nothing.expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 2, x.shape  # or it would take the shape for the weight
         out: Tensor = torch.ops.mkl._mkl_linear(x, self.weight, self._plain, self.bias, len(x))
         return out
 
     @staticmethod
     def _laid_out(weight: Tensor) -> Tensor:
-        return torch.ops.mkl._mkl_reorder_linear_weight(weight, _ROWS)  # type: ignore[no-any-return]
+        return torch.ops.mkl._mkl_reorder_linear_weight(weight, _MKL_ROWS)  # type: ignore[no-any-return]
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> type[PackedLinear] | None:
     """The layers that are faster than nn.Linear there, if any."""
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return None
-    if dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    if dtype == torch.bfloat16:
         return OneDNNLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
     if dtype == torch.float32 and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return MKLLinear if _mkl_takes_any_rows() else None
@@ -91,16 +94,22 @@ def choose(device: torch.device, dtype: torch.dtype) -> type[PackedLinear] | Non
 def _mkl_takes_any_rows() -> bool:
     """Whether its layout serves other numbers of rows than it was made for: MKL's manual does not
     forbid it, and does not promise it for each processor."""
-    plain = nn.Linear(160, 96, bias=False)
-    layer = MKLLinear(plain)
+    layer = MKLLinear(nn.Linear(160, 96, bias=False, device="meta"))
+    weight, every = (_waves(count, 160) for count in (96, 2 * _MKL_ROWS))
     with torch.inference_mode():
-        layer.weight = layer.packed(plain.weight.detach())
-        for rows in (1, 5, 64, _ROWS + 1, 2 * _ROWS):
-            x = torch.linspace(-1, 1, rows * 160).sin().view(rows, 160)
-            if not torch.allclose(layer(x), F.linear(x, plain.weight), rtol=1e-4, atol=1e-5):
+        layer.weight = layer.packed(weight)
+        for rows in (1, 5, 64, _MKL_ROWS + 1, 2 * _MKL_ROWS):
+            x = every[:rows]
+            if not torch.allclose(layer(x), F.linear(x, weight), rtol=1e-4, atol=1e-4):
                 logger.warning("MKL's packed products are wrong on this processor: not taken")
                 return False
     return True
+
+
+def _waves(rows: int, columns: int) -> Tensor:
+    """Float32 numbers [rows, columns] that differ, and nobody's random state touched."""
+    places = torch.arange(rows * columns, dtype=torch.float32, device="cpu")
+    return places.mul_(0.7).sin_().view(rows, columns)
 
 
 def replace_linears(module: nn.Module, kind: type[PackedLinear]) -> None:

@@ -186,9 +186,9 @@ print((peak.bytes - before) / kept, kept)
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 240 MB in float16, its parts in the official proportions: no tensor is more than a 50th
-    of it (several are in the readers' hands at once), and the pooler's cross-attention, which
-    folding drops, is a tenth."""
+    """Some 240 MB in float16, with about the official proportions: no parameter is more than a
+    50th of it (several are in the readers' hands at once), and the pooler's cross-attention, which
+    folding drops, is a 15th."""
     folder = tmp_path_factory.mktemp("large")
     raw = config_json("wide")
     raw["text_config"] |= {

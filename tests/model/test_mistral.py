@@ -13,9 +13,11 @@ from transformers import MistralConfig, MistralModel
 from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
 from model.batch import Encoding
 from model.config import NVEmbedConfig
-from model.loader import tensor_table
+from model.loader import Source, tensor_table
 from model.mistral import MistralBackbone
+from model.packed_linear import PackedLinear, choose, replace_linears
 from model.packing import pack
+from model.rotary import NeighboursRotary, as_neighbours
 
 CPU = torch.device("cpu")
 CONFIG = NVEmbedConfig(
@@ -69,18 +71,48 @@ def referee_states(theirs: MistralModel, ids: np.ndarray) -> Tensor:
     return states
 
 
-def ours_from(theirs: MistralModel, config: NVEmbedConfig) -> MistralBackbone:
-    """The same weights, through the loader's table of names."""
+FORMS = ("with gradients", "as checkpoints", "as served")
+TOLERANCE = {"with gradients": 1e-5, "as checkpoints": 3e-5, "as served": 3e-5}
+"""Absolute, on states of up to 4. Sums in another order than transformers': either is up to 1e-5
+from the same in float64."""
+
+
+def our_states(
+    theirs: MistralModel,
+    config: NVEmbedConfig,
+    encodings: list[Encoding],
+    kernel: AttentionKernel,
+    form: str,
+) -> Tensor:
+    """The same weights, through the loader's table of names: for training, as GPUs have them, and
+    as this processor does."""
     backbone = MistralBackbone(config)
+    packed = None
+    if form == "as served":
+        backbone.rotary = NeighboursRotary
+        packed = choose(CPU, torch.float32)
     weights = {f"embedding_model.{name}": value for name, value in theirs.state_dict().items()}
+
+    def rows(source: Source) -> Tensor:
+        values = weights.pop(source.name)
+        served = form == "as served" and source.rotated
+        return as_neighbours(values, config.head_dim) if served else values
+
     fused = {
-        name.removeprefix("backbone."): torch.cat([weights.pop(s.name) for s in sources])
+        name.removeprefix("backbone."): torch.cat([rows(source) for source in sources])
         for name, sources in tensor_table(config).items()
         if name.startswith("backbone.")
     }
-    assert not weights, f"not in the table: {sorted(weights)}"
+    assert not weights, f"left over: {list(weights)}"
     backbone.load_state_dict(fused)
-    return backbone.eval().requires_grad_(False)
+    if packed is not None:
+        replace_linears(backbone, packed)
+        for layer in backbone.modules():
+            if isinstance(layer, PackedLinear):
+                layer.weight = layer.packed(layer.weight.detach())
+    with torch.inference_mode(form != "with gradients"):
+        states: Tensor = backbone.eval()(pack(encodings, CPU), kernel)
+    return states.detach()
 
 
 def encoding(length: int, pool_start: int = 0, seed: int = 0) -> Encoding:
@@ -97,42 +129,44 @@ def test_the_referee_is_bidirectional() -> None:
     assert (moved > 1e-4).all(), "a causal or sliding mask was applied"
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kernel", [sdpa_by_length, sdpa_padded])
-def test_equals_transformers_on_mixed_lengths(kernel: AttentionKernel) -> None:
+def test_equals_transformers_on_mixed_lengths(kernel: AttentionKernel, form: str) -> None:
     theirs = referee(CONFIG)
-    ours = ours_from(theirs, CONFIG)
-    encodings = [encoding(n, seed=i) for i, n in enumerate([1, 17, 5, 64, 5, 130, 2])]
-    states = ours(pack(encodings, CPU), kernel)
+    lengths = [1, 17, 5, 64, 5, 130, 2, 100, 90, 40]  # more rows than are normed at a time
+    encodings = [encoding(n, seed=i) for i, n in enumerate(lengths)]
+    states = our_states(theirs, CONFIG, encodings, kernel, form)
     expected = torch.cat([referee_states(theirs, e.ids) for e in encodings])
     assert states.shape == (sum(map(len, encodings)), CONFIG.hidden_size)
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states, expected, rtol=0, atol=TOLERANCE[form])
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kernel", [sdpa_by_length, sdpa_padded])
-def test_equals_transformers_on_the_pooled_rows(kernel: AttentionKernel) -> None:
+def test_equals_transformers_on_the_pooled_rows(kernel: AttentionKernel, form: str) -> None:
     theirs = referee(CONFIG)
-    ours = ours_from(theirs, CONFIG)
     encodings = [encoding(40, 18), encoding(9, 8), encoding(30, 0), encoding(40, 18, seed=1)]
-    states = ours(pack(encodings, CPU), kernel)
+    states = our_states(theirs, CONFIG, encodings, kernel, form)
     expected = torch.cat([referee_states(theirs, e.ids)[e.pool_start :] for e in encodings])
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states, expected, rtol=0, atol=TOLERANCE[form])
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pool_start", [0, 4000])
-def test_equals_transformers_at_4096_tokens(pool_start: int) -> None:
+def test_equals_transformers_at_4096_tokens(pool_start: int, form: str) -> None:
     config = replace(CONFIG, num_hidden_layers=2)
     theirs = referee(config)
-    ours = ours_from(theirs, config)
     long = encoding(4096, pool_start)
-    states = ours(pack([long, encoding(3)], CPU), sdpa_by_length)
+    states = our_states(theirs, config, [long, encoding(3)], sdpa_by_length, form)
     expected = referee_states(theirs, long.ids)[pool_start:]
-    torch.testing.assert_close(states[:-3], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states[:-3], expected, rtol=0, atol=TOLERANCE[form])
 
 
-def test_one_layer_is_both_the_first_and_the_last() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_one_layer_is_both_the_first_and_the_last(form: str) -> None:
     config = replace(CONFIG, num_hidden_layers=1)
     theirs = referee(config)
     short = encoding(11, 4)
-    states = ours_from(theirs, config)(pack([short], CPU), sdpa_by_length)
+    states = our_states(theirs, config, [short], sdpa_by_length, form)
     expected = referee_states(theirs, short.ids)[4:]
-    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(states, expected, rtol=0, atol=TOLERANCE[form])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,16 @@ from model.loader import load_model
 from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, choose
 
 CPU = torch.device("cpu")
-DTYPES = (torch.bfloat16, torch.float32)
-pytestmark = pytest.mark.skipif(
-    any(choose(CPU, dtype) is None for dtype in DTYPES),
-    reason="this processor, or this torch, has no packed products",
+X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+HAS_BFLOAT16 = X86 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_MKL = X86 and torch.backends.mkl.is_available()
+needs_mkl = pytest.mark.skipif(not HAS_MKL, reason="this torch has no MKL")
+DTYPES = (
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="no bfloat16 products in oneDNN here"),
+    ),
+    pytest.param(torch.float32, marks=needs_mkl),
 )
 
 
@@ -52,8 +59,8 @@ import torch
 from torch import nn
 from model.packed_linear import MKLLinear
 for threads in (1, 2):
-    torch.set_num_threads(threads)
     for inputs, outputs in ((64, 48), (257, 131), (768, 1280)):
+        torch.set_num_threads(threads)
         plain = nn.Linear(inputs, outputs, bias=False)
         layer = MKLLinear(plain)
         layer.weight = layer.packed(plain.weight.detach())
@@ -66,6 +73,7 @@ for threads in (1, 2):
 """
 
 
+@needs_mkl
 @pytest.mark.parametrize("instructions", ["SSE4_2", "AVX2", "AVX512"])
 def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:
     """As MKL works on this processor and on lesser ones (on others it ignores the name)."""
@@ -74,6 +82,7 @@ def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:
     subprocess.run(command, check=True, env=environment)
 
 
+@needs_mkl
 def test_a_processor_on_which_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     product = torch.ops.mkl._mkl_linear
 
@@ -87,6 +96,18 @@ def test_a_processor_on_which_it_does_not(monkeypatch: pytest.MonkeyPatch) -> No
         assert choose(CPU, torch.float32) is None
     packed_linear._mkl_takes_any_rows.cache_clear()
     assert choose(CPU, torch.float32) is MKLLinear
+
+
+@needs_mkl
+def test_other_defaults_of_the_program_and_its_random_numbers_are_left_alone() -> None:
+    packed_linear._mkl_takes_any_rows.cache_clear()
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert choose(CPU, torch.float32) is MKLLinear
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,7 +31,7 @@ def test_both_layouts_give_the_published_scores(dtype: torch.dtype) -> None:
 
     def heads(weight: Tensor) -> Tensor:
         wider = torch.cat([weight, torch.randn(6, WIDTH)])
-        return torch.unflatten((x @ wider.T)[:, : HEADS * E], -1, (HEADS, E)).to(dtype)
+        return torch.unflatten((x @ wider.T).to(dtype)[:, : HEADS * E], -1, (HEADS, E))
 
     q, k = (published(heads(w), POSITIONS) for w in (wq, wk))
     expected = torch.einsum("qhe,khe->hqk", q, k)
