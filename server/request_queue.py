@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from model.batch import BatchLimits, Encoding
@@ -65,6 +66,10 @@ class QueuedRequest(Generic[Waiter]):
             Entry(e, i, request) for i, e in enumerate(encodings) if i not in but
         )
         return request
+
+    def has_more_than(self, tokens: int) -> bool:
+        """Whether more tokens than these wait."""
+        return any(total > tokens for total in accumulate(map(len, self.waiting)))
 
 
 class RequestQueue(Generic[Waiter]):
@@ -137,6 +142,10 @@ class RequestQueue(Generic[Waiter]):
         fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
         than a whole batch runs alone, and so does one that is marked so.
 
+        Beside a request of one input (someone waits for a query's vector) requests that the batch
+        would not finish fill half of it at most: the query is back the sooner, and the others lose
+        little, since half a batch is nearly as efficient.
+
         Of equal inputs (`Encoding.key`) the first alone counts against the limits, and those that
         equal one in `at_work` don't: they come along, since they cost nothing.
         """
@@ -145,6 +154,7 @@ class RequestQueue(Generic[Waiter]):
         passed_over: list[QueuedRequest[Waiter]] = []
         seen: set[bytes] = set()
         tokens = 0
+        has_query = False
         while self._turns and len(seen) < limits.max_seqs and tokens < limits.max_tokens:
             request = self._turns.popleft()
             if request.deadline <= now:
@@ -154,7 +164,10 @@ class RequestQueue(Generic[Waiter]):
             following = request.waiting[0]
             key = following.key
             cost = 0 if key in seen or key in at_work else len(following)
-            fits = not cost or tokens + cost <= limits.max_tokens
+            room = limits.max_tokens - tokens
+            beyond_half = tokens + cost > limits.max_tokens // 2
+            held_back = has_query and beyond_half and request.has_more_than(room)
+            fits = not cost or (cost <= room and not held_back)
             if following.alone:
                 cost, fits = len(following), False
             if seen and not fits:
@@ -171,6 +184,7 @@ class RequestQueue(Generic[Waiter]):
                 self._turns.append(request)
             else:
                 request.queued = False
+                has_query |= entry.index == 0
             if entry.alone:
                 break
         self._turns.extendleft(reversed(passed_over))

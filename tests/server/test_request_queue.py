@@ -55,9 +55,9 @@ def test_the_sequence_limit() -> None:
 
 
 def test_requests_take_turns() -> None:
-    queue = queue_of(request("a", 2, 2, 2, 2, 2), request("b", 2), request("c", 2, 2))
+    queue = queue_of(request("a", 2, 2, 2, 2), request("b", 2, 2), request("c", 2, 2))
     assert take(queue) == ["a0", "b0", "c0", "a1"]
-    assert take(queue) == ["c1", "a2", "a3", "a4"]
+    assert take(queue) == ["b1", "c1", "a2", "a3"]
 
 
 def test_a_newcomer_is_in_the_next_batch() -> None:
@@ -65,6 +65,22 @@ def test_a_newcomer_is_in_the_next_batch() -> None:
     assert take(queue) == ["bulk0", "bulk1"]
     queue.append(request("query", 3))
     assert "query0" in take(queue)
+
+
+def test_beside_a_query_what_the_batch_would_not_finish_fills_half_of_it() -> None:
+    limits = BatchLimits(max_tokens=20, max_seqs=10)
+    bulk = request("bulk", *[3] * 100)
+    queue = queue_of(bulk, request("query", 2), request("list", 2, 2))
+    assert take(queue, limits) == ["bulk0", "query0", "list0", "bulk1", "list1"]
+    assert take(queue, limits) == [f"bulk{i}" for i in range(2, 8)], "no query, a whole batch"
+    queue.append(request("query", 2))
+    assert take(queue, limits) == ["bulk8", "query0", "bulk9"]
+
+
+def test_many_queries_fill_a_whole_batch() -> None:
+    queue = queue_of(request("bulk", *[2] * 100), *(request(f"q{i}-", 2) for i in range(9)))
+    limits = BatchLimits(max_tokens=20, max_seqs=10)
+    assert take(queue, limits) == ["bulk0", *(f"q{i}-0" for i in range(9))]
 
 
 def test_what_does_not_fit_comes_first_next_time() -> None:
