@@ -1,12 +1,15 @@
 """Texts/s, tokens/s and latency of a real server under load, against the packed forward alone.
 
 Closed loop: single texts on 32 connections, and 64 texts a request on 4 (the shares of one fixed
-list of different texts). The bound is the packed forward of the same texts by the offline Encoder
-with as many threads, run before and after and alone on the machine. Open loop: requests arrive at
-random (Poisson) at a share of the rate that the closed loop reached, and latency counts from the
-moment at which a request was due, so that a slow server cannot hide. Then lone texts, one after
-another on one connection, against their forwards alone. Last, single queries beside a request of
-very many inputs that never ends: a query may wait for the batch at work and for its own.
+list of different texts); then lone texts, one after another on one connection. The bound is the
+packed forward of the same texts by the offline Encoder with as many threads, and the forwards of
+the lone texts. All these run in turns, several rounds, the server idle while the forward runs; of
+each the fastest counts (of each lone text, too), since whatever else the machine does slows them.
+
+Open loop: requests arrive at random (Poisson) at a share of the rate that the closed loop reached,
+and latency counts from the moment at which a request was due, so that a slow server cannot hide.
+Last, single queries beside a request of very many inputs that never ends: a query may wait for the
+batch at work and for its own.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import orjson
@@ -185,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="none")
     parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--rounds", type=int, default=3, help="of the forward and the closed loops")
     parser.add_argument("--loads", default="0.5,0.8", help="of the open loop")
     parser.add_argument("--queries", type=int, default=200, help="beside the bulk request")
     parser.add_argument("--bulk-inputs", type=int, default=2048)
@@ -198,7 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "texts.json"
         file.write_text(json.dumps(texts))
-        bound = [_forward_alone(folder, file, options)]
         server = ServerProcess(
             folder,
             *("--dtype", options.dtype, "--quantization", options.quantization),
@@ -207,85 +211,122 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         try:
             server.wait_ready()
-            asyncio.run(_measure(out, server, texts, tokens, options))
+            measuring = _Measuring(out, server, texts, tokens)
+            bound = measuring.closed(options.rounds, lambda: _forward_alone(folder, file, options))
+            measuring.open([float(share) for share in options.loads.split(",")])
+            if options.queries:
+                measuring.beside_bulk(options.queries, options.bulk_inputs)
         finally:
             server.stop()
-        bound.append(_forward_alone(folder, file, options))
-    seconds = min(whole for whole, _ in bound)
-    out.raw["bound_seconds"] = bound
-    pairs = zip(*(lone for _, lone in bound), strict=True)
-    forward = statistics.median(min(pair) for pair in pairs)
+    out.raw["packed forward alone"] = bound
+    forward = statistics.median(min(times) for times in zip(*(f.lone for f in bound), strict=True))
     (lone_p50,) = (row["p50_ms"] for row in out.rows if row["load"] == LONE)
     out.add(load="the forwards of those", p50_ms=forward * 1000)
     out.ratios["p50 of a lone text less its forward, ms"] = lone_p50 - forward * 1000
-    best = {"texts_per_s": len(texts) / seconds, "tokens_per_s": tokens / seconds}
+    seconds = min(f.whole for f in bound)
     for row in out.rows:
         if row["load"].startswith("closed"):
-            out.ratios[f"{row['load']} / packed forward"] = row["texts_per_s"] / best["texts_per_s"]
-    out.add(load="packed forward alone", **best)
+            out.ratios[f"{row['load']} / packed forward"] = (
+                row["texts_per_s"] * seconds / len(texts)
+            )
+    out.add(
+        load="packed forward alone",
+        texts_per_s=len(texts) / seconds,
+        tokens_per_s=tokens / seconds,
+    )
     for row in out.rows:
         row["model"] = f"{options.model} {options.dtype} {options.quantization}"
     out.finish(options.results, group="model", label="load", value="texts_per_s", unit="texts/s")
 
 
-async def _measure(
-    out: report.Report,
-    server: ServerProcess,
-    texts: Sequence[str],
-    tokens: int,
-    options: argparse.Namespace,
-) -> None:
-    url, path = server.url, "/v1/embeddings"
-    model = server.client.get("/v1/models").json()["data"][0]["id"]
-    limit = server.client.get("/info").json()["limits"]["max_batch_tokens"][0]
-    single = [body_of([text], model) for text in texts]
-    many = [body_of(texts[i : i + 64], model) for i in range(0, len(texts), 64)]
-    await closed_loop(url, path, single[:64], 8)  # warm-up
+class _Forward(NamedTuple):
+    """Seconds of the packed forward alone."""
 
-    async def run(name: str, load: Callable[[], Awaitable[tuple[float, list[float]]]]) -> float:
-        before = _batches(server)
-        seconds, latencies = await load()
-        count, filled = (b - a for a, b in zip(before, _batches(server), strict=True))
-        out.add(
-            load=name,
-            texts_per_s=len(texts) / seconds,
-            tokens_per_s=tokens / seconds,
+    whole: float  # of all texts, packed
+    lone: list[float]  # of each of the first texts, alone
+
+
+class _Measuring:
+    """Loads a server and adds to the report what it saw."""
+
+    def __init__(
+        self, out: report.Report, server: ServerProcess, texts: Sequence[str], tokens: int
+    ) -> None:
+        self._out, self._server, self._texts, self._tokens = out, server, texts, tokens
+        self._to = server.url, "/v1/embeddings"
+        self._model = server.client.get("/v1/models").json()["data"][0]["id"]
+        self._limit = server.client.get("/info").json()["limits"]["max_batch_tokens"][0]
+        self._single = [body_of([text], self._model) for text in texts]
+        self._many = [body_of(texts[i : i + 64], self._model) for i in range(0, len(texts), 64)]
+        self._rate = 0.0
+        asyncio.run(closed_loop(*self._to, self._single[:64], 8))  # warm-up
+
+    def closed(self, rounds: int, forward_alone: Callable[[], _Forward]) -> list[_Forward]:
+        """Closed loops and lone texts, in turns with the forward alone; of each load its fastest
+        round."""
+        loads = {
+            "closed, 32 x 1 text": lambda: closed_loop(*self._to, self._single, 32),
+            "closed, 4 x 64 texts": lambda: closed_loop(*self._to, self._many, 4),
+        }
+        bound: list[_Forward] = []
+        lone: list[list[float]] = []
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in loads}
+        for number in range(rounds):
+            bound.append(forward_alone())
+            for name, load in loads.items():
+                runs[name].append(self._run(name, load))
+            lone.append(asyncio.run(closed_loop(*self._to, self._single[:LONE_TEXTS], 1))[1])
+            print(f"measured: closed loops, round {number + 1} of {rounds}", flush=True)
+        for rows in runs.values():
+            self._out.add(**max(rows, key=lambda row: row["texts_per_s"]))
+        self._rate = self._out.rows[0]["texts_per_s"]
+        self._out.add(load=LONE, **_latency([min(times) for times in zip(*lone, strict=True)]))
+        self._out.raw[LONE] = lone
+        return bound
+
+    def open(self, shares: Sequence[float]) -> None:
+        for share in shares:
+            name, rate = f"open, {share:.0%} of closed", share * self._rate
+            row = self._run(name, lambda rate=rate: open_loop(*self._to, self._single, rate))  # type: ignore[misc]
+            self._out.add(**row)
+            print(f"measured: {name}", flush=True)
+
+    def _run(
+        self, name: str, load: Callable[[], Coroutine[Any, Any, tuple[float, list[float]]]]
+    ) -> dict[str, Any]:
+        before = _batches(self._server)
+        seconds, latencies = asyncio.run(load())
+        count, filled = (b - a for a, b in zip(before, _batches(self._server), strict=True))
+        raw = {"seconds": seconds, "latencies": [round(x, 5) for x in latencies]}
+        self._out.raw.setdefault(name, []).append(raw)
+        return {
+            "load": name,
+            "texts_per_s": len(self._texts) / seconds,
+            "tokens_per_s": self._tokens / seconds,
             **_latency(latencies),
-            batch_fill=filled / count / limit,
+            "batch_fill": filled / count / self._limit,
+        }
+
+    def beside_bulk(self, queries: int, bulk_inputs: int) -> None:
+        texts = [f"{text} {i}" for i, text in enumerate(islice(cycle(self._texts), bulk_inputs))]
+        bodies = [body_of([f"query number {i} of them"], self._model) for i in range(queries)]
+        before = self._batch_seconds(), _batches(self._server)[1]
+        latencies = asyncio.run(
+            beside_bulk(*self._to, body_of(texts, self._model), bodies, every=0.05)
         )
-        out.raw[name] = {"seconds": seconds, "latencies": [round(x, 5) for x in latencies]}
-        print(f"measured: {name}", flush=True)
-        return len(texts) / seconds
-
-    rate = await run("closed, 32 x 1 text", lambda: closed_loop(url, path, single, 32))
-    await run("closed, 4 x 64 texts", lambda: closed_loop(url, path, many, 4))
-    for share in map(float, options.loads.split(",")):
-        await run(
-            f"open, {share:.0%} of closed",
-            lambda share=share: open_loop(url, path, single, share * rate),  # type: ignore[misc]
+        name = f"a query beside {bulk_inputs} inputs"
+        seconds_a_token = (self._batch_seconds() - before[0]) / (
+            _batches(self._server)[1] - before[1]
         )
-    _, latencies = await closed_loop(url, path, single[:LONE_TEXTS], 1)
-    out.add(load=LONE, **_latency(latencies))
-    out.raw[LONE] = {"latencies": latencies}
-    if not options.queries:
-        return
-    bulk = body_of([f"{text} {i}" for i, text in _cycle(texts, options.bulk_inputs)], model)
-    queries = [body_of([f"query number {i} of them"], model) for i in range(options.queries)]
-    before = server.metric("nv_embed_batch_duration_seconds_sum"), _batches(server)[1]
-    latencies = await beside_bulk(url, path, bulk, queries, 0.05)
-    name = f"a query beside {options.bulk_inputs} inputs"
-    seconds = server.metric("nv_embed_batch_duration_seconds_sum") - before[0]
-    full_batch = seconds / (_batches(server)[1] - before[1]) * limit
-    out.add(load=name, **_latency(latencies), full_batch_ms=full_batch * 1000)
-    out.raw[name] = {"latencies": latencies}
-    allowed = 2 * full_batch + 0.01
-    out.ratios["p99 of a query beside bulk / (two full batches + 10 ms)"] = (
-        report.percentile(latencies, 0.99) / allowed
-    )
+        full_batch = seconds_a_token * self._limit
+        self._out.add(load=name, **_latency(latencies), full_batch_ms=full_batch * 1000)
+        self._out.raw[name] = {"latencies": latencies}
+        self._out.ratios["p99 of a query beside bulk / (two full batches + 10 ms)"] = (
+            report.percentile(latencies, 0.99) / (2 * full_batch + 0.01)
+        )
 
-
-def _cycle(texts: Sequence[str], count: int) -> list[tuple[int, str]]:
-    return [(i, texts[i % len(texts)]) for i in range(count)]
+    def _batch_seconds(self) -> float:
+        return self._server.metric("nv_embed_batch_duration_seconds_sum")
 
 
 def _latency(seconds: Sequence[float]) -> dict[str, float]:
@@ -299,16 +340,12 @@ def _batches(server: ServerProcess) -> tuple[float, float]:
     return server.metric(f"{name}_count"), server.metric(f"{name}_sum")
 
 
-def _forward_alone(
-    folder: Path, file: Path, options: argparse.Namespace
-) -> tuple[float, list[float]]:
-    """-> (seconds for all texts, packed; seconds of each of the first texts alone)."""
+def _forward_alone(folder: Path, file: Path, options: argparse.Namespace) -> _Forward:
     command = [sys.executable, "-c", _BOUND, str(folder), options.dtype, options.quantization]
     command += [str(options.threads), str(file), str(LONE_TEXTS)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     child = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    whole, lone = json.loads(child.stdout)
-    return whole, lone
+    return _Forward(*json.loads(child.stdout))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_front_says_what_it_needs(
 
 def test_serve(golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(golden_checkpoint), "--texts", "70", "--threads", "1"]
-    options += ["--loads", "0.5", "--queries", "3", "--bulk-inputs", "100"]
+    options += ["--loads", "0.5", "--queries", "3", "--bulk-inputs", "100", "--rounds", "2"]
     summary = report_of(serve.main, options, tmp_path, capsys)
     loads = [row["load"] for row in summary["rows"]]
     assert loads[0] == "closed, 32 x 1 text"
