@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Generic, TypeVar
 
 from model.batch import BatchLimits, Encoding
@@ -48,7 +47,9 @@ class QueuedRequest(Generic[Waiter]):
     deadline: float = float("inf")  # on the caller's clock
     arrived: float = 0.0  # on the caller's clock
     waiting: deque[Entry[Waiter]] = field(default_factory=deque)
+    num_tokens: int = 0  # of the inputs that wait in the queue
     queued: bool = False  # whether the queue holds it
+    is_query: bool = False  # one input was to be computed, and its vector is all that is missing
 
     @classmethod
     def of(
@@ -65,11 +66,8 @@ class QueuedRequest(Generic[Waiter]):
         request.waiting.extend(
             Entry(e, i, request) for i, e in enumerate(encodings) if i not in but
         )
+        request.is_query = len(request.waiting) == 1
         return request
-
-    def has_more_than(self, tokens: int) -> bool:
-        """Whether more tokens than these wait."""
-        return any(total > tokens for total in accumulate(map(len, self.waiting)))
 
 
 class RequestQueue(Generic[Waiter]):
@@ -142,9 +140,9 @@ class RequestQueue(Generic[Waiter]):
         fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
         than a whole batch runs alone, and so does one that is marked so.
 
-        Beside a request of one input (someone waits for a query's vector) requests that the batch
-        would not finish fill half of it at most: the query is back the sooner, and the others lose
-        little, since half a batch is nearly as efficient.
+        Once a query (a request of one input) is taken, requests with more tokens than the batch
+        has room for add to it only until they make up half of a full one: the query is back the
+        sooner. DECISIONS.md has what that costs them.
 
         Of equal inputs (`Encoding.key`) the first alone counts against the limits, and those that
         equal one in `at_work` don't: they come along, since they cost nothing.
@@ -153,7 +151,7 @@ class RequestQueue(Generic[Waiter]):
         expired: list[QueuedRequest[Waiter]] = []
         passed_over: list[QueuedRequest[Waiter]] = []
         seen: set[bytes] = set()
-        tokens = 0
+        tokens = partial = 0  # partial: of requests that the batch leaves unfinished
         has_query = False
         while self._turns and len(seen) < limits.max_seqs and tokens < limits.max_tokens:
             request = self._turns.popleft()
@@ -165,8 +163,8 @@ class RequestQueue(Generic[Waiter]):
             key = following.key
             cost = 0 if key in seen or key in at_work else len(following)
             room = limits.max_tokens - tokens
-            beyond_half = tokens + cost > limits.max_tokens // 2
-            held_back = has_query and beyond_half and request.has_more_than(room)
+            too_much = has_query and partial + cost > limits.max_tokens // 2
+            held_back = too_much and request.num_tokens > room
             fits = not cost or (cost <= room and not held_back)
             if following.alone:
                 cost, fits = len(following), False
@@ -176,19 +174,20 @@ class RequestQueue(Generic[Waiter]):
                     break
                 continue
             entry = request.waiting.popleft()
+            self._count((entry,), -1)
             batch.append(entry)
             tokens += cost
+            has_query |= request.is_query and key not in at_work
             if cost:
                 seen.add(key)
             if request.waiting:
                 self._turns.append(request)
+                partial += cost
             else:
                 request.queued = False
-                has_query |= entry.index == 0
             if entry.alone:
                 break
         self._turns.extendleft(reversed(passed_over))
-        self._count(batch, -1)
         return batch, expired
 
     def _drop(self, request: QueuedRequest[Waiter]) -> None:
@@ -198,5 +197,6 @@ class RequestQueue(Generic[Waiter]):
 
     def _count(self, entries: Iterable[Entry[Waiter]], sign: int) -> None:
         for entry in entries:
+            entry.request.num_tokens += sign * len(entry)
             self.num_tokens += sign * len(entry)
             self.num_entries += sign

@@ -3,13 +3,15 @@
 Closed loop: single texts on 32 connections, and 64 texts a request on 4 (the shares of one fixed
 list of different texts); then lone texts, one after another on one connection. The bound is the
 packed forward of the same texts by the offline Encoder with as many threads, and the forwards of
-the lone texts. All these run in turns, several rounds, the server idle while the forward runs; of
-each the fastest counts (of each lone text, too), since whatever else the machine does slows them.
+the lone texts, once warmed up. All these run in turns, several rounds, the server idle while the
+forward runs; of each the fastest counts (of each lone text, too), since whatever else the machine
+does slows them; what the rounds give when each is taken by itself is printed, too.
 
 Open loop: requests arrive at random (Poisson) at a share of the rate that the closed loop reached,
 and latency counts from the moment at which a request was due, so that a slow server cannot hide.
-Last, single queries beside a request of very many inputs that never ends: a query may wait for the
-batch at work and for its own.
+Last, a request of very many inputs alone, for the time of a full batch, and single queries at
+random moments beside one such request after another: a query may wait for the batch at work and
+for its own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import asyncio
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,20 +47,20 @@ os.nice(5)  # as the worker, so that other work on the machine holds both up ali
 encoder = Encoder(folder, dtype=dtype, quantization=quantization, threads=int(threads))
 encoder.runner.warm_up()
 texts = json.load(open(file))
-encoder.encode(texts[:8], progress=False)
-started = time.perf_counter()
-encoder.encode(texts, progress=False)
-all_of_them = time.perf_counter() - started
-lone = []
-for text in texts[:int(lone_texts)]:
-    encoding = encoder.tokenizer.encode(text, max_tokens=1 << 15)
+for _ in range(2):  # the first is the warm-up: the server has seen each text, too
     started = time.perf_counter()
-    encoder.runner.embed([encoding])
-    lone.append(time.perf_counter() - started)
+    encoder.encode(texts, progress=False)
+    all_of_them = time.perf_counter() - started
+    lone = []
+    for text in texts[:int(lone_texts)]:
+        encoding = encoder.tokenizer.encode(text, max_tokens=1 << 15)
+        started = time.perf_counter()
+        encoder.runner.embed([encoding])
+        lone.append(time.perf_counter() - started)
 print(json.dumps([all_of_them, lone]))
 """
 LONE_TEXTS = 200
-LONE = "one after another"
+LONE = "one after another, each text's least"
 
 
 class Client:
@@ -158,8 +159,9 @@ async def open_loop(
 async def beside_bulk(
     url: str, path: str, bulk: bytes, bodies: Sequence[bytes], every: float
 ) -> list[float]:
-    """Latencies of single queries, one each `every` seconds, beside one bulk request after
-    another."""
+    """Latencies of single queries beside one bulk request after another; between an answer and
+    the next query are `every` seconds in the mean, at random, since each answer ends a batch."""
+    generator = random.Random(8)
 
     async def flood() -> None:
         async with Client.to(url) as client:
@@ -174,7 +176,7 @@ async def beside_bulk(
             started = time.perf_counter()
             await client.post(path, body)
             latencies.append(time.perf_counter() - started)
-            await asyncio.sleep(every)
+            await asyncio.sleep(generator.uniform(0, 2 * every))
     flooding.cancel()
     with suppress(asyncio.CancelledError):
         await flooding
@@ -219,20 +221,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             server.stop()
     out.raw["packed forward alone"] = bound
-    forward = statistics.median(min(times) for times in zip(*(f.lone for f in bound), strict=True))
-    (lone_p50,) = (row["p50_ms"] for row in out.rows if row["load"] == LONE)
-    out.add(load="the forwards of those", p50_ms=forward * 1000)
-    out.ratios["p50 of a lone text less its forward, ms"] = lone_p50 - forward * 1000
-    seconds = min(f.whole for f in bound)
-    for row in out.rows:
-        if row["load"].startswith("closed"):
-            out.ratios[f"{row['load']} / packed forward"] = (
-                row["texts_per_s"] * seconds / len(texts)
-            )
+    seconds = [f.whole for f in bound]
+    for name, runs in out.raw.items():
+        if name.startswith("closed"):
+            loads = [run["seconds"] for run in runs]
+            shares = [s / load for s, load in zip(seconds, loads, strict=True)]
+            out.ratios[f"{name} / packed forward"] = min(seconds) / min(loads)
+            out.ratios[f"{name} / packed forward, median of rounds"] = report.median(shares)
+    lone, forwards = out.raw[LONE], [f.lone for f in bound]
+    out.add(load="the forwards of those", p50_ms=_p50_of_least(forwards) * 1000)
+    name = "p50 of a lone text less its forward, ms"
+    out.ratios[name] = (_p50_of_least(lone) - _p50_of_least(forwards)) * 1000
+    more = [report.median(a) - report.median(b) for a, b in zip(lone, forwards, strict=True)]
+    out.ratios[f"{name}, median of rounds"] = report.median(more) * 1000
     out.add(
         load="packed forward alone",
-        texts_per_s=len(texts) / seconds,
-        tokens_per_s=tokens / seconds,
+        texts_per_s=len(texts) / min(seconds),
+        tokens_per_s=tokens / min(seconds),
     )
     for row in out.rows:
         row["model"] = f"{options.model} {options.dtype} {options.quantization}"
@@ -280,7 +285,7 @@ class _Measuring:
         for rows in runs.values():
             self._out.add(**max(rows, key=lambda row: row["texts_per_s"]))
         self._rate = self._out.rows[0]["texts_per_s"]
-        self._out.add(load=LONE, **_latency([min(times) for times in zip(*lone, strict=True)]))
+        self._out.add(load=LONE, p50_ms=_p50_of_least(lone) * 1000)
         self._out.raw[LONE] = lone
         return bound
 
@@ -310,15 +315,13 @@ class _Measuring:
     def beside_bulk(self, queries: int, bulk_inputs: int) -> None:
         texts = [f"{text} {i}" for i, text in enumerate(islice(cycle(self._texts), bulk_inputs))]
         bodies = [body_of([f"query number {i} of them"], self._model) for i in range(queries)]
+        bulk = body_of(texts, self._model)
         before = self._batch_seconds(), _batches(self._server)[1]
-        latencies = asyncio.run(
-            beside_bulk(*self._to, body_of(texts, self._model), bodies, every=0.05)
-        )
+        asyncio.run(closed_loop(*self._to, [bulk], 1))  # alone, for the time of a full batch
+        now = self._batch_seconds(), _batches(self._server)[1]
+        full_batch = (now[0] - before[0]) / (now[1] - before[1]) * self._limit
+        latencies = asyncio.run(beside_bulk(*self._to, bulk, bodies, every=0.05))
         name = f"a query beside {bulk_inputs} inputs"
-        seconds_a_token = (self._batch_seconds() - before[0]) / (
-            _batches(self._server)[1] - before[1]
-        )
-        full_batch = seconds_a_token * self._limit
         self._out.add(load=name, **_latency(latencies), full_batch_ms=full_batch * 1000)
         self._out.raw[name] = {"latencies": latencies}
         self._out.ratios["p99 of a query beside bulk / (two full batches + 10 ms)"] = (
@@ -327,6 +330,11 @@ class _Measuring:
 
     def _batch_seconds(self) -> float:
         return self._server.metric("nv_embed_batch_duration_seconds_sum")
+
+
+def _p50_of_least(rounds: Sequence[Sequence[float]]) -> float:
+    """The median text's fastest round; rounds: [round][text]."""
+    return report.median(min(times) for times in zip(*rounds, strict=True))
 
 
 def _latency(seconds: Sequence[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,20 +68,50 @@ def test_a_newcomer_is_in_the_next_batch() -> None:
     assert "query0" in take(queue)
 
 
-def test_beside_a_query_what_the_batch_would_not_finish_fills_half_of_it() -> None:
-    limits = BatchLimits(max_tokens=20, max_seqs=10)
-    bulk = request("bulk", *[3] * 100)
-    queue = queue_of(bulk, request("query", 2), request("list", 2, 2))
-    assert take(queue, limits) == ["bulk0", "query0", "list0", "bulk1", "list1"]
-    assert take(queue, limits) == [f"bulk{i}" for i in range(2, 8)], "no query, a whole batch"
+TWENTY = BatchLimits(max_tokens=20, max_seqs=100)
+
+
+def test_beside_a_query_unfinished_requests_make_up_half_a_batch() -> None:
+    queue = queue_of(request("bulk", *[3] * 100), request("query", 2), request("list", 2, 2))
+    assert take(queue, TWENTY) == ["bulk0", "query0", "list0", "bulk1", "list1"]
+    assert take(queue, TWENTY) == [f"bulk{i}" for i in range(2, 8)], "no query, a whole batch"
     queue.append(request("query", 2))
-    assert take(queue, limits) == ["bulk8", "query0", "bulk9"]
+    assert take(queue, TWENTY) == ["bulk8", "query0", "bulk9", "bulk10"]
 
 
-def test_many_queries_fill_a_whole_batch() -> None:
-    queue = queue_of(request("bulk", *[2] * 100), *(request(f"q{i}-", 2) for i in range(9)))
-    limits = BatchLimits(max_tokens=20, max_seqs=10)
-    assert take(queue, limits) == ["bulk0", *(f"q{i}-0" for i in range(9))]
+@pytest.mark.parametrize(("queries", "of_bulk"), [(0, 10), (1, 5), (3, 5), (6, 4), (8, 2), (9, 1)])
+def test_a_large_request_has_its_half_of_each_batch(queries: int, of_bulk: int) -> None:
+    queue = queue_of(request("bulk", *[2] * 100))
+    for _ in range(5):
+        for _ in range(queries):
+            queue.append(request("query", 2))
+        taken = take(queue, TWENTY)
+        assert sum(name == "query0" for name in taken) == queries
+        assert sum(name.startswith("bulk") for name in taken) == of_bulk
+
+
+def test_a_query_that_is_at_work_halves_nothing() -> None:
+    queue = queue_of(equal("query", 1, 9), request("bulk", *[2] * 100))
+    entries, _ = queue.next_batch(TWENTY, 0.0, {Encoding(np.full(6, 9, dtype=np.int32)).key})
+    assert len(entries) == 1 + 10
+
+
+def test_a_query_is_what_has_one_input_to_compute() -> None:
+    encodings = [Encoding(np.full(2, next(_NUMBERS), dtype=np.int32)) for _ in range(3)]
+    for known, is_query in ({}, False), ({0}, False), ({0, 2}, True), ({1, 2}, True):
+        assert QueuedRequest.of(encodings, "a", but=known).is_query is is_query
+    bulk = request("bulk", *[2] * 100)
+    queue = queue_of(bulk)
+    entries, _ = queue.next_batch(BatchLimits(2, 1), 0.0)
+    assert take(queue, TWENTY) == [f"bulk{i}" for i in range(1, 11)]
+    queue.put_back(entries)
+    assert take(queue, TWENTY) == ["bulk0", *(f"bulk{i}" for i in range(11, 20))]
+
+
+def test_equal_inputs_cost_nothing_beyond_the_half_either() -> None:
+    queue = queue_of(request("query", 2), equal("bulk", 100, 9, length=9))
+    assert len(take(queue, TWENTY)) == 1 + 100
+    assert repr(queue) == "RequestQueue(0 requests, 0 entries, 0 tokens)"
 
 
 def test_what_does_not_fit_comes_first_next_time() -> None:
@@ -106,6 +137,7 @@ def test_put_back_comes_first_and_keeps_the_order() -> None:
     assert [entry.index for entry in entries] == [0, 0]
     queue.put_back(entries)
     assert (queue.num_entries, queue.num_tokens) == (4, 20)
+    assert [e.request.num_tokens for e in entries] == [15, 5]
     assert take(queue) == ["a0", "b0"]
     assert take(queue) == ["a1", "a2"]
 
