@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = options.scratch.resolve() / "texts.json"
     file.write_text(json.dumps(texts))
     options.dtype, options.quantization = "float32", "none"
-    seconds, _ = serve._forward_alone(checkpoint, file, options)
+    seconds, _ = serve.forward_alone(checkpoint, file, options)
     bound = len(texts) / seconds
     out.add(system="nv-embed, packed forward", load="offline", texts_per_s=bound)
     for quantization in ("none", "int8-dynamic"):

@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             server.wait_ready()
             measuring = _Measuring(out, server, texts, tokens)
-            bound = measuring.closed(options.rounds, lambda: _forward_alone(folder, file, options))
+            bound = measuring.closed(options.rounds, lambda: forward_alone(folder, file, options))
             measuring.open([float(share) for share in options.loads.split(",")])
             if options.queries:
                 measuring.beside_bulk(options.queries, options.bulk_inputs)
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.finish(options.results, group="model", label="load", value="texts_per_s", unit="texts/s")
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """Seconds of the packed forward alone."""
 
     whole: float  # of all texts, packed
@@ -263,35 +263,35 @@ class _Measuring:
         self._limit = server.client.get("/info").json()["limits"]["max_batch_tokens"][0]
         self._single = [body_of([text], self._model) for text in texts]
         self._many = [body_of(texts[i : i + 64], self._model) for i in range(0, len(texts), 64)]
-        self._rate = 0.0
         asyncio.run(closed_loop(*self._to, self._single[:64], 8))  # warm-up
 
-    def closed(self, rounds: int, forward_alone: Callable[[], _Forward]) -> list[_Forward]:
+    def closed(self, rounds: int, forward: Callable[[], Forward]) -> list[Forward]:
         """Closed loops and lone texts, in turns with the forward alone; of each load its fastest
         round."""
         loads = {
             "closed, 32 x 1 text": lambda: closed_loop(*self._to, self._single, 32),
             "closed, 4 x 64 texts": lambda: closed_loop(*self._to, self._many, 4),
         }
-        bound: list[_Forward] = []
+        bound: list[Forward] = []
         lone: list[list[float]] = []
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in loads}
         for number in range(rounds):
-            bound.append(forward_alone())
+            bound.append(forward())
             for name, load in loads.items():
                 runs[name].append(self._run(name, load))
             lone.append(asyncio.run(closed_loop(*self._to, self._single[:LONE_TEXTS], 1))[1])
             print(f"measured: closed loops, round {number + 1} of {rounds}", flush=True)
         for rows in runs.values():
             self._out.add(**max(rows, key=lambda row: row["texts_per_s"]))
-        self._rate = self._out.rows[0]["texts_per_s"]
         self._out.add(load=LONE, p50_ms=_p50_of_least(lone) * 1000)
         self._out.raw[LONE] = lone
         return bound
 
     def open(self, shares: Sequence[float]) -> None:
+        """Open loops at these shares of the rate of single texts, the report's first row."""
+        reached = self._out.rows[0]["texts_per_s"]
         for share in shares:
-            name, rate = f"open, {share:.0%} of closed", share * self._rate
+            name, rate = f"open, {share:.0%} of closed", share * reached
             row = self._run(name, lambda rate=rate: open_loop(*self._to, self._single, rate))  # type: ignore[misc]
             self._out.add(**row)
             print(f"measured: {name}", flush=True)
@@ -318,8 +318,9 @@ class _Measuring:
         bulk = body_of(texts, self._model)
         before = self._batch_seconds(), _batches(self._server)[1]
         asyncio.run(closed_loop(*self._to, [bulk], 1))  # alone, for the time of a full batch
-        now = self._batch_seconds(), _batches(self._server)[1]
-        full_batch = (now[0] - before[0]) / (now[1] - before[1]) * self._limit
+        after = self._batch_seconds(), _batches(self._server)[1]
+        seconds, tokens = (b - a for a, b in zip(before, after, strict=True))
+        full_batch = seconds / tokens * self._limit
         latencies = asyncio.run(beside_bulk(*self._to, bulk, bodies, every=0.05))
         name = f"a query beside {bulk_inputs} inputs"
         self._out.add(load=name, **_latency(latencies), full_batch_ms=full_batch * 1000)
@@ -348,12 +349,13 @@ def _batches(server: ServerProcess) -> tuple[float, float]:
     return server.metric(f"{name}_count"), server.metric(f"{name}_sum")
 
 
-def _forward_alone(folder: Path, file: Path, options: argparse.Namespace) -> _Forward:
+def forward_alone(folder: Path, file: Path, options: argparse.Namespace) -> Forward:
+    """By a fresh offline Encoder; file: a JSON list of texts."""
     command = [sys.executable, "-c", _BOUND, str(folder), options.dtype, options.quantization]
     command += [str(options.threads), str(file), str(LONE_TEXTS)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     child = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    return _Forward(*json.loads(child.stdout))
+    return Forward(*json.loads(child.stdout))
 
 
 if __name__ == "__main__":
