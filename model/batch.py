@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ class RunnerOptions:
     max_batch_seqs: int = 256
     max_input_tokens: int = 32_768
     cuda_graphs: bool = False
+    cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +71,4 @@ class RunnerInfo:
     attention: str
     width: int  # of the vectors it returns
     cuda_graphs: bool = False
+    products: dict[str, str] = field(default_factory=dict)  # kind of product -> who computes it

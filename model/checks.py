@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import cuda_graphs, host
+from model import cuda_graphs, host, products
 from model.attention import AttentionKernel, available_kernels, choose_kernel
 from model.batch import Encoding
 from model.card import PUBLISHED_SCORES, read_card
@@ -37,7 +37,7 @@ from model.loader import (
 )
 from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, pack
-from model.quantization import check as check_quantization
+from model.products import Products
 from model.runner import wants_filler
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
 
@@ -108,6 +108,7 @@ class Subject:
     quantization: str
     kernel: Callable[[torch.dtype], tuple[str, AttentionKernel]]
     golden: Path | None = None
+    cpu_products: str = "auto"
     measure_seconds: float = 3.0
 
 
@@ -128,14 +129,13 @@ class Loaded:
     model: NVEmbed
     attend: AttentionKernel
     device: torch.device
-    dtype: torch.dtype
-    quantization: str
+    layers: Products
 
     def embed(
         self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
     ) -> NDArray[np.float32]:
         attend = attend or self.attend
-        filler = wants_filler(self.device, self.dtype, self.quantization, attend)
+        filler = wants_filler(self.device, self.layers, attend)
         with torch.inference_mode():
             rows = self.model(pack(encodings, self.device, filler=filler), attend)
         return rows.cpu().numpy()  # type: ignore[no-any-return]
@@ -446,7 +446,7 @@ def no_room(subject: Subject, dtype: torch.dtype, quantization: str) -> str | No
     ):
         return "this GPU has no bfloat16"
     try:
-        check_quantization(quantization, subject.device, dtype)
+        layers_of(subject, dtype, quantization)
     except UnsupportedError as error:
         return str(error)
     model = empty_model(subject.config, quantize=quantization, dtype=dtype)
@@ -471,14 +471,24 @@ def _too_large(needed: int, device: torch.device) -> str | None:
 def load(subject: Subject, dtype: torch.dtype, quantization: str) -> Loaded:
     weights = "" if quantization == "none" else f" with {quantization} weights"
     _say(f"loading in {dtype_name(dtype)}{weights}")
+    layers = layers_of(subject, dtype, quantization)
     model = load_model(
         subject.source.path,
         subject.config,
         device=subject.device,
         dtype=dtype,
         quantize=quantization,
+        layers=layers,
     )
-    return Loaded(model, subject.kernel(dtype)[1], subject.device, dtype, quantization)
+    return Loaded(model, subject.kernel(dtype)[1], subject.device, layers)
+
+
+def layers_of(subject: Subject, dtype: torch.dtype, quantization: str) -> Products:
+    """Those that serve; here, where only the vectors are compared, also slow ones. Raises
+    UnsupportedError."""
+    mode = "allow-slow" if subject.cpu_products == "auto" else subject.cpu_products
+    shape = subject.config.widest_product
+    return products.choose(subject.device, dtype, quantization, shape, mode)
 
 
 def throughput(subject: Subject, working: Loaded) -> float:

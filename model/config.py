@@ -116,6 +116,11 @@ class NVEmbedConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def widest_product(self) -> tuple[int, int]:
+        """Inputs and outputs of the largest linear layer: gate and up together."""
+        return self.hidden_size, 2 * self.intermediate_size
+
+    @property
     def max_input_tokens(self) -> int:
         """The longest input that the model was made for (positions, at most 32,768)."""
         return min(self.max_position_embeddings, 32_768)

@@ -40,6 +40,7 @@ class Encoder:
         quantization: str = "none",
         attention: str = "auto",
         threads: int | None = None,
+        cpu_products: str = "auto",
         max_batch_tokens: int | None = None,
         max_batch_seqs: int = 256,
     ) -> None:
@@ -60,6 +61,7 @@ class Encoder:
                 quantization=quantization,
                 attention=attention,
                 threads=threads,
+                cpu_products=cpu_products,
             )
         )
         default_tokens = 8192 if runner.device.type == "cuda" else 1024

@@ -51,12 +51,13 @@ def available_memory() -> int | None:
     return available if limit == "max" else min(available, int(limit) - used)
 
 
-def has_amx() -> bool:
-    """Whether the processor multiplies bfloat16 matrices in hardware (Intel AMX)."""
+def has_bfloat16() -> bool:
+    """Whether the processor says that it multiplies bfloat16 matrices (AMX, AVX512_BF16)."""
     try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+        words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
+    return bool(words & {"amx_bf16", "avx512_bf16"})
 
 
 def anonymous_memory() -> int:

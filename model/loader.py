@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import packed_linear, quantization, rotary
+from model import packed_linear, products, quantization, rotary
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.hub import weight_files
@@ -34,6 +34,8 @@ from model.latent_attention import (
 from model.mistral import MistralBackbone
 from model.nv_embed import NVEmbed
 from model.packed_linear import PackedLinear
+from model.products import Products
+from model.quantization import ScaledLinear
 
 Parameters = list[tuple[str, nn.Parameter]]
 """Parameters of NVEmbed by name."""
@@ -198,17 +200,20 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
+    layers: Products | None = None,
 ) -> NVEmbed:
     """Load a checkpoint folder for inference.
 
+    layers: those of `products.choose` for the same device, dtype and quantization, by default
+    what it chooses.
     Raises CheckpointError when the tensors are not exactly those of `config`, UnsupportedError
     when `quantize` cannot be had.
     """
-    quantization.check(quantize, device, dtype)
+    layers = layers or products.choose(device, dtype, quantize, config.widest_product)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    model = empty_model(config, quantize=quantize)
-    _suit(model, model.backbone, device, dtype)
+    model = empty_model(config, quantize=quantize, eight_bit=layers.eight_bit)
+    _suit(model, model.backbone, device, layers)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
@@ -229,7 +234,11 @@ def load_model(
 
 
 def empty_model(
-    config: NVEmbedConfig, *, quantize: str = "none", dtype: torch.dtype | None = None
+    config: NVEmbedConfig,
+    *,
+    quantize: str = "none",
+    dtype: torch.dtype | None = None,
+    eight_bit: type[ScaledLinear] | None = None,
 ) -> NVEmbed:
     """The served module on the meta device: shapes without memory."""
     with torch.device("meta"):
@@ -237,7 +246,7 @@ def empty_model(
         if dtype is not None:
             model.to(dtype)
         if quantize != "none":
-            quantization.replace_linears(model.backbone, quantize)
+            quantization.replace_linears(model.backbone, quantize, eight_bit)
     return model.eval().requires_grad_(False)
 
 
@@ -287,12 +296,12 @@ def _pieces(
 
 
 def _suit(
-    module: nn.Module, backbone: MistralBackbone, device: torch.device, dtype: torch.dtype
+    module: nn.Module, backbone: MistralBackbone, device: torch.device, layers: Products
 ) -> None:
     """Give `module`, values not yet set, the layouts that are fastest there."""
     backbone.rotary = rotary.fastest(device)
-    if kind := packed_linear.choose(device, dtype):
-        packed_linear.replace_linears(module, kind)
+    if issubclass(layers.linear, PackedLinear):
+        packed_linear.replace_linears(module, layers.linear)
 
 
 def _reader(
@@ -377,7 +386,7 @@ def load_backbone(
     config = replace(config, num_hidden_layers=layers)
     with torch.device("meta"):
         backbone = MistralBackbone(config)
-    _suit(backbone, backbone, device, dtype)
+    _suit(backbone, backbone, device, products.choose(device, dtype, "none", config.widest_product))
     read = _reader(checkpoint, config, backbone)
     theirs = {}
     for parameter, sources in tensor_table(config).items():

@@ -1,21 +1,14 @@
-"""Linear layers for x86 processors: the weight lies as the kernels read it, oneDNN's in bfloat16
-and MKL's in float32.
+"""Linear layers for CPUs whose weight lies as the kernels of oneDNN or MKL read it.
 
 A plain product lays it out anew each time, which is half of the time of a single query: with 16
-rows these are 1.3 to 2 times as fast, with 1,000 rows 1.04 to 1.2 times.
+rows these are 1.3 to 2 times as fast, with 1,000 rows 1.04 to 1.2 times. They call operations that
+are private to torch, so only model.products takes them, and only where they prove right.
 """
 
 from __future__ import annotations
 
-import logging
-import platform
-from functools import lru_cache
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-logger = logging.getLogger("nv_embed.packed_linear")
 
 _ONEDNN_ROWS, _MKL_ROWS = 512, 256
 """That the layouts are chosen for; any number of rows can be multiplied with them."""
@@ -23,6 +16,9 @@ _ONEDNN_ROWS, _MKL_ROWS = 512, 256
 
 class PackedLinear(nn.Module):
     """x·Wᵀ + b. The parameter `weight` is opaque: nothing but this forward can read it."""
+
+    compiles_rows: bool
+    """Whether the kernels keep code and memory for each number of rows that they meet."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -44,7 +40,9 @@ class PackedLinear(nn.Module):
 
 
 class OneDNNLinear(PackedLinear):
-    """In bfloat16: bit for bit the plain product."""
+    """In float32 and in bfloat16, where it is bit for bit the plain product."""
+
+    compiles_rows = True
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -60,7 +58,13 @@ class MKLLinear(PackedLinear):
 
     torch's operation wants the plain weight, too, for calls with other rows than it was told to
     expect. It is told what it gets, so the plain weight is a shape without memory.
+
+    Any number of rows can be multiplied with a layout: MKL's manual does not forbid it, and does
+    not promise it for each processor. On its kernels for processors that are not Intel's the
+    layout holds 128 outputs more than there are: 1.25 times the memory at a width of 512.
     """
+
+    compiles_rows = False
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -75,41 +79,6 @@ class MKLLinear(PackedLinear):
     @staticmethod
     def _laid_out(weight: Tensor) -> Tensor:
         return torch.ops.mkl._mkl_reorder_linear_weight(weight, _MKL_ROWS)  # type: ignore[no-any-return]
-
-
-def choose(device: torch.device, dtype: torch.dtype) -> type[PackedLinear] | None:
-    """The layers that are faster than nn.Linear there, if any."""
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return None
-    if dtype == torch.bfloat16:
-        return OneDNNLinear if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    if dtype == torch.float32 and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
-        return MKLLinear if _mkl_takes_any_rows() else None
-    return None
-
-
-@lru_cache(maxsize=1)
-def _mkl_takes_any_rows() -> bool:
-    """Whether its layout serves other numbers of rows than it was made for: MKL's manual does not
-    forbid it, and does not promise it for each processor."""
-    layer = MKLLinear(nn.Linear(160, 96, bias=False, device="meta"))
-    weight, every = (_waves(count, 160) for count in (96, 2 * _MKL_ROWS))
-    with torch.inference_mode():
-        layer.weight = layer.packed(weight)
-        for rows in (1, 5, 64, _MKL_ROWS + 1, 2 * _MKL_ROWS):
-            x = every[:rows]
-            if not torch.allclose(layer(x), F.linear(x, weight), rtol=1e-4, atol=1e-4):
-                logger.warning("MKL's packed products are wrong on this processor: not taken")
-                return False
-    return True
-
-
-def _waves(rows: int, columns: int) -> Tensor:
-    """Float32 numbers [rows, columns] that differ, and nobody's random state touched."""
-    places = torch.arange(rows * columns, dtype=torch.float32, device="cpu")
-    return places.mul_(0.7).sin_().view(rows, columns)
 
 
 def replace_linears(module: nn.Module, kind: type[PackedLinear]) -> None:

@@ -2,8 +2,9 @@
 
 - `int8` is bitsandbytes' LLM.int8 (arXiv 2208.07339), row-wise weights, on CUDA and CPU. It halves
   the weights' memory against 16 bit; it is not faster.
-- `int8-dynamic` multiplies int8 by int8 on the CPU (AMX, or VNNI): a scale for each output of a
-  weight and, found anew in each forward, for each row of activations. Smaller and faster.
+- `int8-dynamic` multiplies int8 by int8 on the CPU: a scale for each output of a weight and, found
+  anew in each forward, for each row of activations. Smaller, and faster where the processor
+  multiplies 8 bits: which of its layers is right and fast there, model.products finds out.
 - `float8` is the same in float8_e4m3fn for GPUs whose matrix units have it.
 
 A row's scale is its own, so under the last two a text's vector does not depend on its batch-mates.
@@ -26,7 +27,7 @@ QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
 _CHUNK = 1 << 18  # weights that are quantized at a time: 1 MB of float32 stays in the cache
 OUTLIER_THRESHOLD = 6.0
 """Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
-_INT8_MAX, _FLOAT8_MAX = 127.0, 448.0
+_INT8_MAX, _INT7_MAX, _FLOAT8_MAX = 127.0, 63.0, 448.0
 _BLOCK = 64  # rows of activations that are quantized at a time: they stay in the cache
 
 
@@ -37,11 +38,8 @@ def check(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
         raise UnsupportedError(f"unknown quantization {quantization!r}; known: {known}")
     if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
         raise UnsupportedError("int8 needs bitsandbytes: pip install bitsandbytes")
-    if quantization == "int8-dynamic":
-        if device.type != "cpu":
-            raise UnsupportedError("int8-dynamic is for CPUs: take float8 or int8 on a GPU")
-        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-            raise UnsupportedError("int8-dynamic needs a torch that was built with oneDNN")
+    if quantization == "int8-dynamic" and device.type != "cpu":
+        raise UnsupportedError("int8-dynamic is for CPUs: take float8 or int8 on a GPU")
     if quantization == "float8":
         fits = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
         if not fits or dtype != torch.bfloat16:
@@ -55,7 +53,9 @@ class ScaledLinear(nn.Module):
     """A linear layer whose weight [I, O] is 8 bit, with a scale for each output [O]; no bias."""
 
     store: torch.dtype
-    most: float
+    most: float  # the largest value of a weight
+    compiles_rows = False
+    """Whether the kernels keep code and memory for each number of rows that they meet."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -79,20 +79,58 @@ class ScaledLinear(nn.Module):
         return values.T
 
 
-class Int8DynamicLinear(ScaledLinear):
-    """Products by oneDNN, whose kernel also scales the outputs; the weight lies as it wants it.
-
-    (`torch._int_mm` takes 1.2 to 2.3 times as long, before its int32 result has been scaled.)
-    """
+class PlainInt8Linear(ScaledLinear):
+    """Products of the 8-bit values in float32: right on every processor, and slow."""
 
     store, most = torch.int8, _INT8_MAX
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        outputs = torch.split(self.weight, max(1, _CHUNK // self.in_features), dim=1)
+        wide = values.float()
+        products = torch.cat([wide @ weight.float() for weight in outputs], dim=1)
+        return products.mul_(self.scales).mul_(scales).to(dtype)
+
+
+class _OneDNNInt8Linear(ScaledLinear):
+    """Products by oneDNN, whose kernel also scales the outputs; the weight lies as it wants it.
+
+    The operation is private to torch. Which kernel it reaches, and whether sums of products are cut
+    off at 16 bits there, depends on the processor and on the activations' sign.
+    (`torch._int_mm` takes 1.2 to 2.3 times as long, before its int32 result has been scaled.)
+    """
+
+    store, most = torch.int8, _INT8_MAX
+    compiles_rows = True
+    activations_most = _INT8_MAX
+    zero_point = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, I] -> [T, O] in x's dtype."""
+        values, scales = quantize_rows(x, self.store, self.activations_most)
+        return self._product(self._shifted(values), scales, x.dtype)
+
+    def _shifted(self, values: Tensor) -> Tensor:
+        """int8 values as the kernel takes them."""
+        return values
+
+    def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         if values.device.type == "meta":  # shapes and FLOPs only
-            return torch._int_mm(values, self.weight).to(dtype)
+            return torch._int_mm(values.to(torch.int8), self.weight).to(dtype)
         zeros = torch.zeros(self.out_features, dtype=torch.int64)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            values, 1.0, 0, self.weight, self.scales, zeros, None, 1.0, 0, dtype, "none", [], ""
+            values,
+            1.0,
+            self.zero_point,
+            self.weight,
+            self.scales,
+            zeros,
+            None,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            "",
         )
         return out.mul_(scales)
 
@@ -100,6 +138,30 @@ class Int8DynamicLinear(ScaledLinear):
     def laid_out(cls, values: Tensor) -> Tensor:
         packed: Tensor = torch.ops.onednn.qlinear_prepack(values, None)
         return packed
+
+
+class SignedInt8Linear(_OneDNNInt8Linear):
+    """int8 by int8: AMX has it; elsewhere on x86 it may be oneDNN's reference loop."""
+
+
+class UnsignedInt8Linear(_OneDNNInt8Linear):
+    """uint8 by int8 with zero at 128: what VNNI multiplies. Exact there, cut off without it."""
+
+    zero_point = 128
+
+    def _shifted(self, values: Tensor) -> Tensor:
+        return values.view(torch.uint8).bitwise_xor_(128)  # + 128
+
+
+class UnsignedInt7Linear(_OneDNNInt8Linear):
+    """uint8 from 1 to 127, zero at 64: two products always fit into 16 bits, so it is exact on
+    every processor. The activations have half of the steps."""
+
+    activations_most = _INT7_MAX
+    zero_point = 64
+
+    def _shifted(self, values: Tensor) -> Tensor:
+        return values.view(torch.uint8).add_(64)
 
 
 class Float8Linear(ScaledLinear):
@@ -114,9 +176,14 @@ class Float8Linear(ScaledLinear):
 
 
 _LAYERS: dict[str, type[ScaledLinear]] = {
-    "int8-dynamic": Int8DynamicLinear,
+    "int8-dynamic": SignedInt8Linear,
     "float8": Float8Linear,
 }
+
+
+def layer_of(quantization: str) -> type[ScaledLinear] | None:
+    """Its layer, where it has one of ours; on a CPU model.products may take another."""
+    return _LAYERS.get(quantization)
 
 
 def quantize_rows(x: Tensor, store: torch.dtype, most: float) -> tuple[Tensor, Tensor]:
@@ -127,15 +194,18 @@ def quantize_rows(x: Tensor, store: torch.dtype, most: float) -> tuple[Tensor, T
     # bfloat16 that may make the largest value 127.25, which still rounds to 127.
     scales = largest.div_(most).clamp_min_(torch.finfo(x.dtype).tiny)
     inverse = 1 / scales.float()
-    if x.device.type != "cpu":
-        scaled = x * inverse
-        return (scaled.round_() if store == torch.int8 else scaled).to(store), scales
+    if x.device.type != "cpu" or len(x) <= _BLOCK:
+        return _rounded(x, inverse, store).to(store), scales
     values = torch.empty(x.shape, dtype=store)
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        scaled = x[rows].float() * inverse[rows]
-        values[rows] = scaled.round_() if store == torch.int8 else scaled
+        values[rows] = _rounded(x[rows], inverse[rows], store)
     return values, scales
+
+
+def _rounded(x: Tensor, inverse: Tensor, store: torch.dtype) -> Tensor:
+    scaled = x * inverse  # float32
+    return scaled.round_() if store == torch.int8 else scaled
 
 
 def _bitsandbytes() -> Any:
@@ -146,22 +216,26 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def replace_linears(module: nn.Module, quantization: str) -> None:
-    """Put an 8-bit layer in the place of each nn.Linear below `module`, values not yet set.
+def replace_linears(
+    module: nn.Module, quantization: str, kind: type[ScaledLinear] | None = None
+) -> None:
+    """Put an 8-bit layer (a `kind`, or the usual one) in the place of each nn.Linear below
+    `module`, values not yet set.
 
     The backbone's have no bias, and neither have these.
     """
+    kind = kind or layer_of(quantization)
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
-                setattr(parent, name, _empty_layer(child, quantization))
+                setattr(parent, name, _empty_layer(child, kind))
 
 
-def _empty_layer(linear: nn.Linear, quantization: str) -> nn.Module:
+def _empty_layer(linear: nn.Linear, kind: type[ScaledLinear] | None) -> nn.Module:
     device = linear.weight.device
-    if quantization != "int8":
+    if kind is not None:
         with device:
-            return _LAYERS[quantization](linear.in_features, linear.out_features)
+            return kind(linear.in_features, linear.out_features)
     layer: nn.Module = _bitsandbytes().nn.Linear8bitLt(
         linear.in_features,
         linear.out_features,

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, host
+from model import cuda_graphs, host, products
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.loader import expected_shapes, load_model
 from model.packing import PackedBatch, pack
+from model.products import Products
 
 logger = logging.getLogger("nv_embed.runner")
 
@@ -53,18 +54,28 @@ class ModelRunner:
         self._options = options
         self.config = NVEmbedConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
-        self.dtype = resolve_dtype(options.dtype, self.device, self.config)
+        self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
         if options.cuda_graphs:
             cuda_graphs.check(self.device, kernel, options.quantization)
         self._graphs: cuda_graphs.GraphedForward | None = None
-        self._filler = wants_filler(self.device, self.dtype, options.quantization, self._attend)
+        layers = products.choose(
+            self.device,
+            self.dtype,
+            options.quantization,
+            self.config.widest_product,
+            options.cpu_products,
+        )
+        for probe in layers.probes:
+            logger.info("products: %s", probe)
+        self._filler = wants_filler(self.device, layers, self._attend)
         self.model = load_model(
             Path(options.path),
             self.config,
             device=self.device,
             dtype=self.dtype,
             quantize=options.quantization,
+            layers=layers,
         )
         self.info = RunnerInfo(
             device=str(self.device),
@@ -74,6 +85,7 @@ class ModelRunner:
             attention=kernel,
             width=self.config.hidden_size,
             cuda_graphs=options.cuda_graphs,
+            products=layers.names,
         )
 
     @torch.inference_mode()
@@ -106,13 +118,10 @@ class ModelRunner:
         del self.model
 
 
-def wants_filler(
-    device: torch.device, dtype: torch.dtype, quantization: str, attend: AttentionKernel
-) -> bool:
-    """Whether batches run faster with filler. oneDNN compiles its products (all but those in
-    float32) for each number of rows that it meets: 13 ms in a forward of 20, and 0.3 MB each."""
-    compiles = dtype != torch.float32 or quantization != "none"
-    return device.type == "cpu" and compiles and attend is sdpa_by_length
+def wants_filler(device: torch.device, layers: Products, attend: AttentionKernel) -> bool:
+    """Whether batches run faster with filler. oneDNN compiles its products for each number of
+    rows that it meets: 13 ms in a forward of 20, and 0.3 MB each."""
+    return device.type == "cpu" and layers.compiles_rows and attend is sdpa_by_length
 
 
 def _ramp(length: int) -> Encoding:
@@ -140,21 +149,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def resolve_dtype(name: str, device: torch.device, config: NVEmbedConfig) -> torch.dtype:
-    """The working dtype. `auto`: bfloat16 on CUDA and on CPUs with AMX, else float32 if it fits."""
+def resolve_dtype(
+    name: str, device: torch.device, config: NVEmbedConfig, cpu_products: str = "auto"
+) -> torch.dtype:
+    """The working dtype. `auto`: bfloat16 on CUDA and on CPUs where its products are faster than
+    float32's, else float32 if it fits."""
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
         raise UnsupportedError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16
-    if host.has_amx():
+    if products.fastest_dtype(config.widest_product, cpu_products) == torch.bfloat16:
         return torch.bfloat16
     needed = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
     free = host.available_memory()
     if free is not None and needed > free:
         logger.warning(
-            "float32 weights need %.1f GB and %.1f GB are free: using bfloat16, which is slow on "
+            "float32 weights need %.1f GB and %.1f GB are free: using bfloat16, which is slower on "
             "this processor",
             needed / 1e9,
             free / 1e9,

@@ -16,13 +16,12 @@ from dataclasses import asdict
 
 import torch
 
-from model import checks
+from model import checks, products
 from model.attention import AttentionKernel, choose_kernel
 from model.checks import Check, Measured, Subject
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError, ModelError, UnsupportedError
 from model.hub import locate
-from model.quantization import check as check_quantization
 from model.runner import device_name, resolve_device, resolve_dtype
 from model.tokenizer import NVEmbedTokenizer
 
@@ -43,8 +42,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
         torch.set_num_threads(arguments.threads)
     config = NVEmbedConfig.from_dir(source.path)
     device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device, config)
-    check_quantization(arguments.quantization, device, dtype)
+    dtype = resolve_dtype(arguments.dtype, device, config, arguments.cpu_products)
     golden = arguments.golden
     if golden is None and (source.path / "golden.json").is_file():
         golden = source.path / "golden.json"
@@ -59,7 +57,9 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
             return choose_kernel("auto", device, wanted)
 
     tokenizer = NVEmbedTokenizer.from_dir(source.path)
-    return Subject(source, config, tokenizer, device, dtype, arguments.quantization, kernel, golden)
+    quantization, mode = arguments.quantization, arguments.cpu_products
+    products.choose(device, dtype, quantization, config.widest_product, mode)  # refuses likewise
+    return Subject(source, config, tokenizer, device, dtype, quantization, kernel, golden, mode)
 
 
 def verify(subject: Subject) -> bool:
@@ -68,6 +68,9 @@ def verify(subject: Subject) -> bool:
     print(f"model    {subject.source.model_id} ({subject.source.revision or subject.source.path})")
     print(f"device   {subject.device} ({device_name(subject.device)})")
     print(f"dtype    {checks.dtype_name(subject.dtype)}, quantization {subject.quantization}")
+    layers = checks.layers_of(subject, subject.dtype, subject.quantization)
+    for probe in layers.probes:
+        print(f"products {probe}")
     outcomes = []
     for check in run_checks(subject, measured):
         outcomes.append(check)
@@ -86,6 +89,7 @@ def verify(subject: Subject) -> bool:
         "dtype": checks.dtype_name(subject.dtype),
         "quantization": subject.quantization,
         "attention": measured.attention,
+        "products": [asdict(trial) | {"kind": p.kind} for p in layers.probes for trial in p.trials],
         "versions": _versions(),
         "checks": [asdict(check) for check in outcomes],
         "tokens_per_s": measured.tokens_per_s,

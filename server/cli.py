@@ -167,6 +167,11 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
     parser.add_argument("--attention", default="auto", help="auto or a kernel's name")
+    parser.add_argument(
+        "--cpu-products",
+        default="auto",
+        help="matrix products on a CPU: auto (the fastest right ones), plain or allow-slow",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
 
 
@@ -269,6 +274,7 @@ def _encoder(arguments: argparse.Namespace) -> Encoder:
         quantization=arguments.quantization,
         attention=arguments.attention,
         threads=arguments.threads,
+        cpu_products=arguments.cpu_products,
         max_batch_tokens=arguments.max_batch_tokens,
     )
 

@@ -66,6 +66,7 @@ class EmbeddingEngine:
             quantization=settings.quantization,
             attention=settings.attention,
             cuda_graphs=settings.cuda_graphs,
+            cpu_products=settings.cpu_products,
             threads=settings.threads,
             max_batch_seqs=settings.max_batch_seqs,
             max_input_tokens=self.max_input_tokens,

@@ -216,6 +216,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
                         "quantization": runner.quantization,
                         "attention": runner.attention,
                         "cuda_graphs": runner.cuda_graphs,
+                        "products": runner.products,
                     }
                     for runner in engine.runners
                 ],

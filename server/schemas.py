@@ -208,6 +208,9 @@ class Device(BaseModel):
     quantization: str
     attention: str
     cuda_graphs: bool
+    products: dict[str, str] = Field(
+        description="on a CPU: who multiplies, by kind of number, as its probe found it"
+    )
 
 
 class Limits(BaseModel):

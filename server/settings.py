@@ -88,13 +88,20 @@ class Settings(BaseModel):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="working type; auto: bfloat16 on GPUs and on CPUs with AMX, else float32",
+        description="working type; auto: bfloat16 on GPUs and on CPUs that multiply it faster "
+        "than float32 (which is tried), else float32",
     )
     quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
         "none",
-        description="8-bit weights. int8-dynamic: 8-bit products on the CPU, smaller and faster; "
-        "float8: the same on GPUs (Ada, Hopper); int8: LLM.int8 through bitsandbytes, saves "
-        "memory, not time",
+        description="8-bit weights. int8-dynamic: 8-bit products on the CPU, smaller and faster "
+        "(refused where they are slower than float32); float8: the same on GPUs (Ada, Hopper); "
+        "int8: LLM.int8 through bitsandbytes, saves memory, not time",
+    )
+    cpu_products: Literal["auto", "plain", "allow-slow"] = Field(
+        "auto",
+        description="matrix products on a CPU. auto: the fastest that prove right on this "
+        "processor; plain: torch's own, nothing is tried; allow-slow: as auto, and int8-dynamic "
+        "even where it is slower than float32",
     )
     attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
         "auto", description="attention kernel; auto: the best that runs on the device"

@@ -185,6 +185,7 @@ class Supervisor:
         options = self._options[slot]
         how = [info.device_name, info.dtype, info.quantization, info.attention]
         how += ["CUDA graphs"] if info.cuda_graphs else []
+        how += [f"{kind} by {who}" for kind, who in info.products.items()]
         logger.info(
             "worker %d is ready after %.1f s on %s (%s)",
             slot,

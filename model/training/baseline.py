@@ -45,7 +45,7 @@ def fine_tune(
 
     def embed(texts: list[str]) -> Tensor:
         features = network.preprocess(texts)
-        with torch.autocast("cpu", torch.bfloat16, enabled=host.has_amx()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=host.has_bfloat16()):
             vectors = network(features)["sentence_embedding"]
         return F.normalize(vectors.float(), dim=-1)
 

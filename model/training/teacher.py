@@ -52,7 +52,7 @@ class Teacher:
                 "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
             ) from None
         if dtype == "auto":
-            fast = torch.cuda.is_available() or host.has_amx()
+            fast = torch.cuda.is_available() or host.has_bfloat16()
             dtype = "bfloat16" if fast else "float32"
         # `device` keeps the library from looking for one; local folders only, no remote code.
         self.network = library.SentenceTransformer(

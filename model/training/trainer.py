@@ -342,7 +342,7 @@ def _parameter_groups(model: torch.nn.Module, decay: float) -> list[dict[str, An
 
 
 def _autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where it is fast: on GPUs and on processors with AMX."""
+    """bfloat16 where it is fast: on GPUs and on processors that have it."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" or host.has_amx() else "float32"
+        name = "bfloat16" if device.type == "cuda" or host.has_bfloat16() else "float32"
     return torch.bfloat16 if name == "bfloat16" else None

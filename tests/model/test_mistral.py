@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 
 from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
@@ -15,7 +16,7 @@ from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.loader import Source, tensor_table
 from model.mistral import MistralBackbone
-from model.packed_linear import PackedLinear, choose, replace_linears
+from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
 from model.packing import pack
 from model.rotary import NeighboursRotary, as_neighbours
 
@@ -71,8 +72,14 @@ def referee_states(theirs: MistralModel, ids: np.ndarray) -> Tensor:
     return states
 
 
-FORMS = ("with gradients", "as checkpoints", "as served")
-TOLERANCE = {"with gradients": 1e-5, "as checkpoints": 3e-5, "as served": 3e-5}
+SERVED: dict[str, type[nn.Module]] = {"as served, plain": nn.Linear}
+if platform.machine() in ("x86_64", "AMD64"):
+    if torch.backends.mkl.is_available():
+        SERVED["as served, MKL"] = MKLLinear
+    if torch.backends.mkldnn.is_available():
+        SERVED["as served, oneDNN"] = OneDNNLinear
+FORMS = ("with gradients", "as checkpoints", *SERVED)
+TOLERANCE = dict.fromkeys(FORMS, 3e-5) | {"with gradients": 1e-5}
 """Absolute, on states of up to 4. Sums in another order than transformers': either is up to 1e-5
 from the same in float64."""
 
@@ -87,15 +94,13 @@ def our_states(
     """The same weights, through the loader's table of names: for training, as GPUs have them, and
     as this processor does."""
     backbone = MistralBackbone(config)
-    packed = None
-    if form == "as served":
+    if form in SERVED:
         backbone.rotary = NeighboursRotary
-        packed = choose(CPU, torch.float32)
     weights = {f"embedding_model.{name}": value for name, value in theirs.state_dict().items()}
 
     def rows(source: Source) -> Tensor:
         values = weights.pop(source.name)
-        served = form == "as served" and source.rotated
+        served = form in SERVED and source.rotated
         return as_neighbours(values, config.head_dim) if served else values
 
     fused = {
@@ -105,7 +110,8 @@ def our_states(
     }
     assert not weights, f"left over: {list(weights)}"
     backbone.load_state_dict(fused)
-    if packed is not None:
+    packed = SERVED.get(form, nn.Linear)
+    if issubclass(packed, PackedLinear):
         replace_linears(backbone, packed)
         for layer in backbone.modules():
             if isinstance(layer, PackedLinear):

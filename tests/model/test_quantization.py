@@ -14,6 +14,7 @@ from model.encoder import Encoder
 from model.errors import UnsupportedError
 from model.loader import empty_model, load_model
 from model.packing import pack
+from model.products import choose
 from tests.checkpoints import golden_cases
 from tests.model.test_config import OFFICIAL
 
@@ -28,7 +29,7 @@ def test_8_bits_keep_the_direction(
 ) -> None:
     folder: Path = request.getfixturevalue(f"{size}_checkpoint")
     exact = Encoder(folder, device="cpu", dtype="float32")
-    int8 = Encoder(folder, device="cpu", dtype=dtype, quantization=how)
+    int8 = Encoder(folder, device="cpu", dtype=dtype, quantization=how, cpu_products="allow-slow")
     assert int8.runner.info.quantization == how
     for case in golden_cases()[:4]:
         cosines = np.sum(
@@ -42,7 +43,10 @@ def test_8_bits_keep_the_direction(
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic"])
 def test_int8_weights_are_int8(wide_checkpoint: Path, how: str) -> None:
     config = NVEmbedConfig.from_dir(wide_checkpoint)
-    model = load_model(wide_checkpoint, config, device=CPU, dtype=torch.bfloat16, quantize=how)
+    layers = choose(CPU, torch.bfloat16, how, config.widest_product, "allow-slow")
+    model = load_model(
+        wide_checkpoint, config, device=CPU, dtype=torch.bfloat16, quantize=how, layers=layers
+    )
     dtypes = {name: p.dtype for name, p in model.named_parameters() if "scales" not in name}
     linears = {n for n in dtypes if n.startswith("backbone.layers.") and "proj" in n}
     assert len(linears) == 4 * config.num_hidden_layers + 1  # the last layer's q stands apart
@@ -107,7 +111,13 @@ def test_rows_are_quantized_by_their_own_largest_value(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_dynamic_vectors_do_not_depend_on_the_batch(wide_checkpoint: Path, dtype: str) -> None:
     """LLM.int8 bends this promise; a scale for each row does not."""
-    encoder = Encoder(wide_checkpoint, device="cpu", dtype=dtype, quantization="int8-dynamic")
+    encoder = Encoder(
+        wide_checkpoint,
+        device="cpu",
+        dtype=dtype,
+        quantization="int8-dynamic",
+        cpu_products="allow-slow",
+    )
     texts = [" ".join(["word"] * n) for n in (1, 9, 40, 3)]
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     cosines = (encoder.encode(texts) * alone).sum(axis=1)

@@ -93,6 +93,7 @@ def arguments(folder: Path, **changes: object) -> argparse.Namespace:
         "device": "cpu",
         "dtype": "float32",
         "quantization": "none",
+        "cpu_products": "auto",
         "attention": "auto",
         "threads": None,
         "golden": None,
