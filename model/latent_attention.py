@@ -27,6 +27,8 @@ def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """x [P, …] -> float32 [N, …]: the mean of each segment's rows, filler left out."""
     if x.device.type == "cpu":  # segment_reduce is a scalar loop there
         rows = x[: sum(segments.lengths)]
+        if segments.num_seqs == 1:
+            return rows.mean(0, keepdim=True, dtype=torch.float32)
         means = [
             part.mean(0, dtype=torch.float32) for part in torch.split(rows, list(segments.lengths))
         ]

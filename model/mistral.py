@@ -8,10 +8,13 @@ Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head wid
 
 Beside the matrix products time goes into memory traffic, so without gradients what is not needed
 any more is overwritten: the residual by its sum with an update, q and k by their rotated selves,
-and on the CPU the update by the normed sum.
+and on the CPU the update by the normed sum. There the residual is kept in float32, which spares
+the norms two passes.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -40,16 +43,18 @@ class RMSNorm(nn.Module):
         """x [T, D] -> [T, D]."""
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self._norm(x, torch.empty_like(x))
+        return self._norm(x, torch.empty_like(x, dtype=self.weight.dtype))
 
     def add(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (residual + update, the same normed). Without gradients `residual` is overwritten,
-        on the CPU `update`, too."""
+        """-> (residual + update, the same normed in update's dtype). Without gradients `residual`
+        is overwritten, on the CPU `update`, too."""
         if torch.is_grad_enabled():
             residual = residual + update
             return residual, self(residual)
         if residual.device.type != "cpu":
             return residual.add_(update), self(residual)
+        if len(residual) <= _ROWS_AT_A_TIME:
+            return residual, self._norm(residual.add_(update), update)
         parts = (torch.split(x, _ROWS_AT_A_TIME) for x in (residual, update))
         for rows, added in zip(*parts, strict=True):
             self._norm(rows.add_(added), added)
@@ -57,9 +62,15 @@ class RMSNorm(nn.Module):
 
     def _norm(self, x: Tensor, out: Tensor) -> Tensor:
         """For the CPU, where rms_norm is a row of operations, each over all of x."""
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        scale = squares.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return torch.mul(x, scale, out=out).mul_(self.weight)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        squares = torch.addcmul(_number(self.eps), length, length, value=1 / x.shape[-1])
+        return torch.mul(x, squares.rsqrt_(), out=out).mul_(self.weight)
+
+
+@lru_cache(maxsize=8)
+def _number(value: float) -> Tensor:
+    """As a tensor, for operations that take no plain number there."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class SelfAttention(nn.Module):
@@ -72,7 +83,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
         self.head_dim = config.head_dim
-        self.sizes = (q_size, kv_size, kv_size)
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         if split_q:
             self.q_proj = nn.Linear(width, q_size, bias=False)
             self.kv_proj = nn.Linear(width, 2 * kv_size, bias=False)
@@ -88,10 +99,9 @@ class SelfAttention(nn.Module):
         attend: AttentionKernel,
     ) -> Tensor:
         """x [T, D], all rows in, all rows out."""
-        q_size, k_size, v_size = self.sizes
-        qk, v = self._heads(self.qkv_proj(x), (q_size + k_size, v_size))
-        heads = [q_size // self.head_dim, k_size // self.head_dim]
-        q, k = torch.split(rotary.rotate(qk), heads, dim=1)
+        q_heads, k_heads, v_heads = self.heads
+        qk, v = torch.split(self._by_head(self.qkv_proj(x)), [q_heads + k_heads, v_heads], dim=1)
+        q, k = torch.split(rotary.rotate(qk), [q_heads, k_heads], dim=1)
         out = attend(q, k, v, batch.seqs, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
@@ -103,15 +113,15 @@ class SelfAttention(nn.Module):
         attend: AttentionKernel,
     ) -> Tensor:
         """x [T, D] -> [P, D]: keys and values of all rows, queries of the pooled rows."""
-        k, v = self._heads(self.kv_proj(x), self.sizes[1:])
-        (q,) = self._heads(self.q_proj(select_rows(x, batch)), self.sizes[:1])
+        k, v = torch.chunk(self._by_head(self.kv_proj(x)), 2, dim=1)
+        q = self._by_head(self.q_proj(select_rows(x, batch)))
         of_pooled = rotary if batch.pool_rows is None else rotary.select(batch.pool_rows)
         out = attend(of_pooled.rotate(q), rotary.rotate(k), v, batch.pooled, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
-    def _heads(self, projected: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
-        parts = torch.split(projected, list(sizes), dim=-1)
-        return [torch.unflatten(part, -1, (-1, self.head_dim)) for part in parts]
+    def _by_head(self, projected: Tensor) -> Tensor:
+        """[T, heads * E] -> [T, heads, E]."""
+        return projected.view(len(projected), -1, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -201,6 +211,8 @@ class MistralBackbone(nn.Module):
         residual: Tensor = self.embed_tokens(batch.input_ids)
         update: Tensor | None = None
         rotary = self.rotary.of(batch.positions, self.head_dim, self.rope_theta, residual.dtype)
+        if residual.device.type == "cpu" and not torch.is_grad_enabled():
+            residual = residual.float()
         for layer in self.layers:
             residual, update = layer(residual, update, rotary, batch, attend)
         assert update is not None, "a model without layers"

@@ -29,6 +29,9 @@ class PackedLinear(nn.Module):
         """x [T, I] -> [T, O]."""
         raise NotImplementedError
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)  # a module's own looks for hooks first: a twentieth of a lone text
+
     def packed(self, weight: Tensor) -> nn.Parameter:
         """weight [O, I] as this layer's parameter."""
         assert weight.shape == (self.out_features, self.in_features), weight.shape

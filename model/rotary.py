@@ -10,6 +10,7 @@ Letters: T rows, E head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, Self
 
 import torch
@@ -92,5 +93,15 @@ def fastest(device: torch.device) -> type[Rotary]:
 
 def _angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     """[T, 1, E/2] in float32."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    return (positions.float()[:, None] * (1.0 / theta ** (exponents / head_dim)))[:, None]
+    of_device = _on_cpu if positions.device.type == "cpu" else _frequencies
+    return positions[:, None, None] * of_device(head_dim, theta, positions.device)
+
+
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """[E/2] in float32."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return 1.0 / theta ** (exponents / head_dim)
+
+
+_on_cpu = lru_cache(maxsize=8)(_frequencies)
+"""Once: the five operations are a hundredth of a lone text's forward."""

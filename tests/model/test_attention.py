@@ -260,12 +260,14 @@ def test_lengths_rounded_up_change_nothing(
 
 
 def test_one_sequence_on_the_cpu_is_not_copied() -> None:
-    """Alone in float32, or with filler behind it in 16 bit: views of q, k and v."""
+    """Alone in float32, or with filler behind it in 16 bit: q, k and v as they are, or views."""
     rows = segments([21])
-    for dtype, count in ((torch.float32, 21), (torch.bfloat16, 32)):
-        plan = _plan(rows, rows, count, count, dtype)
-        assert [alike.key_rows for alike in plan] == [slice(0, count)]
-        assert [alike.query_rows for alike in plan] == [slice(0, count)]
+    for dtype, needed in ((torch.float32, 21), (torch.bfloat16, 32)):
+        for count in (needed, needed + 16):
+            all_of_them = None if count == needed else slice(0, needed)
+            plan = _plan(rows, rows, count, count, dtype)
+            assert [alike.key_rows for alike in plan] == [all_of_them]
+            assert [alike.query_rows for alike in plan] == [all_of_them]
 
 
 def test_what_is_not_finite_stays_in_its_own_sequence() -> None:
