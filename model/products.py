@@ -39,7 +39,8 @@ _FEW, _MANY = 16, 256
 """Rows of the timed products: about those of a query and of a batch."""
 _LARGEST = 1024
 """Inputs and outputs of a timed product at most: a larger one would take too long to try."""
-_ROUNDS = 3
+_ROUNDS, _LEAST_S = 3, 0.006
+"""How many times each is timed at least, and for how many seconds all together."""
 _DROPPED = 3.0
 """A candidate that takes so many times the best is not timed on a larger product."""
 _MARGIN = 1.05
@@ -62,7 +63,7 @@ class Candidate:
 
 _TORCH = Candidate("torch", nn.Linear)
 _PLAIN_INT8 = Candidate("torch", PlainInt8Linear)
-_CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
+CANDIDATES: Mapping[str, tuple[Candidate, ...]] = {
     "float32": (_TORCH, Candidate("mkl", MKLLinear), Candidate("onednn", OneDNNLinear)),
     "bfloat16": (_TORCH, Candidate("onednn", OneDNNLinear)),
     "float16": (_TORCH,),
@@ -198,7 +199,7 @@ def probe(kind: str, dtype: str, inputs: int, outputs: int) -> Probe:
 
 @lru_cache(maxsize=32)
 def _probe(kind: str, dtype: str, inputs: int, outputs: int, threads: int) -> Probe:
-    attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in _CANDIDATES[kind]]
+    attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in CANDIDATES[kind]]
     with torch.inference_mode():
         for attempt in attempts:
             attempt.prove(1, 5)
@@ -236,7 +237,7 @@ class _Attempt:
         exact = activations.double() @ weight.to(self.dtype).double().T
         tolerance = exact.abs().max() * (1e-5 if self.dtype == torch.float32 else 1e-2)
         try:
-            layer = _layer(self.candidate.layer, weight, self.dtype)
+            layer = layer_of(self.candidate.layer, weight, self.dtype)
             for count in rows:
                 got = layer(activations[:count]).double()
                 if not (got - exact[:count]).abs().max() <= tolerance:
@@ -244,27 +245,39 @@ class _Attempt:
         except (AttributeError, RuntimeError, NotImplementedError) as error:
             self.trouble = f"cannot be had: {str(error).partition(chr(10))[0][:100]}"
 
-    def time(self, layer: nn.Module, x: Tensor) -> None:
-        """The fastest of a few rounds counts; what else runs here makes single ones slow."""
-        layer(x)
-        taken = []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            layer(x)
-            taken.append(time.perf_counter() - start)
-        self.seconds.append(min(taken))
-
 
 def _time(attempts: list[_Attempt], rows: int, inputs: int, outputs: int) -> None:
-    """Time those that are still in on x [rows, inputs] and W [outputs, inputs]; drop the slow."""
-    left = [attempt for attempt in attempts if not attempt.trouble]
+    """Time those that are still in on x [rows, inputs] and W [outputs, inputs]; drop the slow.
+
+    In turns, and the least counts: what else runs here makes single rounds slow.
+    """
     weight, x = _waves(outputs, inputs), _waves(rows, inputs)
-    for attempt in left:
-        attempt.time(_layer(attempt.candidate.layer, weight, attempt.dtype), x.to(attempt.dtype))
-    least = min(attempt.seconds[-1] for attempt in left)
-    for attempt in left:
-        if attempt.seconds[-1] > max(_DROPPED * least, _NOTHING):
-            attempt.trouble = f"{attempt.seconds[-1] / least:.0f} times the best"
+    timed = [
+        (attempt, layer_of(attempt.candidate.layer, weight, attempt.dtype), x.to(attempt.dtype))
+        for attempt in attempts
+        if not attempt.trouble
+    ]
+    for attempt, layer, activations in timed:
+        layer(activations)  # warms up
+        attempt.seconds.append(_seconds(layer, activations))
+    most = max(_DROPPED * min(attempt.seconds[-1] for attempt, *_ in timed), _NOTHING)
+    for attempt, layer, activations in timed:
+        if attempt.seconds[-1] > most:  # or something else ran just then
+            attempt.seconds[-1] = _seconds(layer, activations)
+        if attempt.seconds[-1] > most:
+            attempt.trouble = f"{_DROPPED * attempt.seconds[-1] / most:.0f} times the best"
+    left = [one for one in timed if not one[0].trouble]
+    started, rounds = time.perf_counter(), 1
+    while rounds < _ROUNDS or time.perf_counter() - started < _LEAST_S:
+        for attempt, layer, activations in left:
+            attempt.seconds[-1] = min(attempt.seconds[-1], _seconds(layer, activations))
+        rounds += 1
+
+
+def _seconds(layer: nn.Module, x: Tensor) -> float:
+    started = time.perf_counter()
+    layer(x)
+    return time.perf_counter() - started
 
 
 def _fastest(attempts: list[_Attempt]) -> _Attempt:
@@ -277,8 +290,8 @@ def _fastest(attempts: list[_Attempt]) -> _Attempt:
     return best
 
 
-def _layer(kind: type[nn.Module], weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """A layer of `kind` with this weight [O, I], without bias."""
+def layer_of(kind: type[nn.Module], weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    """A layer of `kind` with this float32 weight [O, I], without bias."""
     outputs, inputs = weight.shape
     if issubclass(kind, ScaledLinear):
         eight_bit = kind(inputs, outputs)

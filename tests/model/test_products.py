@@ -90,7 +90,7 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         Fast.known, Wrong.known, Packed.calls, Slow.calls = {}, {}, 0, 0
         table = tuple(Candidate(layer.__name__, layer) for layer in layers)
         monkeypatch.setattr(
-            products, "_CANDIDATES", {**products._CANDIDATES, kind: (products._TORCH, *table)}
+            products, "CANDIDATES", {**products.CANDIDATES, kind: (products._TORCH, *table)}
         )
 
     return set_them
@@ -112,7 +112,7 @@ def test_a_slow_one_is_dropped_before_it_costs_much(candidates: Callable[..., No
     started = time.perf_counter()
     assert probe("float32", "float32", *SHAPE).best.name == "torch"
     assert time.perf_counter() - started < 1
-    assert Slow.calls <= 7  # the smallest product only
+    assert Slow.calls <= 5  # the proof with few rows, and the smallest product
     (slow,) = [t for t in probe("float32", "float32", *SHAPE).trials if t.name == "Slow"]
     assert slow.seconds == ()
 
@@ -169,12 +169,12 @@ def paced(milliseconds: float) -> type[PackedLinear]:
 
 def only(monkeypatch: pytest.MonkeyPatch, **layers: type[nn.Module]) -> None:
     table = {kind: (Candidate(kind, layer),) for kind, layer in layers.items()}
-    monkeypatch.setattr(products, "_CANDIDATES", {**products._CANDIDATES, **table})
+    monkeypatch.setattr(products, "CANDIDATES", {**products.CANDIDATES, **table})
 
 
 @pytest.mark.parametrize(
     ("float32", "bfloat16", "expected"),
-    [(1.0, 3.0, torch.float32), (3.0, 1.0, torch.bfloat16), (2.0, 2.0, torch.float32)],
+    [(3.0, 30.0, torch.float32), (30.0, 3.0, torch.bfloat16), (20.0, 20.0, torch.float32)],
 )
 def test_auto_takes_bfloat16_where_it_is_clearly_faster(
     float32: float, bfloat16: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +189,7 @@ def test_int8_that_is_slower_than_float32_is_refused(
 ) -> None:
     class SlowInt8(PlainInt8Linear):
         def forward(self, x: Tensor) -> Tensor:
-            time.sleep(0.003)
+            time.sleep(0.02)
             return super().forward(x)
 
     only(monkeypatch, float32=nn.Linear, int8=SlowInt8)
@@ -204,7 +204,7 @@ def test_int8_that_is_slower_than_float32_is_refused(
 
 
 def test_plain_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_CANDIDATES", {})
+    monkeypatch.setattr(products, "CANDIDATES", {})
     plain = choose(CPU, torch.float32, "int8-dynamic", SHAPE, "plain")
     assert (plain.linear, plain.eight_bit, plain.names) == (nn.Linear, PlainInt8Linear, {})
     for has in (True, False):
@@ -291,7 +291,7 @@ with torch.inference_mode():
         x = torch.randint(-most, most + 1, (rows, 256)).float()
         x[:, 0] = most
         x[0], x[rows // 2] = most, -most
-        got = products._layer(found.best.layer, weight, torch.float32)(x).double()
+        got = products.layer_of(found.best.layer, weight, torch.float32)(x).double()
         exact = x.double() @ weight.double().T
         worst = max(worst, float((got - exact).abs().max() / exact.abs().max()))
 texts = json.loads(sys.argv[1])
@@ -338,7 +338,7 @@ def test_the_plain_8_bit_product_is_exact(inputs: int) -> None:
     """Also with more outputs than it takes at a time."""
     weight = torch.randint(-127, 128, (100, inputs), generator=torch.Generator().manual_seed(0))
     weight[:, 0] = 127
-    layer = products._layer(PlainInt8Linear, weight.float(), torch.float32)
+    layer = products.layer_of(PlainInt8Linear, weight.float(), torch.float32)
     assert isinstance(layer, ScaledLinear)
     x = weight[:7].float()
     expected = x.double() @ weight.double().T
