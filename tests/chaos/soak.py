@@ -233,12 +233,17 @@ def sample(server: ServerProcess, worker: int, began: float) -> Sample:
 
 
 def soak(
-    seconds: float, out: Path, bounds: Bounds, windows: int = 10, dtype: str = "auto"
+    seconds: float,
+    out: Path,
+    bounds: Bounds,
+    windows: int = 10,
+    dtype: str = "auto",
+    options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run it, write `samples.csv`, `soak.png` and the server's log to `out`; -> the figures, with
     `broken`: what was not as it should be."""
     out.mkdir(parents=True, exist_ok=True)
-    server = ServerProcess(None, *OPTIONS, "--dtype", dtype, log=out / "server.log")
+    server = ServerProcess(None, *OPTIONS, "--dtype", dtype, *options, log=out / "server.log")
     try:
         server.wait_ready().wait_for_metric("nv_embed_workers_ready", 2)
         run = Soak(server, seconds, windows, RIGHT.get(dtype, 0.999))
@@ -368,9 +373,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--dtype", default="auto", help="as the server's (default: auto)")
+    parser.add_argument("--quantization", default="none", help="as the server's (default: none)")
     parser.add_argument("--out", type=Path, default=Path("build/soak"))
     options = parser.parse_args()
-    figures = soak(60 * options.minutes, options.out.resolve(), Bounds(), dtype=options.dtype)
+    figures = soak(
+        60 * options.minutes,
+        options.out.resolve(),
+        Bounds(),
+        dtype=options.dtype,
+        options=("--quantization", options.quantization, "--cpu-products", "allow-slow"),
+    )
     print("window  front MB  worker MB  p99 ms")
     rows = zip(figures["front_mb"], figures["worker_mb"], figures["p99_ms"], strict=True)
     for index, (front, worker, p99) in enumerate(rows, start=1):
