@@ -51,6 +51,16 @@ def available_memory() -> int | None:
     return available if limit == "max" else min(available, int(limit) - used)
 
 
+def let_waiting_threads_sleep() -> None:
+    """Have OpenMP's threads sleep where they wait for one another, unless the user has set how.
+
+    By default they spin, and beside other busy programs they spin for whole time slices. Only what
+    has not been imported yet obeys: call it before torch is.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def has_bfloat16() -> bool:
     """Whether the processor says that it multiplies bfloat16 matrices (AMX, AVX512_BF16)."""
     try:

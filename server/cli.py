@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model import host
 from model.errors import ModelError
 from server import logs, settings
 from server.errors import SettingsError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
     try:
         arguments = _parse(argv)
         status: int = arguments.run(arguments)
