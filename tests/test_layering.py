@@ -64,6 +64,7 @@ SERVER = [
     "vector_files",
     "bulk",
     "batch_files",
+    "encode",
     "cli",
 ]
 TRAINING = [
