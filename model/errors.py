@@ -2,6 +2,7 @@
 
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
+├── FileError             a named file is no regular file, or its text is not UTF-8
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
 ├── InputError            one input cannot be embedded; `index` tells which
 │   ├── InputTooLongError more tokens than the limit, and no truncation asked for
@@ -20,6 +21,10 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """The checkpoint is missing, incomplete, or not one that this project supports."""
+
+
+class FileError(ModelError):
+    """What was named cannot be read as a file or as text; the message names it."""
 
 
 class UnsupportedError(ModelError):

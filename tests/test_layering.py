@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a module may import those before it. A new module gets its place here.
 MODEL = [
     "errors",
+    "files",
     "batch",
     "host",
     "config",
@@ -107,6 +108,7 @@ TORCH_FREE = [
     "model.hub",
     "model.config",
     "model.batch",
+    "model.files",
     "model.host",
 ]
 
