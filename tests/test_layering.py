@@ -33,6 +33,7 @@ MODEL = [
     "loader",
     "cuda_graphs",
     "runner",
+    "memory",
     "encoder",
     "checks",
     "verify",
@@ -107,6 +108,7 @@ TORCH_FREE = [
     "model.config",
     "model.batch",
     "model.host",
+    "model.memory",
 ]
 
 
