@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.batch import BatchLimits, Encoding, RunnerOptions
-from model.errors import NonFiniteError
+from model.errors import NoMemoryError, NonFiniteError
 from model.hub import locate
+from model.memory import FittingRunner
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
 
@@ -80,6 +81,7 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.runner, self.limits = tokenizer, runner, limits
         self.max_tokens = max_tokens
+        self._fitting = FittingRunner(runner)
 
     def encode(
         self,
@@ -95,7 +97,7 @@ class Encoder:
         instruction: put before each text verbatim, and left out of the pool.
         max_tokens: the limit of one input, by default the model's own.
         progress: a bar on stderr; None means when stderr is a terminal.
-        Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError.
+        Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError, NoMemoryError.
         """
         max_tokens = max_tokens or self.max_tokens
         vectors = np.empty((len(texts), self.runner.info.width), dtype=np.float32)
@@ -110,7 +112,7 @@ class Encoder:
         return vectors
 
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
-        """-> [len(encodings), D], in their order. Raises NonFiniteError."""
+        """-> [len(encodings), D], in their order. Raises NonFiniteError, NoMemoryError."""
         vectors = np.empty((len(encodings), self.runner.info.width), dtype=np.float32)
         for batch, rows in self._batches(encodings, first=0):
             vectors[batch] = rows
@@ -121,7 +123,9 @@ class Encoder:
     ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Indices of a batch and its rows, batch by batch; `first` is the number of index 0."""
         for batch in batches_by_length(encodings, self.limits):
-            rows = self.runner.embed([encodings[i] for i in batch])
+            rows, too_large = self._fitting.embed([encodings[i] for i in batch])
+            if too_large:
+                raise NoMemoryError([first + batch[row] for row in too_large])
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if bad.size:
                 raise NonFiniteError([first + batch[row] for row in bad])

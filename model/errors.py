@@ -7,7 +7,8 @@ ModelError
 ├── InputError            one input cannot be embedded; `index` tells which
 │   ├── InputTooLongError more tokens than the limit, and no truncation asked for
 │   └── EmptyPoolError    nothing is left to pool: the instruction fills the whole input
-└── NonFiniteError        the model produced NaN or infinity for some inputs
+├── NonFiniteError        the model produced NaN or infinity for some inputs
+└── NoMemoryError         some inputs do not fit into the device's memory, even alone
 """
 
 from __future__ import annotations
@@ -66,3 +67,14 @@ class NonFiniteError(ModelError):
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows = tuple(rows)
         super().__init__(f"the model returned a non-finite vector for {len(self.rows)} input(s)")
+
+
+class NoMemoryError(ModelError):
+    """Some inputs do not fit into the device's memory, even alone; `rows` are their places."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            f"{len(self.rows)} input(s) do not fit into the device's memory, even alone "
+            f"(the first is number {self.rows[0]}, from 0): shorten them"
+        )

@@ -75,6 +75,8 @@ class ModelRunner:
             width=self.config.hidden_size,
             cuda_graphs=options.cuda_graphs,
         )
+        if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping
+            host.keep_freed_memory()
 
     @torch.inference_mode()
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
@@ -91,7 +93,6 @@ class ModelRunner:
         """CUDA: graphs, then the longest sequence, then a full batch, so that memory is claimed
         and kernels are chosen before the first request. CPU: one short batch."""
         if self.device.type != "cuda":
-            host.keep_freed_memory()
             self.embed([_ramp(8)])
             return
         options = self._options

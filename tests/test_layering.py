@@ -34,6 +34,7 @@ MODEL = [
     "loader",
     "cuda_graphs",
     "runner",
+    "memory",
     "encoder",
     "checks",
     "verify",
@@ -110,6 +111,7 @@ TORCH_FREE = [
     "model.batch",
     "model.files",
     "model.host",
+    "model.memory",
 ]
 
 
