@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         help="embed a file of texts",
         description="Embed each line of a text file, a field of each JSON line, or a column of a "
         "Parquet file, without a server. The output holds one vector per row, in order. Ended by "
-        "Ctrl-C or worse, --resume goes on: at most one shard is lost.",
+        "Ctrl-C or worse, --resume goes on: half a minute of work is lost at most. Exit status: 0 "
+        "when all is written, 1 when it failed, 2 for a wrong call, 130 after Ctrl-C.",
         epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
     )
     _add_encode_arguments(encode)
@@ -108,12 +109,13 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     from model.tokenizer import Truncation
 
-    parser.add_argument("file", type=Path, metavar="FILE", help="text, JSON lines or .parquet")
+    parser.add_argument(
+        "file", metavar="FILE", help="text, JSON lines or Parquet; - reads standard input"
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
-        help="a file (.npy, .jsonl or .parquet), or a folder for shards (default: FILE.npy)",
+        help="a file (.npy, .jsonl or .parquet), or a folder for shards: NAME/ (default: FILE.npy)",
     )
     parser.add_argument(
         "--openai-batch",
@@ -127,15 +129,14 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-size",
         type=int,
         default=8192,
-        help="texts that are written at once, and lost at most (default: %(default)s)",
+        help="texts in a shard, at most (default: %(default)s)",
     )
     parser.add_argument(
         "--format",
-        default="npy",
         choices=("npy", "jsonl", "parquet"),
-        help="of the shards in a folder (default: %(default)s)",
+        help="of the shards in a folder (default: npy)",
     )
-    parser.add_argument("--field", default="text", help="of JSON, or column (default: %(default)s)")
+    parser.add_argument("--field", help="of JSON, or column of Parquet (default: text)")
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument("--prompt", help="prefix of each text, verbatim")
     prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")

@@ -22,7 +22,6 @@ from server.byte_budget import ByteBudgetError
 from server.engine import EmbeddingEngine
 from server.errors import (
     BodyTooLargeError,
-    InvalidRequestError,
     OverloadedError,
     UnavailableError,
     UnsupportedMediaTypeError,
@@ -85,7 +84,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         wire = await read(request, schemas.EmbeddingsRequest)
         how = tokenization(wire, wire.model)
         inputs = schemas.parse_inputs(wire.input)
-        _check_dimensions(
+        serialize.check_dimensions(
             wire.dimensions, engine.config.hidden_size, settings.allow_truncated_dimensions
         )
         as_base64 = wire.encoding_format == "base64"
@@ -332,19 +331,6 @@ class _DrainedResponse(Response):
         await send({"type": "http.response.body", "body": self.body, "more_body": large})
         if large:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:
-    if dimensions is None or dimensions == width or (dimensions < width and allow_fewer):
-        return
-    hint = (
-        ""
-        if dimensions > width
-        else " (the server was started without --allow-truncated-dimensions)"
-    )
-    raise InvalidRequestError(
-        f"This model has {width} dimensions, {dimensions} cannot be had{hint}", param="dimensions"
-    )
 
 
 def _patience(request: Request) -> float:

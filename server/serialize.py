@@ -9,6 +9,8 @@ import orjson
 import pybase64
 from numpy.typing import NDArray
 
+from server.errors import InvalidRequestError
+
 
 def cut(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
     """The first `dimensions` values, of length 1 again."""
@@ -17,6 +19,20 @@ def cut(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float
     head = vector[:dimensions]
     norm = float(np.linalg.norm(head))
     return (head / norm).astype(np.float32) if norm else head
+
+
+def check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:
+    """Raises InvalidRequestError for dimensions that a model of `width` cannot be cut to."""
+    if dimensions is None or dimensions == width or (dimensions < width and allow_fewer):
+        return
+    hint = (
+        ""
+        if dimensions > width
+        else " (the server was started without --allow-truncated-dimensions)"
+    )
+    raise InvalidRequestError(
+        f"This model has {width} dimensions, {dimensions} cannot be had{hint}", param="dimensions"
+    )
 
 
 def embeddings_body(

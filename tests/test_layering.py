@@ -64,6 +64,7 @@ SERVER = [
     "lifecycle",
     "text_files",
     "vector_files",
+    "parts",
     "bulk",
     "batch_files",
     "encode",
