@@ -18,10 +18,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from model.batch import BatchLimits, RunnerOptions
-from model.files import kind_of
 from model.hub import locate
 from model.memory import is_out_of_memory
 from model.tokenizer import NVEmbedTokenizer
+from model.user_files import kind_of
 from server import batch_files, bulk, instructions, logs, settings, text_files
 from server.batch_files import BatchAnswers
 from server.errors import InvalidRequestError, SettingsError

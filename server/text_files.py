@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from model.errors import FileError
-from model.files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
+from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a module may import those before it. A new module gets its place here.
 MODEL = [
     "errors",
-    "files",
+    "user_files",
     "batch",
     "host",
     "config",
@@ -110,7 +110,7 @@ TORCH_FREE = [
     "model.hub",
     "model.config",
     "model.batch",
-    "model.files",
+    "model.user_files",
     "model.host",
     "model.memory",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import FileError
-from model.files import check_encoding, open_regular, read_text
+from model.user_files import check_encoding, open_regular, read_text
 
 TEXT = "alpha beta\ngamma\n"
 
