@@ -12,7 +12,8 @@ ModelError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class ModelError(Exception):
@@ -66,3 +67,9 @@ class NonFiniteError(ModelError):
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows = tuple(rows)
         super().__init__(f"the model returned a non-finite vector for {len(self.rows)} input(s)")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from model.batch import BatchLimits, RunnerOptions
 from model.hub import ModelSource, locate
 from model.tokenizer import NVEmbedTokenizer
-from server import batch_files, bulk, instructions, logs, settings, text_files
+from server import batch_files, bulk, instructions, text_files
 from server.batch_files import BatchAnswers
 from server.errors import InvalidRequestError, SettingsError
 from server.inputs import InputTokenizer
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit status. Raises SettingsError or ModelError for a wrong call."""
-    logs.configure("text", "info")
     job = _job(arguments)
     model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
     how = {name: getattr(arguments, name) for name in ("dtype", "quantization")}
@@ -67,8 +66,12 @@ def _batch_answers(
         encoder,
         InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
         ServedNames(model.model_id),
-        Defaults(settings.Settings().query_instruction),
+        _defaults(arguments),
     )
+
+
+def _defaults(arguments: argparse.Namespace) -> Defaults:
+    return Defaults.of(arguments.query_instruction, arguments.default_input_type)
 
 
 def _job(arguments: argparse.Namespace) -> bulk.Job:
@@ -131,7 +134,7 @@ def _encoder_around(arguments: argparse.Namespace) -> Encoder:
 def _prefix(arguments: argparse.Namespace) -> str | None:
     try:
         return instructions.choose_prefix(
-            instructions.Defaults(settings.Settings().query_instruction),
+            _defaults(arguments),
             prompt=arguments.prompt,
             instruction=arguments.instruction,
             task=arguments.task,
