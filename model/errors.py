@@ -13,7 +13,8 @@ ModelError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class ModelError(Exception):
@@ -78,3 +79,9 @@ class NoMemoryError(ModelError):
             f"{len(self.rows)} input(s) do not fit into the device's memory, even alone "
             f"(the first is number {self.rows[0]}, from 0): shorten them"
         )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -16,12 +16,12 @@ import orjson
 from numpy.typing import NDArray
 
 from model.batch import Encoding
+from model.errors import did_you_mean
 from server import schemas, serialize
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
 from server.inputs import InputTokenizer, tokenization_of
 from server.instructions import Defaults
 from server.names import ServedNames
-from server.settings import did_you_mean
 from server.text_files import HALF_A_PAIR, InputFileError, Source, is_text, read_objects
 
 if TYPE_CHECKING:

@@ -1,53 +1,139 @@
-"""The command `nv-embed`: the parsers of serve, encode, train, …, and calls of their code."""
+"""The command `nv-embed`: the parsers of serve, encode, train, …, and calls of their code.
+
+Owns the options that only one command has; server/settings.py owns the rest. What goes wrong
+becomes one line and an exit status here: no command shows a traceback, unless it logs at level
+debug.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from model.errors import ModelError
+from model.errors import ModelError, did_you_mean
 from server import logs, settings
 from server.errors import SettingsError
+from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
+
+logger = logging.getLogger("nv_embed.cli")
+
+_MOST = 10_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a text that the terminal's encoding lacks is shown, not raised.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = _parse(argv)
-        status: int = arguments.run(arguments)
+        try:
+            arguments = _parse(sys.argv[1:] if argv is None else argv)
+            status: int = arguments.run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk or a closed pipe can be told
     except (SettingsError, ModelError) as error:
-        print(f"nv-embed: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _forget_stdout()
+        return 1
+    except OSError as error:
+        _forget_stdout()
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{place}{error.strerror or error}", 1)
+    except MemoryError:
+        return _fail("out of memory", 1)
+    except Exception as error:
+        logger.debug("an unforeseen error", exc_info=True)
+        return _fail(
+            f"an unforeseen {type(error).__name__}: {error} (--log-level debug shows where)", 1
+        )
     return status
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Raises SettingsError for an unknown flag, with the nearest known one."""
+def _fail(message: str, status: int) -> int:
+    print(f"nv-embed: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _forget_stdout() -> None:
+    """What could not be written would be tried again, and complained of, at the very end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are SettingsErrors of one line, which name the nearest of the known values."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises SettingsError for an unknown flag, with the nearest known one, and an empty value."""
+    for place, item in enumerate(argv):
+        flag, equals, value = item.partition("=")
+        if not item.strip() or (flag.startswith("--") and equals and not value.strip()):
+            before = argv[place - 1] if place else ""
+            name = flag if equals else before if before.startswith("-") else f"argument {place + 1}"
+            raise SettingsError(f"{name}: {settings.EMPTY}")
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = re.findall(r"--[a-z-]+", arguments.parser.format_help())
-        hint = settings.did_you_mean(unknown[0], flags)
+        hint = did_you_mean(unknown[0].partition("=")[0], flags)
         raise SettingsError(f"unrecognized argument {unknown[0]}{hint}")
     return arguments
 
 
+def _whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """A whole number of an option, within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text[:64]!r}") from None
+        if not least <= number <= most:
+            bound = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text[:64]}")
+        return number
+
+    return read
+
+
+def _part(text: str) -> float:
+    """A number above 0 and at most 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) <= 1 and math.isfinite(number):
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text[:64]!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nv-embed",
         description="Serve NV-Embed behind OpenAI's embeddings API, or use it from files.",
     )
     from importlib.metadata import version
 
     parser.add_argument("--version", action="version", version=version("nv-embed-server"))
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=_help, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     serve = commands.add_parser(
         "serve",
@@ -77,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a checkpoint on this machine against the values published with it, and "
         "measure. Prints a table and, last, a line of JSON; exit status 1 outside tolerance.",
     )
-    _add_model_arguments(verify)
+    settings.add_flags(verify, ModelSettings)
     verify.add_argument(
         "--golden",
         type=Path,
@@ -92,10 +178,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
-    options = settings.load(given, os.environ)
+def _help(arguments: argparse.Namespace) -> int:
+    arguments.parser.print_help(sys.stderr)
+    return 2
+
+
+def _settle(arguments: argparse.Namespace, kind: type[T]) -> T:
+    """What flags, environment and file say of the options of `kind`; `arguments` gets it, too.
+
+    Raises SettingsError.
+    """
+    names = {*kind.model_fields, "config"}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    options = settings.load_as(kind, given, os.environ)
     logs.configure(options.log_format, options.log_level)
+    vars(arguments).update({name: getattr(options, name) for name in kind.model_fields})
+    return options
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    options = _settle(arguments, settings.Settings)
+    config = getattr(arguments, "config", os.environ.get(f"{settings.ENV_PREFIX}CONFIG"))
+    for warning in settings.exposed(options, config):
+        logger.warning(warning)
     from model.hub import locate
     from server import lifecycle
 
@@ -107,8 +212,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
-    from model.tokenizer import Truncation
-
     parser.add_argument(
         "file", metavar="FILE", help="text, JSON lines or Parquet; - reads standard input"
     )
@@ -127,7 +230,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=int,
+        type=_whole(1),
         default=8192,
         help="texts in a shard, at most (default: %(default)s)",
     )
@@ -139,44 +242,31 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--field", help="of JSON, or column of Parquet (default: text)")
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument("--prompt", help="prefix of each text, verbatim")
-    prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
+    prefix.add_argument("--instruction", help="task description: Instruct: ... Query: ...")
     prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
     parser.add_argument(
         "--input-type",
         choices=("query", "passage"),
         help="the side of --task (default: query); alone, query means question answering",
     )
-    parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
-    parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
-    parser.add_argument("--runner", help=argparse.SUPPRESS)
-    _add_model_arguments(parser)
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs: for the commands without a server."""
-    parser.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
-    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--offline", action="store_true", help="use the local cache only")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
-    parser.add_argument("--attention", default="auto", help="auto or a kernel's name")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    settings.add_flags(parser, EncodeSettings)
 
 
 def _encode(arguments: argparse.Namespace) -> int:
+    arguments.device = _settle(arguments, EncodeSettings).one_device()
     from server import encode
 
     return encode.run(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    arguments.device = _settle(arguments, ModelSettings).one_device()
     from model import verify
 
     return verify.run(arguments)
 
 
-def _add_training_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     """train, mine and evaluate: they need the extra `training` (model/training)."""
     train = commands.add_parser(
         "train",
@@ -190,7 +280,7 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     train.add_argument(
         "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
     )
-    train.add_argument("--threads", type=int, help="CPU threads, in place of the settings'")
+    settings.add_flags(train, MachineSettings)  # what else there is stands in SETTINGS
     train.set_defaults(run=_train, parser=train)
 
     mine = commands.add_parser(
@@ -212,14 +302,14 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     mine.add_argument("-o", "--out", type=Path, required=True, help="JSON lines with negatives")
     mine.add_argument(
         "--count",
-        type=int,
+        type=_whole(1, 1000),
         default=7,
         help="negatives of each example, fewer where there are no more (default: %(default)s, as "
         "in the paper)",
     )
     mine.add_argument(
         "--threshold",
-        type=float,
+        type=_part,
         default=0.95,
         help="a negative's score stays below this times the positive's; smaller is safer and "
         "easier (default: %(default)s, as in the paper)",
@@ -276,18 +366,26 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
 def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes the vectors: a checkpoint, a sentence-transformer or a running server."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
+    which.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        help="checkpoint folder or hub id (default: the shipped model)",
+    )
     which.add_argument(
         "--teacher", help="folder of a sentence-transformers model; 'default': all-MiniLM-L6-v2"
     )
     which.add_argument("--url", help="address of a running server, for instance http://host:8000")
-    parser.add_argument("--api-key", help="of the server at --url [NV_EMBED_API_KEY]")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    for name, kind in (("", "of the server at --url"), ("-file", "file that holds it")):
+        parser.add_argument(
+            f"--api-key{name}",
+            default=argparse.SUPPRESS,
+            metavar="FILE" if name else "KEY",
+            help=f"{kind} [NV_EMBED_API_KEY{name.upper().replace('-', '_')}]",
+        )
+    settings.add_flags(parser, ModelSettings, but="model")
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=_whole(3, 32_768),
         default=512,
         help="of a text, the rest is cut (default: %(default)s; a server at --url cuts at its own "
         "limit)",
@@ -295,22 +393,31 @@ def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    logs.configure("text", "info")
+    arguments.device = _settle(arguments, MachineSettings).one_device()
     from model.training import commands
 
     return commands.train(arguments)
 
 
 def _mine(arguments: argparse.Namespace) -> int:
+    _settle_embedder(arguments)
     from model.training import commands
 
     return commands.mine_negatives(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _settle_embedder(arguments)
     from model.training import commands
 
     return commands.evaluate(arguments)
+
+
+def _settle_embedder(arguments: argparse.Namespace) -> None:
+    options = _settle(arguments, KeySettings)
+    arguments.device = options.one_device()
+    keys = options.api_keys() if arguments.url else []
+    arguments.api_key = keys[0].decode() if keys else None
 
 
 def _openapi(arguments: argparse.Namespace) -> int:
@@ -319,6 +426,8 @@ def _openapi(arguments: argparse.Namespace) -> int:
 
     from server.app import openapi_document
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # it is a file, whatever the terminal
     document = orjson.loads(orjson.dumps(openapi_document()))  # without YAML's aliases
     yaml.safe_dump(document, sys.stdout, sort_keys=False, allow_unicode=True, width=100)
     return 0

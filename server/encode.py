@@ -22,7 +22,7 @@ from model.hub import locate
 from model.memory import is_out_of_memory
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import kind_of
-from server import batch_files, bulk, instructions, logs, settings, text_files
+from server import batch_files, bulk, instructions, text_files
 from server.batch_files import BatchAnswers
 from server.errors import InvalidRequestError, SettingsError
 from server.inputs import InputTokenizer
@@ -51,7 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises SettingsError or ModelError for a wrong call.
     """
-    logs.configure("text", "info")
     rows_kept = 0
     try:
         job = _job(arguments)
@@ -117,17 +116,17 @@ def _stoppable() -> Iterator[None]:
 def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bulk.Run[Any]) -> bool:
     """Returns whether all was done already."""
     model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
-    options = settings.Settings()
     asked = {name: getattr(arguments, name) for name in ("dtype", "quantization", "attention")}
-    defaults = {}
+    deciding = ["max_input_tokens"]
     if arguments.openai_batch:
-        names = ("query_instruction", "default_input_type", "allow_truncated_dimensions")
-        defaults = {name: getattr(options, name) for name in names}
+        deciding += ["query_instruction", "default_input_type", "allow_truncated_dimensions"]
+    defaults = {name: getattr(arguments, name) for name in deciding}
     with bulk.place(job):
         todo.describe(model, asked, defaults)
         if todo.is_done(resume=arguments.resume):
             return True
         encoder = _encoder(arguments)
+        encoder.max_tokens = min(encoder.max_tokens, arguments.max_input_tokens or sys.maxsize)
         todo.begin(encoder.runner.info)
         tokenize: bulk.Tokenize[Any] = bulk.texts(job, source, encoder)
         if arguments.openai_batch:
@@ -135,8 +134,8 @@ def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bul
                 encoder,
                 InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
                 ServedNames(model.model_id),
-                Defaults.of(options.query_instruction, options.default_input_type),
-                options.allow_truncated_dimensions,
+                _defaults(arguments),
+                arguments.allow_truncated_dimensions,
             ).tokenize
         todo.finish(encoder, tokenize, every=bulk.KEEP_EVERY_S)
     return False
@@ -186,10 +185,6 @@ def _mode_of(source: Source) -> int:
 
 def _job(arguments: argparse.Namespace) -> bulk.Job:
     """Raises SettingsError for an output that cannot be, before anything is read."""
-    for name in ("shard_size", "threads", "max_batch_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
     target, is_folder = _target(arguments)
     suffix = f".{arguments.format or 'npy'}" if is_folder else target.suffix.lower()
     if arguments.format and suffix != f".{arguments.format}":
@@ -296,10 +291,14 @@ def _encoder_around(arguments: argparse.Namespace) -> Encoder:
     return Encoder.of(NVEmbedTokenizer.from_dir(path), runner, limits, max_tokens=32_768)
 
 
+def _defaults(arguments: argparse.Namespace) -> Defaults:
+    return Defaults.of(arguments.query_instruction, arguments.default_input_type)
+
+
 def _prefix(arguments: argparse.Namespace) -> str | None:
     try:
         return instructions.choose_prefix(
-            Defaults(settings.Settings().query_instruction),
+            _defaults(arguments),
             prompt=arguments.prompt,
             instruction=arguments.instruction,
             task=arguments.task,

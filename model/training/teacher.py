@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from model import host
 from model.errors import UnsupportedError
+from model.runner import resolve_device
 from model.training.examples import read_texts
 
 SHARD = 8_192
@@ -44,20 +45,23 @@ def packaged_teacher() -> Path:
 class Teacher:
     """texts -> float32 [N, W], of length 1."""
 
-    def __init__(self, folder: Path | str | None = None, *, dtype: str = "auto") -> None:
+    def __init__(
+        self, folder: Path | str | None = None, *, dtype: str = "auto", device: str = "auto"
+    ) -> None:
         try:
             library = importlib.import_module("sentence_transformers")
         except ImportError:
             raise UnsupportedError(
                 "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
             ) from None
+        where = resolve_device(device)
         if dtype == "auto":
-            fast = torch.cuda.is_available() or host.has_amx()
+            fast = where.type == "cuda" or host.has_amx()
             dtype = "bfloat16" if fast else "float32"
         # `device` keeps the library from looking for one; local folders only, no remote code.
         self.network = library.SentenceTransformer(
             str(folder or packaged_teacher()),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=str(where),
             model_kwargs={"torch_dtype": dtype},
             local_files_only=True,
         )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from model import host
 from model.batch import Encoding
 from model.packing import pack
+from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
 from model.training.adapters import add_lora
@@ -65,12 +66,12 @@ class Trainer:
     `checkpoint/`.
     """
 
-    def __init__(self, settings: TrainingSettings, folder: Path) -> None:
+    def __init__(self, settings: TrainingSettings, folder: Path, *, device: str = "auto") -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings, self.folder = settings, folder
         self.run_folder = RunFolder(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = resolve_device(device)
         self.autocast = _autocast_dtype(settings.dtype, self.device)
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)

