@@ -39,6 +39,7 @@ MODEL = [
 ]
 SERVER = [
     "errors",
+    "json_text",
     "logs",
     "settings",
     "metrics",
