@@ -41,6 +41,7 @@ MODEL = [
 ]
 SERVER = [
     "errors",
+    "json_text",
     "logs",
     "settings",
     "metrics",
