@@ -2,6 +2,7 @@
 
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
+│   └── MissingFileError  a file of the folder is not there
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
 ├── InputError            one input cannot be embedded; `index` tells which
 │   ├── InputTooLongError more tokens than the limit, and no truncation asked for
@@ -20,6 +21,10 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """The checkpoint is missing, incomplete, or not one that this project supports."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that a checkpoint needs does not exist."""
 
 
 class UnsupportedError(ModelError):

@@ -7,7 +7,6 @@ goes on only with the same. Constant memory: a shard's worth.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import orjson
 from tqdm import tqdm
 
 from model.errors import InputError, NonFiniteError
-from model.hub import ModelSource, weight_files
+from model.fingerprint import fingerprint
+from model.hub import ModelSource
 from model.tokenizer import Truncation
 from server.text_files import InputFileError, sha256_of
 from server.vector_files import FORMATS, VectorFormat, replacing
@@ -93,18 +93,6 @@ def describe(
         "shard_size": job.shard_size,
         "shards": -(-rows // job.shard_size),
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config, tokenizer and tensor tables; not of its gigabytes."""
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json"):
-        digest.update(path.read_bytes())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-    return digest.hexdigest()
 
 
 def prepare(job: Job, manifest: dict[str, Any], *, resume: bool) -> bool:
