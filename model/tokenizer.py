@@ -17,12 +17,15 @@ from tokenizers import Tokenizer
 
 from model.batch import Encoding
 from model.config import NVEmbedConfig
-from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError, MissingFileError
+from model.files import read_text
 
 BOS_ID = 1
 EOS_ID = 2
 _CACHED_CHARS = 2048
 """Instructions up to this length are tokenized once and remembered."""
+_MOST_BYTES = 64 << 20
+"""Of tokenizer.json; the official one has 1.8 MB."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -68,10 +71,12 @@ class NVEmbedTokenizer:
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            text = read_text(path, _MOST_BYTES)
+        except MissingFileError:
+            raise CheckpointError(f"{folder} has no tokenizer.json") from None
+        try:
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         ours = cls(tokenizer)

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from model.batch import Encoding, RunnerInfo
 from model.errors import InputError
-from model.hub import ModelSource, weight_files
+from model.fingerprint import fingerprint
+from model.hub import ModelSource
 from model.tokenizer import Truncation
 from server.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
 from server.text_files import InputFileError, Line, Source
@@ -469,18 +470,6 @@ def _windows(lines: Sequence[Line]) -> Iterator[list[Line]]:
         window.append(line)
         chars += len(line.text)
     yield window
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config, tokenizer and tensor tables; not of its gigabytes."""
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json"):
-        digest.update(path.read_bytes())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-    return digest.hexdigest()
 
 
 def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
-from model.hub import NVIDIA_NOTICE, ModelSource, weight_files
+from model.fingerprint import fingerprint
+from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from server.batcher import Batcher
 from server.errors import (
@@ -50,9 +51,10 @@ class EmbeddingEngine:
     def __init__(self, settings: Settings, source: ModelSource) -> None:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
         self.source = source
+        # First: what changes on disk from here on is another checkpoint, to the workers as well.
+        identity = fingerprint(source.path)
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
-        weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -62,6 +64,7 @@ class EmbeddingEngine:
         )
         base = RunnerOptions(
             path=str(source.path),
+            fingerprint=identity,
             dtype=settings.dtype,
             quantization=settings.quantization,
             attention=settings.attention,

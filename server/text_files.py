@@ -7,7 +7,6 @@ Knows nothing of models or outputs.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,10 +19,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import orjson
-
 from model.errors import FileError
 from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
+from server import json_text
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""
@@ -165,34 +163,10 @@ def _begins_with_object(file: BinaryIO) -> bool:
     while line := file.readline(_SNIFFED_BYTES):
         if text := line.removeprefix(UTF8_MARK).strip():
             try:
-                return text.startswith(b"{") and isinstance(parse_json(text), dict)
+                return text.startswith(b"{") and isinstance(json_text.loads(text), dict)
             except ValueError:
                 return False
     return False
-
-
-def parse_json(raw: bytes) -> Any:
-    """One JSON value. NaN is read, as over HTTP, and half a surrogate pair stays one. Raises
-    ValueError."""
-    try:
-        return orjson.loads(raw)
-    except ValueError:
-        try:  # slower, and laxer
-            return json.loads(raw.decode())
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-
-
-HALF_A_PAIR = "half of a surrogate pair (an emoji that was cut in two), which is no text"
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON's escapes can hold half a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_texts(source: Source, field: str) -> Iterator[Line]:
@@ -212,8 +186,6 @@ def read_texts(source: Source, field: str) -> Iterator[Line]:
             )
         if not text:
             raise InputFileError(f"{source.at(number)}: the text is empty")
-        if not is_text(text):
-            raise InputFileError(f"{source.at(number)}: {HALF_A_PAIR}")
         if len(text) > MAX_LINE_BYTES:  # of a Parquet file: lines were measured before
             raise _too_long(source, number)
         yield Line(number, text)
@@ -269,7 +241,7 @@ def _json_values(source: Source) -> Iterator[tuple[int, Any]]:
             continue
         text = _decoded(source, number, raw)
         try:
-            yield number, parse_json(raw)
+            yield number, json_text.loads(raw)
         except ValueError as error:
             if text.lstrip().startswith("[") and number == 1:
                 raise InputFileError(
