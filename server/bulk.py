@@ -153,6 +153,7 @@ class Run(Generic[Row]):
         self._shards: list[Shard] = []
         self._earlier: dict[str, Any] | None = None
         self._proofs: dict[int, Proof] = {}
+        self._has_begun = self._is_complete = False
         self.rows_kept = 0
 
     @property
@@ -237,6 +238,19 @@ class Run(Generic[Row]):
             return False
         return True
 
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """A run that fails before anything was kept leaves nothing that a later one trips over."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if self._parts.is_empty and not self._is_complete:
+                    if self._has_begun:  # otherwise the manifest is that of an earlier run
+                        self._job.manifest.unlink(missing_ok=True)
+                    self._parts.clear()
+            raise
+
     def begin(self, info: RunnerInfo) -> None:
         """With the model ready, and how it runs settled: the first thing that is written."""
         self._manifest["model"] |= {
@@ -245,29 +259,24 @@ class Run(Generic[Row]):
             "attention": info.attention,
             "device": info.device.partition(":")[0],
         }
-        if self._earlier is None:
-            self._parts.clear()
-        else:
+        if self._earlier is not None:
             self._refuse_another()
-        self._parts.make()
-        self._parts.sweep()
-        self._write_manifest({})
+        with self._leaving_nothing():
+            if self._earlier is None:
+                self._parts.clear()
+            self._parts.make()
+            self._parts.sweep()
+            self._write_manifest({})
+            self._has_begun = True
 
     def finish(self, encoder: Encoder, tokenize: Tokenize[Row], *, every: float) -> None:
         """Write what is missing of the shards, then put them together.
 
         every: seconds after which finished batches of a shard are kept. Raises InputFileError for
-        a row that cannot be embedded, or when the input is not what it was. Where nothing was
-        kept, nothing is left.
+        a row that cannot be embedded, or when the input is not what it was.
         """
-        try:
+        with self._leaving_nothing():
             self._finish(encoder, tokenize, every)
-        except BaseException:
-            with suppress(OSError):
-                if self._parts.is_empty:
-                    self._job.manifest.unlink(missing_ok=True)
-                    self._parts.clear()
-            raise
 
     def _finish(self, encoder: Encoder, tokenize: Tokenize[Row], every: float) -> None:
         job, parts = self._job, self._parts
@@ -289,7 +298,7 @@ class Run(Generic[Row]):
         if next(again, None) is not None or self._source.sha256() != sha256:
             raise self._changed()
         if job.is_folder:
-            self._write_manifest({"files": self._files(ledger), "complete": True})
+            self._complete(self._files(ledger))
             parts.sweep(finished=True)
             return
         with parts.replacing(job.target) as file:
@@ -298,7 +307,7 @@ class Run(Generic[Row]):
             proof = Proof.of(file)
         name = os.fsencode(job.target.name).decode(errors="replace")
         files = [{"name": name, **asdict(proof)}]
-        self._write_manifest({"files": files, "complete": True})
+        self._complete(files)
         parts.clear()
 
     def _write_shard(
@@ -371,6 +380,10 @@ class Run(Generic[Row]):
             for shard in self._shards
         ]
 
+    def _complete(self, files: list[dict[str, Any]]) -> None:
+        self._write_manifest({"files": files, "complete": True})
+        self._is_complete = True
+
     def _write_manifest(self, more: Mapping[str, Any]) -> None:
         with self._parts.replacing(self._job.manifest) as file:
             document = {**self._manifest, **more}
@@ -382,7 +395,13 @@ class _Progress:
 
     def __init__(self, rows: int) -> None:
         self._bar = tqdm(
-            total=rows, desc="Embedding", unit=" rows", disable=None, smoothing=0, mininterval=0.5
+            total=rows,
+            desc="Embedding",
+            unit=" rows",
+            disable=None,  # where there is no terminal
+            smoothing=0,  # rows are not alike: the mean of the run tells more than its last second
+            mininterval=0.5,
+            nrows=24,  # a terminal that does not know its size would get no bar
         )
         self._rows, self._reached, self._skipped = rows, 0, 0
         self._started = self._said = time.monotonic()

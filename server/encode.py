@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_out_of_memory(error):
             return _failed(f"out of memory ({error or 'MemoryError'}); {_RESUME}")
         if isinstance(error, OSError):
-            return _failed(_why(error))
+            return _failed(_why(error, arguments.output or "the output"))
         raise
     print(f"{todo.num_rows} rows in {job.target}{' (complete already)' if done else ''}")
     return 0
@@ -86,9 +86,9 @@ def _failed(message: str) -> int:
     return 1
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, output: str) -> str:
     """One line for what the system refused."""
-    where = f"{error.filename}: " if error.filename is not None else ""
+    where = f"{output if error.filename is None else error.filename}: "
     if error.errno in _FULL:
         full = "the disk is full" if error.errno == errno.ENOSPC else "no more may be written"
         return f"{where}{full} ({error.strerror}): make room, {_RESUME}"

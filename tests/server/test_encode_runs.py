@@ -466,7 +466,7 @@ def test_a_full_disk_is_one_line_and_resume_is_right(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "File too large" in said
+    assert "out.npy: no more may be written (File too large): make room" in said
     assert "--resume goes on" in said
     assert left(tmp_path) == ["a.txt", "out.npy.manifest.json", "out.npy.parts"]
     assert not list((tmp_path / "out.npy.parts").glob(".nv-embed-*"))
@@ -475,6 +475,22 @@ def test_a_full_disk_is_one_line_and_resume_is_right(
     assert encode(*options, "--resume") == 0
     assert not log.exists()  # nothing was computed again
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_no_room_at_all_leaves_nothing(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for output in ("out.npy", "shards/"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+            assert encode("a.txt", "-o", output) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "no more may be written" in capsys.readouterr().err
+        assert left(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("output", ["/proc/x.npy", "/proc/x/", "/sys/x.npy", "y" * 252 + ".npy"])
