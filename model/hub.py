@@ -19,7 +19,7 @@ from model.errors import CheckpointError
 logger = logging.getLogger("nv_embed.hub")
 
 _FILES = ["*.json", "*.safetensors", "README.md"]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PINNED_REVISIONS = {
     "nvidia/NV-Embed-v1": "570834afd5fef5bf3a3c2311a2b6e0a66f6f4f2c",
     "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import ModelError
+from model import user_files
+from model.errors import FileError, ModelError
 from model.tasks import prefix_of
 
 
@@ -62,17 +63,20 @@ def read_texts(path: Path) -> list[str]:
     return [_text(row, "text", path, number) for number, row in _rows(path)]
 
 
-def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
+def read_text(path: Path, encoding: str = "utf-8") -> str:
     """A whole file, its line ends as they are. Raises DataError naming the file."""
     try:
-        return path.read_bytes().decode(encoding)
+        if encoding == "utf-8":
+            return user_files.read_text(path)
+        with user_files.open_regular(path) as file:
+            return file.read().decode(encoding)
+    except FileError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
-def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     """The lines of a text file, without their ends. Raises DataError naming the file."""
     text = read_text(path, encoding).replace("\r\n", "\n").removesuffix("\n")
     # Not splitlines(): it also cuts at U+2028 and the like, which JSON leaves in texts.

@@ -48,6 +48,15 @@ class Teacher:
     def __init__(
         self, folder: Path | str | None = None, *, dtype: str = "auto", device: str = "auto"
     ) -> None:
+        if folder is not None and not Path(folder).is_dir():
+            raise UnsupportedError(f"--teacher: there is no folder {folder}")
+        if folder is not None and not any(
+            (Path(folder) / name).is_file() for name in ("modules.json", "config.json")
+        ):
+            raise UnsupportedError(
+                f"--teacher: {folder} holds neither modules.json nor config.json, so no "
+                "sentence-transformers model"
+            )
         try:
             library = importlib.import_module("sentence_transformers")
         except ImportError:
