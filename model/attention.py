@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.packing import ROUND_TO, Segments
 
 logger = logging.getLogger("nv_embed.attention")
@@ -266,7 +267,7 @@ def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if reason := _flash_refusal(device, dtype):
         return reason
     if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install flash-attn)"
+        return f"the flash-attn package is not installed: {how_to_install('flash-attn')}"
     try:
         importlib.import_module("flash_attn")
     except ImportError as error:  # often: it was compiled for another torch

