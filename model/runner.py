@@ -148,7 +148,7 @@ def resolve_device(name: str) -> torch.device:
         raise UnsupportedError(f"device {name!r} is not supported; known: cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this torch is a CPU build"
-        raise UnsupportedError(f"no CUDA device is visible{build}")
+        raise UnsupportedError(f"{name}: no CUDA device is visible{build}")
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise UnsupportedError(f"{name}: only {torch.cuda.device_count()} CUDA device(s) visible")
@@ -158,6 +158,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device, config: NVEmbedConfig) -> torch.dtype:
     """The working dtype. `auto`: bfloat16 on CUDA and on CPUs with AMX, else float32 if it fits."""
     if name in DTYPES:
+        if name == "float16" and device.type == "cpu":
+            logger.warning("processors compute float16 slowly: it is for GPUs")
         return DTYPES[name]
     if name != "auto":
         raise UnsupportedError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")

@@ -203,11 +203,14 @@ def _serve(arguments: argparse.Namespace) -> int:
         logger.warning(warning)
     from model.hub import locate
     from server import lifecycle
+    from server.names import ServedNames
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = locate(options.model, revision=options.revision, offline=options.offline)
+    names = ServedNames(source.model_id, options.served_model_name).names
+    logger.info("clients name the model %s", ", ".join(names))
     return lifecycle.run(options, source)
 
 
@@ -324,10 +327,10 @@ def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> Non
         "kNN and logistic regression (classification); V-measure (clustering). Each option may be "
         "repeated. Prints a table and, last, a line of JSON. The instruction of a set stands "
         "behind its path: PATH=TASK, TASK being a name that GET /v1/instructions lists (NQ, STS, "
-        "Banking77, … in any case), a description in words, or nothing for none. Without it: NQ's "
-        "for retrieval, STS's for STS, and mteb's general ones for classification (Classify user "
-        "passages.) and clustering (Identify categories in user passages.). Queries alone get it "
-        "in retrieval, all texts elsewhere.",
+        "Banking77 and others, in any case), a description in words, or nothing for none. Without "
+        "it: NQ's for retrieval, STS's for STS, and mteb's general ones for classification "
+        "(Classify user passages.) and clustering (Identify categories in user passages.). "
+        "Queries alone get it in retrieval, all texts elsewhere.",
         epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/=nq "
         "--classification banking77/train.csv=banking77",
     )

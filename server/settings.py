@@ -32,7 +32,7 @@ from pydantic_core import ErrorDetails
 
 from model.errors import FileError, did_you_mean
 from model.tokenizer import Truncation
-from model.user_files import read_text
+from model.user_files import open_regular, read_text
 from server.errors import SettingsError
 
 ENV_PREFIX = "NV_EMBED_"
@@ -268,7 +268,9 @@ class Settings(EncodeSettings, KeySettings):
     )
 
     served_model_name: Words = Field(
-        [], description="id that clients use; default: from the checkpoint's name, in lower case"
+        [],
+        description="id that clients use; default: the checkpoint's name in lower case, with "
+        "-embed behind it when it has no embed in it (n8n lists no other models)",
     )
     cors_origin: Words = Field(
         [], description="origin allowed to call from browsers, or *; default: none"
@@ -480,8 +482,17 @@ def _words(problem: ErrorDetails, field: FieldInfo) -> str:
 
 
 def exposed(settings: Settings, config: str | None) -> Iterator[str]:
-    """Warnings about secrets that are easy to read or to guess; `config`: the file of options."""
+    """Warnings about secrets that are easy to read or to guess; `config`: the file of options.
+
+    Raises SettingsError for a file of keys or certificates that cannot be read.
+    """
     files = {"--api-key-file": settings.api_key_file, "--tls-key": settings.tls_key}
+    for option, path in {**files, "--tls-certificate": settings.tls_certificate}.items():
+        try:
+            if path is not None:
+                open_regular(path).close()  # OpenSSL would wait for a FIFO
+        except (OSError, FileError) as error:
+            raise SettingsError(f"{option}: {error}") from None
     if config is not None and "api_key" in _read_file(Path(config)):
         files["--config"] = Path(config)
     for option, path in files.items():

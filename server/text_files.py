@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from model.errors import FileError
+from model.extras import how_to_install
 from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
 from server import json_text
 
@@ -296,5 +297,5 @@ def import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputFileError("Parquet needs pyarrow: pip install pyarrow") from None
+        raise InputFileError(f"Parquet needs pyarrow: {how_to_install('parquet')}") from None
     return pyarrow.parquet

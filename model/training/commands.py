@@ -28,7 +28,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Run or resume one run."""
     from model.training.trainer import Trainer
 
-    changes = {"threads": arguments.threads} if arguments.threads else {}
+    changes = {} if arguments.threads is None else {"threads": arguments.threads}
     settings = TrainingSettings.read(arguments.settings, arguments.base, **changes)
     checkpoint = Trainer(settings, arguments.out, device=arguments.device).run()
     print(f"trained: {checkpoint}")

