@@ -33,6 +33,7 @@ _NUMBERS = re.compile(rb"[-+.\w, \t\r\n]*+")
 _NO_BRACKET = re.compile(rb'[^"\[\]{}]*+')
 _SCALAR = re.compile(rb"[-+.\w]*+")
 _CHARACTERS = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_TEXTS = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"[ \t\r\n]*+,[ \t\r\n]*+)++', re.DOTALL)
 _WHOLE_CHARACTERS = re.compile(
     rb'(?:[^"\\]++|\\[^u]|\\u(?![dD][89abAB])[\da-fA-F]{4}'
     rb"|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2})*+",
@@ -44,7 +45,7 @@ _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 def read_fields(
     body: bytes | bytearray, wanted: Collection[str], step: int = STEP
 ) -> tuple[dict[str, Any], list[str]]:
-    """-> (the wanted fields, the names of the others). step: see STEP; at least the length of a number.
+    """-> (the wanted fields, the names of the others). step: see STEP; no number may be longer.
 
     Raises JSONTextError, or InvalidRequestError naming a field that is too large.
     """
@@ -114,7 +115,12 @@ class _Reader:
         while more:
             first = self._peek()
             if first == ord('"'):
-                items.append(self._text())
+                if texts := _TEXTS.match(self._body, self._at, self._at + self._step):
+                    comma = self._body.rfind(b",", self._at, texts.end())
+                    items += self._loads(self._at, comma, b"[", b"]")
+                    self._at = comma
+                else:
+                    items.append(self._text())
             elif first == ord("["):
                 self._at += 1
                 items.append(self._numbers(f"input[{len(items)}]"))
@@ -280,7 +286,7 @@ class _Reader:
 
     def _loads(self, begin: int, end: int, before: bytes = b"", after: bytes = b"") -> Any:
         try:
-            return loads(b"%b%b%b" % (before, self._body[begin:end], after))
+            return loads(b"".join((before, self._body[begin:end], after)))
         except JSONTextError as error:
             raise JSONTextError(f"{error} of what begins at byte {begin + 1}") from None
 

@@ -42,7 +42,9 @@ def bodies(draw: st.DrawFn) -> bytes:
         indent=draw(st.sampled_from([None, 1])),
     )
     mark = b"\xef\xbb\xbf" if draw(st.booleans()) else b""
-    return mark + dumped.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+    return (
+        mark + dumped.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").encode()
+    )
 
 
 @given(bodies(), st.integers(32, 64))
