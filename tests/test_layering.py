@@ -46,11 +46,13 @@ MODEL = [
 SERVER = [
     "errors",
     "json_text",
+    "hints",
     "logs",
     "settings",
     "metrics",
     "instructions",
     "names",
+    "json_fields",
     "schemas",
     "inputs",
     "byte_budget",

@@ -651,6 +651,17 @@ def test_one_bad_request_of_a_batch_file_is_its_own_error(
     np.testing.assert_allclose(vectors, expected[2:4], atol=1e-7)
 
 
+def test_ignored_fields_of_requests_are_said_once(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [batch_line("a", inputtype="query"), batch_line("b", inputtype="query", user="u")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encode("b.jsonl", "--openai-batch") == 0
+    said = capsys.readouterr().err
+    assert said.count("nobody knows are ignored: inputtype (input_type?)") == 1
+    assert said.count("\n") == 1
+
+
 def test_a_vector_that_is_not_finite_is_that_requests_error(
     encode: Encode, tmp_path: Path, golden_checkpoint: Path
 ) -> None:
