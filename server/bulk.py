@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -398,7 +399,7 @@ class _Progress:
             total=rows,
             desc="Embedding",
             unit=" rows",
-            disable=None,  # where there is no terminal
+            disable=None if sys.stderr else True,  # None: where there is no terminal
             smoothing=0,  # rows are not alike: the mean of the run tells more than its last second
             mininterval=0.5,
             nrows=24,  # a terminal that does not know its size would get no bar
