@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.packing import ROUND_TO, Segments
 
 logger = logging.getLogger("nv_embed.attention")
@@ -273,31 +274,35 @@ def _always(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _flash_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cpu":  # first: on a CPU nothing else would help
+        return "it runs on CUDA only"
     # On meta tensors the kernels accept float32, which CUDA does not: so we check ourselves.
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or later"
-    if device.type == "cpu":
-        return "it runs on CUDA only"
     return None
 
 
 def _varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _flash_refusal(device, dtype):
+        return reason
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return "this torch has no torch.nn.attention.varlen (2.10 or later has)"
-    return _flash_refusal(device, dtype)
+    return None
 
 
 def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if reason := _flash_refusal(device, dtype):
+        return reason
     if importlib.util.find_spec("flash_attn") is None:
-        return "the flash-attn package is not installed (pip install flash-attn)"
+        return f"the flash-attn package is not installed: {how_to_install('flash-attn')}"
     try:
         importlib.import_module("flash_attn")
     except ImportError as error:  # often: it was compiled for another torch
         logger.warning("flash-attn is installed and cannot be imported: %s", error)
         return f"the flash-attn package cannot be imported: {error}"
-    return _flash_refusal(device, dtype)
+    return None
 
 
 _KERNELS = {

@@ -10,20 +10,31 @@ queries = encoder.encode(["why is the sky blue?"], instruction=prefix)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.batch import BatchLimits, Encoding, RunnerOptions
-from model.errors import NonFiniteError
+from model.errors import NoMemoryError, NonFiniteError
 from model.hub import locate
+from model.memory import FittingRunner
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
 
 _WINDOW = 16_384
 """Texts that are tokenized and sorted by length together."""
+
+
+class EmbeddedBatch(NamedTuple):
+    """Indices of encodings and their vectors, float32 [n, D], which may be non-finite."""
+
+    indices: list[int]
+    rows: NDArray[np.float32]
+    too_large: list[int]  # indices that do not fit even alone; their rows are no vectors
 
 
 class Encoder:
@@ -82,6 +93,7 @@ class Encoder:
     ) -> None:
         self.tokenizer, self.runner, self.limits = tokenizer, runner, limits
         self.max_tokens = max_tokens
+        self._fitting = FittingRunner(runner)
 
     def encode(
         self,
@@ -97,7 +109,7 @@ class Encoder:
         instruction: put before each text verbatim, and left out of the pool.
         max_tokens: the limit of one input, by default the model's own.
         progress: a bar on stderr; None means when stderr is a terminal.
-        Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError.
+        Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError, NoMemoryError.
         """
         max_tokens = max_tokens or self.max_tokens
         vectors = np.empty((len(texts), self.runner.info.width), dtype=np.float32)
@@ -112,18 +124,32 @@ class Encoder:
         return vectors
 
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
-        """-> [len(encodings), D], in their order. Raises NonFiniteError."""
+        """-> [len(encodings), D], in their order. Raises NonFiniteError, NoMemoryError."""
         vectors = np.empty((len(encodings), self.runner.info.width), dtype=np.float32)
         for batch, rows in self._batches(encodings, first=0):
             vectors[batch] = rows
         return vectors
 
+    def batches(
+        self, encodings: Sequence[Encoding], done: AbstractSet[int] = frozenset()
+    ) -> Iterator[EmbeddedBatch]:
+        """All of `encodings`, a batch at a time; batches whose indices are all `done` are left out.
+
+        Which inputs share a batch does not depend on `done`, so that a run that goes on gives the
+        same bits as one that was never interrupted.
+        """
+        for batch in batches_by_length(encodings, self.limits):
+            if not done >= set(batch):
+                rows, too_large = self._fitting.embed([encodings[i] for i in batch])
+                yield EmbeddedBatch(batch, rows, [batch[row] for row in too_large])
+
     def _batches(
         self, encodings: Sequence[Encoding], first: int
     ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
         """Indices of a batch and its rows, batch by batch; `first` is the number of index 0."""
-        for batch in batches_by_length(encodings, self.limits):
-            rows = self.runner.embed([encodings[i] for i in batch])
+        for batch, rows, too_large in self.batches(encodings):
+            if too_large:
+                raise NoMemoryError([first + index for index in too_large])
             bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
             if bad.size:
                 raise NonFiniteError([first + batch[row] for row in bad])

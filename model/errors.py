@@ -2,16 +2,20 @@
 
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
+│   └── MissingFileError  a file of the folder is not there
+├── FileError             a named file is no regular file, or its text is not UTF-8
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
 ├── InputError            one input cannot be embedded; `index` tells which
 │   ├── InputTooLongError more tokens than the limit, and no truncation asked for
 │   └── EmptyPoolError    nothing is left to pool: the instruction fills the whole input
-└── NonFiniteError        the model produced NaN or infinity for some inputs
+├── NonFiniteError        the model produced NaN or infinity for some inputs
+└── NoMemoryError         some inputs do not fit into the device's memory, even alone
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class ModelError(Exception):
@@ -20,6 +24,14 @@ class ModelError(Exception):
 
 class CheckpointError(ModelError):
     """The checkpoint is missing, incomplete, or not one that this project supports."""
+
+
+class FileError(ModelError):
+    """What was named cannot be read as a file or as text; the message names it."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that a checkpoint needs does not exist."""
 
 
 class UnsupportedError(ModelError):
@@ -61,3 +73,20 @@ class NonFiniteError(ModelError):
     def __init__(self, rows: Sequence[int]) -> None:
         self.rows = tuple(rows)
         super().__init__(f"the model returned a non-finite vector for {len(self.rows)} input(s)")
+
+
+class NoMemoryError(ModelError):
+    """Some inputs do not fit into the device's memory, even alone; `rows` are their places."""
+
+    def __init__(self, rows: Sequence[int]) -> None:
+        self.rows = tuple(rows)
+        super().__init__(
+            f"{len(self.rows)} input(s) do not fit into the device's memory, even alone "
+            f"(the first is number {self.rows[0]}, from 0): shorten them"
+        )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
 _CHUNK = 1 << 18  # weights that are quantized at a time: 1 MB of float32 stays in the cache
@@ -37,7 +38,7 @@ def check(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
         known = ", ".join(QUANTIZATIONS)
         raise UnsupportedError(f"unknown quantization {quantization!r}; known: {known}")
     if quantization == "int8" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UnsupportedError("int8 needs bitsandbytes: pip install bitsandbytes")
+        raise UnsupportedError(f"int8 needs bitsandbytes: {how_to_install('int8')}")
     if quantization == "int8-dynamic" and device.type != "cpu":
         raise UnsupportedError("int8-dynamic is for CPUs: take float8 or int8 on a GPU")
     if quantization == "float8":

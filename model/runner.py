@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, host, products
+from model import cuda_graphs, fingerprint, host, products
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
@@ -52,6 +52,7 @@ class ModelRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self._options = options
+        fingerprint.require(Path(options.path), options.fingerprint)
         self.config = NVEmbedConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
@@ -77,6 +78,8 @@ class ModelRunner:
             quantize=options.quantization,
             layers=layers,
         )
+        # Again: what was exchanged while it was read was read in part.
+        fingerprint.require(Path(options.path), options.fingerprint)
         self.info = RunnerInfo(
             device=str(self.device),
             device_name=device_name(self.device),
@@ -87,6 +90,8 @@ class ModelRunner:
             cuda_graphs=options.cuda_graphs,
             products=layers.names,
         )
+        if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping
+            host.keep_freed_memory()
 
     @torch.inference_mode()
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
@@ -101,18 +106,28 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """CUDA: graphs, then the longest sequence, then a full batch, so that memory is claimed
-        and kernels are chosen before the first request. CPU: one short batch."""
+        and kernels are chosen before the first request. CPU: one short batch.
+
+        Raises UnsupportedError when the vectors are not finite."""
         if self.device.type != "cuda":
-            host.keep_freed_memory()
-            self.embed([_ramp(8)])
+            self._warm([_ramp(8)])
             return
         options = self._options
         if options.cuda_graphs:  # first: recording hands free memory back
             self._graphs = cuda_graphs.GraphedForward(self._forward, self.device)
-        self.embed([_ramp(options.max_input_tokens)])
+        self._warm([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
-        self.embed([_ramp(options.max_batch_tokens // seqs)] * seqs)
+        self._warm([_ramp(options.max_batch_tokens // seqs)] * seqs)
         torch.cuda.synchronize(self.device)
+
+    def _warm(self, encodings: Sequence[Encoding]) -> None:
+        """The weights are finite (the loader looks), but what they give may be too large for the
+        dtype."""
+        if not np.isfinite(self.embed(encodings)).all():
+            raise UnsupportedError(
+                f"this model's vectors are NaN or infinite in {self.info.dtype}: its weights are "
+                "damaged, or too large for that precision (--dtype, --quantization)"
+            )
 
     def close(self) -> None:
         del self.model
@@ -142,7 +157,7 @@ def resolve_device(name: str) -> torch.device:
         raise UnsupportedError(f"device {name!r} is not supported; known: cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
         build = "" if torch.version.cuda else "; this torch is a CPU build"
-        raise UnsupportedError(f"no CUDA device is visible{build}")
+        raise UnsupportedError(f"{name}: no CUDA device is visible{build}")
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise UnsupportedError(f"{name}: only {torch.cuda.device_count()} CUDA device(s) visible")
@@ -155,6 +170,8 @@ def resolve_dtype(
     """The working dtype. `auto`: bfloat16 on CUDA and on CPUs where its products are faster than
     float32's, else float32 if it fits."""
     if name in DTYPES:
+        if name == "float16" and device.type == "cpu":
+            logger.warning("processors compute float16 slowly: it is for GPUs")
         return DTYPES[name]
     if name != "auto":
         raise UnsupportedError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")

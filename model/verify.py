@@ -79,7 +79,9 @@ def verify(subject: Subject) -> bool:
     if measured.tokens_per_s is not None and measured.peak_memory_bytes is not None:
         print(f"speed    {measured.tokens_per_s:,.0f} tokens/s")
         print(f"memory   {measured.peak_memory_bytes / 1e9:.2f} GB at the peak")
-    print("passed" if passed else "FAILED")
+    skipped = sum(check.status == "skipped" for check in outcomes)
+    shown = f"passed ({skipped} skipped)" if skipped else "passed"
+    print(shown if passed else "FAILED")
     report = {
         "schema": "nv-embed-verify/1",
         "model": subject.source.model_id,
@@ -94,6 +96,7 @@ def verify(subject: Subject) -> bool:
         "checks": [asdict(check) for check in outcomes],
         "tokens_per_s": measured.tokens_per_s,
         "peak_memory_bytes": measured.peak_memory_bytes,
+        "skipped": skipped,
         "passed": passed,
     }
     print(json.dumps(report, ensure_ascii=False), flush=True)

@@ -1,64 +1,157 @@
 """OpenAI's batch files: a line is a request to /v1/embeddings, the answer a line of its own.
 
-A request that is refused is answered with its error, as over HTTP; the others are not touched.
+A request that is refused is answered with its error, as over HTTP; the others are not touched. A
+line that is no request refuses the file.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from model.batch import Encoding
+from model.errors import did_you_mean
 from server import schemas, serialize
-from server.errors import InvalidRequestError, ServerError
+from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
+from server.hints import ignored_names
 from server.inputs import InputTokenizer, tokenization_of
 from server.instructions import Defaults
 from server.names import ServedNames
-from server.text_files import InputFileError, read_objects
+from server.text_files import InputFileError, Source, read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
 
+logger = logging.getLogger("nv_embed.encode")
+
 URLS = ("/v1/embeddings", "/embeddings")
+_FIELDS = ("custom_id", "method", "url", "body")
+_SAID_AT_MOST = 10
+_INPUT_BYTES = 2048
+"""What an input of a request weighs beside its text: about a vector."""
 
 
-def read_requests(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a batch file, each with its custom_id, url and body."""
-    for number, line in enumerate(read_objects(path), 1):
-        if not isinstance(line.get("custom_id"), str):
-            raise InputFileError(f"{path}, line {number}: no custom_id")
-        if line.get("url") not in URLS:
+class BatchLine(NamedTuple):
+    """One request: `body` as it would come over HTTP."""
+
+    custom_id: str
+    body: bytes
+    inputs: int  # how many vectors it asks for, at most
+
+    @property
+    def key(self) -> bytes:
+        return self.custom_id.encode() + b"\0" + self.body
+
+    @property
+    def weight(self) -> int:
+        return len(self.body) + _INPUT_BYTES * self.inputs
+
+
+def read_requests(source: Source) -> Iterator[BatchLine]:
+    """The lines of a batch file. Raises InputFileError for one that is no request."""
+    for number, line in read_objects(source):
+        at = source.at(number)
+        if unknown := [name for name in line if name not in _FIELDS]:
             raise InputFileError(
-                f"{path}, line {number}: url is {line.get('url')!r}, only {URLS[0]} is served"
+                f"{at}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}; "
+                f"known: {', '.join(_FIELDS)}"
             )
-        yield line
+        if not isinstance(line.get("custom_id"), str):
+            raise InputFileError(f"{at}: no custom_id")
+        if line.get("method", "POST") != "POST":
+            raise InputFileError(f"{at}: method is {line['method']!r}, only POST is served")
+        if line.get("url") not in URLS:
+            raise InputFileError(f"{at}: url is {line.get('url')!r}, only {URLS[0]} is served")
+        body = line.get("body")
+        inputs = body.get("input") if isinstance(body, dict) else None
+        count = len(inputs) if isinstance(inputs, list) and not _is_ids(inputs) else 1
+        # Not orjson, which writes NaN as null: over HTTP these are not the same.
+        yield BatchLine(line["custom_id"], json.dumps(body).encode(), count)
 
 
+def _is_ids(inputs: list[Any]) -> bool:
+    return bool(inputs) and isinstance(inputs[0], int)
+
+
+@dataclass(frozen=True, slots=True)
 class BatchAnswers:
-    """Makes shards of answers: `write` is a bulk.WriteShard."""
+    """How requests are tokenized and answered; `tokenize` is a bulk.Tokenize."""
 
-    def __init__(
-        self, encoder: Encoder, tokenizer: InputTokenizer, names: ServedNames, defaults: Defaults
-    ) -> None:
-        self._encoder, self._tokenizer = encoder, tokenizer
-        self._names, self._defaults = names, defaults
+    encoder: Encoder
+    tokenizer: InputTokenizer
+    names: ServedNames
+    defaults: Defaults
+    truncated_dimensions: bool
+    _said: set[str] = field(default_factory=set)  # of ignored fields, each once
 
-    def write(self, file: BinaryIO, lines: Sequence[dict[str, Any]], first: int) -> None:
+    def tokenize(self, lines: Sequence[BatchLine], first: int) -> _Answers:
         requests = [self._read(line) for line in lines]
         encodings = [e for request in requests if isinstance(request, tuple) for e in request[1]]
-        vectors = iter(self._encoder.embed(encodings))
-        for index, (line, request) in enumerate(zip(lines, requests, strict=True), first):
-            if isinstance(request, ServerError):
-                status, body = request.status, orjson.dumps(request.body())
+        return _Answers(encodings, lines, requests, first, {})
+
+    def _read(
+        self, line: BatchLine
+    ) -> tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError:
+        try:
+            wire, unknown = schemas.read_body(schemas.EmbeddingsRequest, line.body)
+            self._say_ignored(unknown)
+            how = tokenization_of(wire, wire.model, self.names, self.defaults)
+            inputs = schemas.parse_inputs(wire.input)
+            width = self.encoder.runner.info.width
+            serialize.check_dimensions(wire.dimensions, width, self.truncated_dimensions)
+            return wire, self.tokenizer.tokenize(inputs, how)
+        except ServerError as error:
+            return error
+
+    def _say_ignored(self, names: Sequence[str]) -> None:
+        """As the header of an answer over HTTP does."""
+        if not names or len(self._said) >= _SAID_AT_MOST:
+            return
+        said = ignored_names(names, schemas.known_fields(schemas.EmbeddingsRequest))
+        if said not in self._said:
+            self._said.add(said)
+            logger.warning("fields of requests that nobody knows are ignored: %s", said)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Work on the requests of one shard."""
+
+    encodings: list[Encoding]
+    lines: Sequence[BatchLine]
+    requests: Sequence[tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError]
+    first: int
+    lost: dict[int, None]  # indices of encodings that did not fit into memory
+
+    def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
+        self.lost.update(dict.fromkeys(lost))  # the others do not suffer
+
+    def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None:
+        start = 0
+        for index, (line, request) in enumerate(
+            zip(self.lines, self.requests, strict=True), self.first
+        ):
+            if isinstance(request, tuple):
+                wire, encodings = request
+                rows = range(start, start + len(encodings))
+                start += len(encodings)
+                error = self._fault(encodings, rows, vectors)
             else:
-                wire, its_encodings = request
-                status, body = 200, self._answer(wire, its_encodings, vectors)
+                error = request
+            if error is not None:
+                status, body = error.status, orjson.dumps(error.body())
+            else:
+                status, body = 200, _answer(wire, encodings, vectors[rows.start : rows.stop])
             answer = {
                 "id": f"batch_req_{index}",
-                "custom_id": line["custom_id"],
+                "custom_id": line.custom_id,
                 "response": {
                     "status_code": status,
                     "request_id": f"req_{index}",
@@ -68,27 +161,32 @@ class BatchAnswers:
             }
             file.write(orjson.dumps(answer) + b"\n")
 
-    def _read(
-        self, line: dict[str, Any]
-    ) -> tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError:
-        try:
-            wire = schemas.parse_body(schemas.EmbeddingsRequest, orjson.dumps(line.get("body")))
-            how = tokenization_of(wire, wire.model, self._names, self._defaults)
-            encodings = self._tokenizer.tokenize(schemas.parse_inputs(wire.input), how)
-            width = self._encoder.runner.info.width
-            if wire.dimensions not in (None, width):
-                raise InvalidRequestError(f"This model has {width} dimensions", param="dimensions")
-        except ServerError as error:
-            return error
-        return wire, encodings
+    def _fault(
+        self, encodings: Sequence[Encoding], rows: range, vectors: NDArray[np.float32]
+    ) -> ServerError | None:
+        """What is wrong with a request's vectors."""
+        for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
+            param = f"input[{place}]"
+            if row in self.lost:
+                return DeviceMemoryError(
+                    f"{param} has {len(encoding)} tokens, which do not fit into the device's "
+                    "memory: shorten it",
+                    param=param,
+                )
+            if not np.isfinite(vectors[row]).all():
+                return NonFiniteVectorError(
+                    f"the model's vector for {param} is not finite", param=param
+                )
+        return None
 
-    @staticmethod
-    def _answer(
-        wire: schemas.EmbeddingsRequest, encodings: Sequence[Encoding], vectors: Iterator[Any]
-    ) -> bytes:
-        return serialize.embeddings_body(
-            [next(vectors) for _ in encodings],
-            model=wire.model,
-            tokens=sum(map(len, encodings)),
-            base64=wire.encoding_format == "base64",
-        )
+
+def _answer(
+    wire: schemas.EmbeddingsRequest, encodings: Sequence[Encoding], vectors: NDArray[np.float32]
+) -> bytes:
+    return serialize.embeddings_body(
+        list(vectors),
+        model=wire.model,
+        tokens=sum(map(len, encodings)),
+        base64=wire.encoding_format == "base64",
+        dimensions=wire.dimensions,
+    )

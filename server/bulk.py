@@ -1,65 +1,68 @@
 """`nv-embed encode`: a file of texts to files of vectors, without a server, resumable.
 
-The rows are embedded a shard at a time; a shard is written whole or not at all, so that being
-killed costs the shard in hand. A manifest beside the output says what it was made of; `--resume`
-goes on only with the same. Constant memory: a shard's worth.
+Owns the order of a run: the input is read once to describe it, then again, a shard at a time, and
+what is read must be the same. A manifest beside the output says what it was made of; `--resume`
+goes on only with the same. A shard is written whole; what is done of the one in hand is kept every
+half a minute. Constant memory: a shard's worth. Knows neither how rows are read nor how vectors
+are written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.errors import InputError, NonFiniteError
-from model.hub import ModelSource, weight_files
+from model.batch import Encoding, RunnerInfo
+from model.errors import InputError
+from model.fingerprint import fingerprint
+from model.hub import ModelSource
 from model.tokenizer import Truncation
-from server.text_files import InputFileError, sha256_of
-from server.vector_files import FORMATS, VectorFormat, replacing
+from server.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
+from server.text_files import InputFileError, Line, Source
+from server.vector_files import VectorFormat
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
 
+logger = logging.getLogger("nv_embed.encode")
+
+KEEP_EVERY_S = 30.0
+"""How much work of an unfinished shard is lost at most, and a batch."""
+_SAY_EVERY_S = 60.0
+_SHARD_BYTES = 64 << 20
+_ROW_BYTES = 8192
+"""A shard holds no more text than this times its size (or 64 MiB): long rows make short shards."""
+_WINDOW_CHARS = 4 << 20
+"""Texts that are tokenized at once: tokens take about 30 times the memory of the text."""
 
 Row = TypeVar("Row")
 Row_contra = TypeVar("Row_contra", contravariant=True)
-
-
-class WriteShard(Protocol[Row_contra]):
-    def __call__(self, file: BinaryIO, rows: Sequence[Row_contra], first: int, /) -> None: ...
-
-
-class ResumeError(Exception):
-    """The output there was not made of the same things, or must not be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is embedded, how, and where to. `target` is a file, or a folder for shards."""
 
-    source: Path
     target: Path
+    is_folder: bool
+    format: VectorFormat
     field: str
     prefix: str
     truncate: Truncation
     shard_size: int
-    format: VectorFormat
-
-    @property
-    def parts(self) -> Path:
-        """The folder of the shards."""
-        return self.target if self.is_folder else self.target.with_name(self.target.name + ".parts")
-
-    @property
-    def is_folder(self) -> bool:
-        return self.target.suffix not in FORMATS
 
     @property
     def manifest(self) -> Path:
@@ -67,105 +70,446 @@ class Job:
             return self.target / "manifest.json"
         return self.target.with_name(self.target.name + ".manifest.json")
 
-    def shard(self, number: int) -> Path:
-        return self.parts / f"part-{number:05}{self.format.suffix}"
+    def parts(self, mode: int) -> Parts:
+        """Where the shards are; mode: of every file that is written."""
+        folder = self.target if self.is_folder else Path(f"{self.target}.parts")
+        return Parts(folder, self.format.suffix, mode)
+
+    @property
+    def to_remove(self) -> Path:
+        """What must go, so that the job can begin anew."""
+        return self.target if self.is_folder else self.manifest
 
 
-def describe(
-    job: Job, model: ModelSource, how: dict[str, Any], rows_of_input: Iterator[Any]
-) -> dict[str, Any]:
-    """The manifest of a job: everything that its vectors depend on. Reads the whole input once,
-    so a bad row is found before a model is loaded. Raises InputFileError."""
-    rows = sum(1 for _ in rows_of_input)
-    if not rows:
-        raise InputFileError(f"{job.source} holds no text")
-    return {
-        "input": {"sha256": sha256_of(job.source), "rows": rows, "field": job.field},
-        "model": {
-            "id": model.model_id,
-            "revision": model.revision,
-            "fingerprint": fingerprint(model.path),
-            **how,
-        },
-        "prefix": job.prefix,
-        "truncate": str(job.truncate),
-        "format": job.format.suffix,
-        "shard_size": job.shard_size,
-        "shards": -(-rows // job.shard_size),
-    }
+@dataclass(frozen=True, slots=True)
+class Rows(Generic[Row]):
+    """The rows of an input: `read` begins anew with each call, `key` is all that a row's vectors
+    depend on, and `weight` the bytes that it takes."""
+
+    read: Callable[[], Iterator[Row]]
+    key: Callable[[Row], bytes]
+    weight: Callable[[Row], int]
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config, tokenizer and tensor tables; not of its gigabytes."""
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json"):
-        digest.update(path.read_bytes())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-    return digest.hexdigest()
+class Work(Protocol):
+    """The rows of one shard, tokenized."""
+
+    @property
+    def encodings(self) -> list[Encoding]: ...
+
+    def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
+        """Look at a batch's vectors as it is done; lost: indices that did not fit into memory."""
+        ...
+
+    def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None: ...
 
 
-def prepare(job: Job, manifest: dict[str, Any], *, resume: bool) -> bool:
-    """Make the output's place ready; False when all is done already. Raises ResumeError."""
-    earlier = _read_manifest(job.manifest)
-    if not resume:
-        if earlier is not None and not earlier.get("complete"):
-            raise ResumeError(
-                f"{job.manifest} is of an unfinished run: go on with --resume, or remove it"
-            )
-        if job.is_folder and job.target.exists() and any(job.target.iterdir()):
-            raise ResumeError(f"{job.target} is not empty: take another folder, or --resume")
-        shutil.rmtree(job.parts, ignore_errors=True)
-    elif earlier is not None:
-        complete = earlier.pop("complete", False)
-        changed = [name for name in manifest if manifest[name] != earlier.get(name)]
-        if changed:
-            raise ResumeError(
-                f"{job.manifest} was made with another {', '.join(changed)}: the vectors would "
-                "not belong together"
-            )
-        if complete:
+class Tokenize(Protocol[Row_contra]):
+    def __call__(self, rows: Sequence[Row_contra], first: int, /) -> Work: ...
+
+
+@contextmanager
+def place(job: Job) -> Iterator[None]:
+    """The output's place, for this run alone. Nothing is left of a run that did not begin."""
+    made = False
+    if job.is_folder and not job.target.is_dir():
+        with suppress(FileExistsError):  # another run was quicker
+            job.target.mkdir()
+            made = True
+    lock = job.manifest.with_name(f".{job.manifest.name}.lock")
+    try:
+        with locked(lock, job.target):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # it holds something now, or is gone
+                job.target.rmdir()
+
+
+def shards_of(rows: Rows[Row], size: int) -> Iterator[tuple[Shard, list[Row]]]:
+    """Cut the input into shards; the same input and size give the same shards."""
+    most = max(_SHARD_BYTES, size * _ROW_BYTES)
+    chunk: list[Row] = []
+    digest, weight, number, first = hashlib.sha256(), 0, 0, 0
+    for row in rows.read():
+        if chunk and (len(chunk) == size or weight + rows.weight(row) > most):
+            yield Shard(number, first, len(chunk), digest.hexdigest()), chunk
+            number, first = number + 1, first + len(chunk)
+            chunk, digest, weight = [], hashlib.sha256(), 0
+        key = rows.key(row)
+        digest.update(len(key).to_bytes(8, "little") + key)
+        weight += rows.weight(row)
+        chunk.append(row)
+    if chunk:
+        yield Shard(number, first, len(chunk), digest.hexdigest()), chunk
+
+
+class Run(Generic[Row]):
+    """One job on one input: `describe`, `is_done`, `begin`, `finish`, in this order."""
+
+    def __init__(self, job: Job, source: Source, rows: Rows[Row], mode: int) -> None:
+        self._job, self._source, self._rows = job, source, rows
+        self._parts = job.parts(mode)
+        self._manifest: dict[str, Any] = {}
+        self._shards: list[Shard] = []
+        self._earlier: dict[str, Any] | None = None
+        self._proofs: dict[int, Proof] = {}
+        self._has_begun = self._is_complete = False
+        self.rows_kept = 0
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.rows for shard in self._shards)
+
+    def describe(
+        self, model: ModelSource, asked: Mapping[str, str], defaults: Mapping[str, Any]
+    ) -> None:
+        """Read the whole input once, so that a bad row is found before a model is loaded.
+
+        asked: how the model shall run; "auto" is settled by `begin`. defaults: what else the
+        vectors depend on. Raises InputFileError.
+        """
+        job = self._job
+        sha256 = self._source.sha256()
+        self._shards = [shard for shard, _ in shards_of(self._rows, job.shard_size)]
+        if not self._shards:
+            raise InputFileError(f"{self._source.name} holds no text")
+        self._manifest = {
+            "input": {
+                "sha256": sha256,
+                "rows": self.num_rows,
+                "field": job.field,
+                "kind": str(self._source.kind),
+            },
+            "model": {
+                "id": os.fsencode(model.model_id).decode(errors="replace"),  # of a folder, perhaps
+                "revision": model.revision,
+                "fingerprint": fingerprint(model.path),
+                **{name: value for name, value in asked.items() if value != "auto"},
+            },
+            "prefix": job.prefix,
+            "truncate": str(job.truncate),
+            "format": job.format.suffix,
+            "shard_size": job.shard_size,
+            "shards": len(self._shards),
+            **defaults,
+        }
+
+    def is_done(self, *, resume: bool) -> bool:
+        """Whether an earlier run did it all. Raises OutputError when this one must not begin."""
+        job = self._job
+        self._earlier = _read_manifest(job.manifest)
+        complete = bool(self._earlier and self._earlier.get("complete"))
+        if self._earlier is not None and not complete and self._parts.is_empty:
+            self._earlier = None  # a run that had done nothing yet binds nobody
+        taken = job.is_folder and any(
+            entry != job.manifest and not entry.name.startswith(".")
+            for entry in job.target.iterdir()
+        )
+        if not resume or self._earlier is None:
+            if not resume and self._earlier is not None and not complete:
+                raise OutputError(
+                    f"{job.manifest} is of an unfinished run: go on with --resume, or remove "
+                    f"{job.to_remove}"
+                )
+            if taken:
+                hint = ", or --resume" if self._earlier is not None else ""
+                raise OutputError(f"{job.target} is not empty: take another folder{hint}")
+            self._earlier = None
             return False
-    job.parts.mkdir(parents=True, exist_ok=True)
-    _write_manifest(job.manifest, manifest)
-    return True
+        self._refuse_another()
+        if not complete:
+            return False
+        return self._is_whole()
 
+    def _is_whole(self) -> bool:
+        """Whether the files of a complete run are still what it wrote."""
+        assert self._earlier is not None
+        job, proofs = self._job, _proofs_of(self._earlier)
+        if job.is_folder:
+            self._proofs = proofs
+            paths = {shard: self._parts.path(shard.number) for shard in self._shards}
+            return all(proves(proofs.get(s.number), s, path) for s, path in paths.items())
+        if not job.target.exists():
+            logger.warning(
+                "%s was complete and is gone; to make it anew, remove %s", job.target, job.to_remove
+            )
+        elif not proofs or not proofs[0].holds(job.target):
+            logger.warning("%s is not what its run wrote: it is made anew", job.target)
+            return False
+        return True
 
-def run(job: Job, manifest: dict[str, Any], rows: Iterator[Row], write: WriteShard[Row]) -> None:
-    """Write what is missing of the shards, then put them together.
-
-    rows: of the input, from its beginning; write: makes a shard of some of them.
-    """
-    count, shards = manifest["input"]["rows"], manifest["shards"]
-    with tqdm(total=count, desc="Embedding", unit=" rows", disable=None) as bar:
-        for number in range(shards):
-            chunk = list(islice(rows, job.shard_size))
-            if not job.shard(number).exists():
-                with replacing(job.shard(number)) as file:
-                    write(file, chunk, number * job.shard_size)
-            bar.update(len(chunk))
-    if not job.is_folder:
-        with replacing(job.target) as file:
-            job.format.join(file, [job.shard(number) for number in range(shards)], count)
-    _write_manifest(job.manifest, {**manifest, "complete": True})
-    if not job.is_folder:
-        shutil.rmtree(job.parts)
-
-
-def text_shards(job: Job, encoder: Encoder) -> WriteShard[str]:
-    """Makes shards of texts. It raises InputFileError for a text that cannot be embedded."""
-
-    def write(file: BinaryIO, texts: Sequence[str], first: int) -> None:
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """A run that fails before anything was kept leaves nothing that a later one trips over."""
         try:
-            vectors = encoder.encode(texts, job.prefix, truncate=job.truncate, progress=False)
-        except (InputError, NonFiniteError) as error:
-            index = error.rows[0] if isinstance(error, NonFiniteError) else error.index or 0
-            raise InputFileError(f"{job.source}, line {first + index + 1}: {error}") from None
-        job.format.write(file, vectors, first)
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if self._parts.is_empty and not self._is_complete:
+                    if self._has_begun:  # otherwise the manifest is that of an earlier run
+                        self._job.manifest.unlink(missing_ok=True)
+                    self._parts.clear()
+            raise
 
-    return write
+    def begin(self, info: RunnerInfo) -> None:
+        """With the model ready, and how it runs settled: the first thing that is written."""
+        self._manifest["model"] |= {
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "attention": info.attention,
+            "device": info.device.partition(":")[0],
+        }
+        if self._earlier is not None:
+            self._refuse_another()
+        with self._leaving_nothing():
+            if self._earlier is None:
+                self._parts.clear()
+            self._parts.make()
+            self._parts.sweep()
+            self._write_manifest({})
+            self._has_begun = True
+
+    def finish(self, encoder: Encoder, tokenize: Tokenize[Row], *, every: float) -> None:
+        """Write what is missing of the shards, then put them together.
+
+        every: seconds after which finished batches of a shard are kept. Raises InputFileError for
+        a row that cannot be embedded, or when the input is not what it was.
+        """
+        with self._leaving_nothing():
+            self._finish(encoder, tokenize, every)
+
+    def _finish(self, encoder: Encoder, tokenize: Tokenize[Row], every: float) -> None:
+        job, parts = self._job, self._parts
+        ledger = Ledger(parts, self._proofs)
+        with _Progress(self.num_rows) as progress:
+            again = shards_of(self._rows, job.shard_size)
+            for shard in self._shards:
+                found, chunk = next(again, (None, []))
+                if found != shard:
+                    raise self._changed()
+                end = shard.first + shard.rows
+                if ledger.has(shard, parts.path(shard.number)):
+                    progress.skip_to(end)
+                else:
+                    self._write_shard(shard, chunk, ledger, encoder, tokenize, progress, every)
+                    progress.reach(end)
+                self.rows_kept = end
+        sha256 = self._manifest["input"]["sha256"]
+        if next(again, None) is not None or self._source.sha256() != sha256:
+            raise self._changed()
+        if job.is_folder:
+            self._complete(self._files(ledger))
+            parts.sweep(finished=True)
+            return
+        with parts.replacing(job.target) as file:
+            paths = [parts.path(shard.number) for shard in self._shards]
+            job.format.join(file, paths, self.num_rows)
+            proof = Proof.of(file)
+        name = os.fsencode(job.target.name).decode(errors="replace")
+        files = [{"name": name, **asdict(proof)}]
+        self._complete(files)
+        parts.clear()
+
+    def _write_shard(
+        self,
+        shard: Shard,
+        chunk: Sequence[Row],
+        ledger: Ledger,
+        encoder: Encoder,
+        tokenize: Tokenize[Row],
+        progress: _Progress,
+        every: float,
+    ) -> None:
+        work = tokenize(chunk, shard.first)
+        width = encoder.runner.info.width
+        vectors = np.empty((len(work.encodings), width), dtype=np.float32)
+        lengths = np.array([len(encoding) for encoding in work.encodings], dtype=np.int64)
+        todo = max(int(lengths.sum()), 1)
+
+        keeper = self._parts.keeper(shard, width, every)
+        done = keeper.recall(vectors)
+        tokens = int(lengths[sorted(done)].sum())
+        progress.skip_to(shard.first + int(shard.rows * tokens / todo))
+        try:
+            with keeper:
+                for indices, rows, lost in encoder.batches(work.encodings, done):
+                    work.check(indices, rows, lost)
+                    vectors[indices] = rows
+                    if not lost:
+                        keeper.add(indices, rows)
+                    tokens += int(lengths[[i for i in indices if i not in done]].sum())
+                    progress.reach(shard.first + int(shard.rows * tokens / todo))
+        finally:
+            share = keeper.rows / max(len(vectors), 1)
+            self.rows_kept = shard.first + int(shard.rows * min(share, 1))
+        with self._parts.replacing(self._parts.path(shard.number)) as file:
+            work.write(file, vectors)
+            proof = Proof.of(file, shard.digest)
+        ledger.note(shard.number, proof)
+        keeper.forget()
+
+    def _changed(self) -> InputFileError:
+        return InputFileError(
+            f"{self._source.name} changed while it was read: nothing was put together; remove "
+            f"{self._job.to_remove} and begin anew"
+        )
+
+    def _refuse_another(self) -> None:
+        """Raises OutputError naming what differs from the earlier run's manifest."""
+        assert self._earlier is not None
+        now, then = _flat(self._manifest), _flat(self._earlier)
+        changed = []
+        for name, value in now.items():
+            if then.get(name) != value:
+                hidden = name.startswith("input.") or name in ("prefix", "query_instruction")
+                changed.append(name if hidden else f"{name} ({then.get(name)} then, {value} now)")
+        if changed:
+            raise OutputError(
+                f"{self._job.manifest} was made with another {', '.join(changed)}: the vectors "
+                f"would not belong together; give the same, or remove {self._job.to_remove} to "
+                "begin anew"
+            )
+
+    def _files(self, ledger: Ledger) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": self._parts.path(shard.number).name,
+                "rows": shard.rows,
+                **asdict(ledger.proofs[shard.number]),
+            }
+            for shard in self._shards
+        ]
+
+    def _complete(self, files: list[dict[str, Any]]) -> None:
+        self._write_manifest({"files": files, "complete": True})
+        self._is_complete = True
+
+    def _write_manifest(self, more: Mapping[str, Any]) -> None:
+        with self._parts.replacing(self._job.manifest) as file:
+            document = {**self._manifest, **more}
+            file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+class _Progress:
+    """A bar on a terminal, a line a minute in a log. Rows of an earlier run have no speed."""
+
+    def __init__(self, rows: int) -> None:
+        self._bar = tqdm(
+            total=rows,
+            desc="Embedding",
+            unit=" rows",
+            disable=None if sys.stderr else True,  # None: where there is no terminal
+            smoothing=0,  # rows are not alike: the mean of the run tells more than its last second
+            mininterval=0.5,
+            nrows=24,  # a terminal that does not know its size would get no bar
+        )
+        self._rows, self._reached, self._skipped = rows, 0, 0
+        self._started = self._said = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def skip_to(self, row: int) -> None:
+        ahead = row - self._reached
+        if ahead > 0:
+            self._skipped += ahead
+            if not self._bar.disable:
+                self._bar.initial += ahead
+            self.reach(row)
+
+    def reach(self, row: int) -> None:
+        ahead = row - self._reached
+        if ahead <= 0:
+            return
+        self._reached = row
+        self._bar.update(ahead)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= _SAY_EVERY_S:
+            self._said = now
+            done, rate = row - self._skipped, (row - self._skipped) / (now - self._started)
+            left = f", about {(self._rows - row) / rate:.0f} s left" if done else ""
+            logger.info("%d of %d rows, %.1f rows/s%s", row, self._rows, rate, left)
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Work on plain texts."""
+
+    encodings: list[Encoding]
+    job: Job
+    source: Source
+    lines: Sequence[Line]
+    first: int
+
+    def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
+        if lost:
+            raise self._error(lost[0], "the text does not fit into the device's memory")
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if bad.size:
+            raise self._error(indices[bad[0]], "the model returned a non-finite vector")
+
+    def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None:
+        self.job.format.write(file, vectors, self.first)
+
+    def _error(self, index: int, what: str) -> InputFileError:
+        return InputFileError(f"{self.source.at(self.lines[index].number)}: {what}")
+
+
+def texts(job: Job, source: Source, encoder: Encoder) -> Tokenize[Line]:
+    """How shards of texts are tokenized. It raises InputFileError for one that cannot be used."""
+
+    def tokenize(lines: Sequence[Line], first: int) -> _Texts:
+        encodings = []
+        for window in _windows(lines):
+            results = encoder.tokenizer.encode_batch(
+                [line.text for line in window],
+                job.prefix,
+                max_tokens=encoder.max_tokens,
+                truncate=job.truncate,
+            )
+            for line, result in zip(window, results, strict=True):
+                if isinstance(result, InputError):
+                    raise InputFileError(f"{source.at(line.number)}: {result}")
+                encodings.append(result)
+        return _Texts(encodings, job, source, lines, first)
+
+    return tokenize
+
+
+def _windows(lines: Sequence[Line]) -> Iterator[list[Line]]:
+    window: list[Line] = []
+    chars = 0
+    for line in lines:
+        if window and chars + len(line.text) > _WINDOW_CHARS:
+            yield window
+            window, chars = [], 0
+        window.append(line)
+        chars += len(line.text)
+    yield window
+
+
+def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested names with dots: model.dtype."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": item for inner, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _proofs_of(manifest: Mapping[str, Any]) -> dict[int, Proof]:
+    """What a complete run noted of its files."""
+    proofs = {}
+    with suppress(KeyError, TypeError, AttributeError):
+        for number, file in enumerate(manifest["files"]):
+            proofs[number] = Proof(file["size"], file["sha256"], file["made_of"])
+    return proofs
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -174,10 +518,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise ResumeError(f"{path} is not a manifest") from None
-    return dict(raw)
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
+        raw = None
+    if not isinstance(raw, dict):
+        raise OutputError(f"{path} is not a manifest: remove it, or name another --output")
+    return raw

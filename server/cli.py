@@ -1,62 +1,141 @@
-"""The command `nv-embed`: serve, encode, verify, train, … Arguments and messages, no more."""
+"""The command `nv-embed`: the parsers of serve, encode, train, …, and calls of their code.
+
+Owns the options that only one command has; server/settings.py owns the rest. What goes wrong
+becomes one line and an exit status here: no command shows a traceback, unless it logs at level
+debug.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import logging
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import NoReturn
 
 from model import host
-from model.errors import ModelError
+from model.errors import ModelError, did_you_mean
 from server import logs, settings
 from server.errors import SettingsError
+from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
 
-if TYPE_CHECKING:
-    from model.encoder import Encoder
-    from model.hub import ModelSource
-    from server import bulk
-    from server.batch_files import BatchAnswers
+logger = logging.getLogger("nv_embed.cli")
+
+_MOST = 10_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a text that the terminal's encoding lacks is shown, not raised.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = _parse(argv)
-        status: int = arguments.run(arguments)
+        try:
+            arguments = _parse(sys.argv[1:] if argv is None else argv)
+            status: int = arguments.run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk or a closed pipe can be told
     except (SettingsError, ModelError) as error:
-        print(f"nv-embed: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _forget_stdout()
+        return 1
+    except OSError as error:
+        _forget_stdout()
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return _fail(f"{place}{error.strerror or error}", 1)
+    except MemoryError:
+        return _fail("out of memory", 1)
+    except Exception as error:
+        logger.debug("an unforeseen error", exc_info=True)
+        return _fail(
+            f"an unforeseen {type(error).__name__}: {error} (--log-level debug shows where)", 1
+        )
     return status
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Raises SettingsError for an unknown flag, with the nearest known one."""
+def _fail(message: str, status: int) -> int:
+    print(f"nv-embed: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _forget_stdout() -> None:
+    """What could not be written would be tried again, and complained of, at the very end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are SettingsErrors of one line, which name the nearest of the known values."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Raises SettingsError for an unknown flag, with the nearest known one, and an empty value."""
+    for place, item in enumerate(argv):
+        flag, equals, value = item.partition("=")
+        if not item.strip() or (flag.startswith("--") and equals and not value.strip()):
+            before = argv[place - 1] if place else ""
+            name = flag if equals else before if before.startswith("-") else f"argument {place + 1}"
+            raise SettingsError(f"{name}: {settings.EMPTY}")
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = re.findall(r"--[a-z-]+", arguments.parser.format_help())
-        hint = settings.did_you_mean(unknown[0], flags)
+        hint = did_you_mean(unknown[0].partition("=")[0], flags)
         raise SettingsError(f"unrecognized argument {unknown[0]}{hint}")
     return arguments
 
 
+def _whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """A whole number of an option, within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text[:64]!r}") from None
+        if not least <= number <= most:
+            bound = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text[:64]}")
+        return number
+
+    return read
+
+
+def _part(text: str) -> float:
+    """A number above 0 and at most 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) <= 1 and math.isfinite(number):
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text[:64]!r}")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nv-embed",
         description="Serve NV-Embed behind OpenAI's embeddings API, or use it from files.",
     )
     from importlib.metadata import version
 
     parser.add_argument("--version", action="version", version=version("nv-embed-server"))
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=_help, parser=parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     serve = commands.add_parser(
         "serve",
@@ -73,7 +152,8 @@ def _parser() -> argparse.ArgumentParser:
         help="embed a file of texts",
         description="Embed each line of a text file, a field of each JSON line, or a column of a "
         "Parquet file, without a server. The output holds one vector per row, in order. Ended by "
-        "Ctrl-C or worse, --resume goes on: at most one shard is lost.",
+        "Ctrl-C or worse, --resume goes on: half a minute of work is lost at most. Exit status: 0 "
+        "when all is written, 1 when it failed, 2 for a wrong call, 130 after Ctrl-C.",
         epilog="Example: nv-embed encode questions.txt -o questions.npy --model MODEL --task NQ",
     )
     _add_encode_arguments(encode)
@@ -85,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Check a checkpoint on this machine against the values published with it, and "
         "measure. Prints a table and, last, a line of JSON; exit status 1 outside tolerance.",
     )
-    _add_model_arguments(verify)
+    settings.add_flags(verify, ModelSettings)
     verify.add_argument(
         "--golden",
         type=Path,
@@ -100,29 +180,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "parser")}
-    options = settings.load(given, os.environ)
+def _help(arguments: argparse.Namespace) -> int:
+    arguments.parser.print_help(sys.stderr)
+    return 2
+
+
+def _settle(arguments: argparse.Namespace, kind: type[T]) -> T:
+    """What flags, environment and file say of the options of `kind`; `arguments` gets it, too.
+
+    Raises SettingsError.
+    """
+    names = {*kind.model_fields, "config"}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    options = settings.load_as(kind, given, os.environ)
     logs.configure(options.log_format, options.log_level)
+    vars(arguments).update({name: getattr(options, name) for name in kind.model_fields})
+    return options
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    options = _settle(arguments, settings.Settings)
+    config = getattr(arguments, "config", os.environ.get(f"{settings.ENV_PREFIX}CONFIG"))
+    for warning in settings.exposed(options, config):
+        logger.warning(warning)
     from model.hub import locate
     from server import lifecycle
+    from server.names import ServedNames
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = locate(options.model, revision=options.revision, offline=options.offline)
+    names = ServedNames(source.model_id, options.served_model_name).names
+    logger.info("clients name the model %s", ", ".join(names))
     return lifecycle.run(options, source)
 
 
 def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
-    from model.tokenizer import Truncation
-
-    parser.add_argument("file", type=Path, metavar="FILE", help="text, JSON lines or .parquet")
+    parser.add_argument(
+        "file", metavar="FILE", help="text, JSON lines or Parquet; - reads standard input"
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
-        help="a file (.npy, .jsonl or .parquet), or a folder for shards (default: FILE.npy)",
+        help="a file (.npy, .jsonl or .parquet), or a folder for shards: NAME/ (default: FILE.npy)",
     )
     parser.add_argument(
         "--openai-batch",
@@ -134,190 +235,43 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-size",
-        type=int,
+        type=_whole(1),
         default=8192,
-        help="texts that are written at once, and lost at most (default: %(default)s)",
+        help="texts in a shard, at most (default: %(default)s)",
     )
     parser.add_argument(
         "--format",
-        default="npy",
         choices=("npy", "jsonl", "parquet"),
-        help="of the shards in a folder (default: %(default)s)",
+        help="of the shards in a folder (default: npy)",
     )
-    parser.add_argument("--field", default="text", help="of JSON, or column (default: %(default)s)")
+    parser.add_argument("--field", help="of JSON, or column of Parquet (default: text)")
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument("--prompt", help="prefix of each text, verbatim")
-    prefix.add_argument("--instruction", help="task description: Instruct: … Query: …")
+    prefix.add_argument("--instruction", help="task description: Instruct: ... Query: ...")
     prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
     parser.add_argument(
         "--input-type",
         choices=("query", "passage"),
         help="the side of --task (default: query); alone, query means question answering",
     )
-    parser.add_argument("--truncate", type=Truncation, choices=list(Truncation), default="none")
-    parser.add_argument("--max-batch-tokens", type=int, help="tokens in one forward")
-    parser.add_argument("--runner", help=argparse.SUPPRESS)
-    _add_model_arguments(parser)
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it runs: for the commands without a server."""
-    parser.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
-    parser.add_argument("--revision", help="commit, tag or branch of a hub id")
-    parser.add_argument("--offline", action="store_true", help="use the local cache only")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
-    parser.add_argument("--attention", default="auto", help="auto or a kernel's name")
-    parser.add_argument(
-        "--cpu-products",
-        default="auto",
-        help="matrix products on a CPU: auto (the fastest right ones), plain or allow-slow",
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    settings.add_flags(parser, EncodeSettings)
 
 
 def _encode(arguments: argparse.Namespace) -> int:
-    logs.configure("text", "info")
-    from model.hub import locate
-    from server import bulk
-    from server.text_files import InputFileError
+    arguments.device = _settle(arguments, EncodeSettings).one_device()
+    from server import encode
 
-    job = _encode_job(arguments)
-    model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
-    how = {name: getattr(arguments, name) for name in ("dtype", "quantization")}
-    try:
-        manifest = bulk.describe(job, model, how, _rows(arguments))
-        if bulk.prepare(job, manifest, resume=arguments.resume):
-            encoder = _encoder(arguments)
-            if arguments.openai_batch:
-                answers = _batch_answers(arguments, encoder, model)
-                bulk.run(job, manifest, _rows(arguments), answers.write)
-            else:
-                bulk.run(job, manifest, _rows(arguments), bulk.text_shards(job, encoder))
-    except (InputFileError, bulk.ResumeError) as error:
-        print(f"nv-embed encode: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nnv-embed encode: interrupted; the same command with --resume goes on")
-        return 130
-    print(f"{manifest['input']['rows']} rows in {job.target}")
-    return 0
-
-
-def _rows(arguments: argparse.Namespace) -> Iterator[Any]:
-    """The rows of the input, from its beginning."""
-    from server import batch_files, text_files
-
-    if arguments.openai_batch:
-        return batch_files.read_requests(arguments.file)
-    return text_files.read_texts(arguments.file, arguments.field)
-
-
-def _batch_answers(
-    arguments: argparse.Namespace, encoder: Encoder, model: ModelSource
-) -> BatchAnswers:
-    from server.batch_files import BatchAnswers
-    from server.inputs import InputTokenizer
-    from server.instructions import Defaults
-    from server.names import ServedNames
-
-    return BatchAnswers(
-        encoder,
-        InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
-        ServedNames(model.model_id),
-        Defaults(settings.Settings().query_instruction),
-    )
-
-
-def _encode_job(arguments: argparse.Namespace) -> bulk.Job:
-    from server import bulk
-    from server.vector_files import FORMATS
-
-    source: Path = arguments.file
-    target: Path = arguments.output or source.with_suffix(".npy")
-    if arguments.openai_batch and arguments.output is None:
-        target = source.with_name(f"{source.stem}.answers.jsonl")
-    suffix = target.suffix or f".{arguments.format}"
-    if arguments.openai_batch and suffix != ".jsonl":
-        raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
-    if suffix not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise SettingsError(f"--output {target}: write to {known}, or to a folder")
-    if not source.is_file():
-        raise SettingsError(f"there is no file {source}")
-    if not target.parent.is_dir():
-        raise SettingsError(f"--output: there is no folder {target.parent}")
-    if target.exists() and target.samefile(source):
-        raise SettingsError(f"--output {target} is the input file")
-    prefix = _encode_prefix(arguments) or ""
-    return bulk.Job(
-        source,
-        target,
-        arguments.field,
-        prefix,
-        arguments.truncate,
-        arguments.shard_size,
-        FORMATS[suffix],
-    )
-
-
-def _encoder(arguments: argparse.Namespace) -> Encoder:
-    from model.encoder import Encoder
-
-    if arguments.runner:
-        return _encoder_around(arguments)
-    return Encoder(
-        arguments.model,
-        revision=arguments.revision,
-        offline=arguments.offline,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        quantization=arguments.quantization,
-        attention=arguments.attention,
-        threads=arguments.threads,
-        cpu_products=arguments.cpu_products,
-        max_batch_tokens=arguments.max_batch_tokens,
-    )
-
-
-def _encoder_around(arguments: argparse.Namespace) -> Encoder:
-    """With another runner than the model, for tests and benchmarks."""
-    from model.batch import BatchLimits, RunnerOptions
-    from model.encoder import Encoder
-    from model.hub import locate
-    from model.tokenizer import NVEmbedTokenizer
-    from server.worker import load_factory
-
-    path = locate(arguments.model, revision=arguments.revision, offline=arguments.offline).path
-    runner = load_factory(arguments.runner)(RunnerOptions(path=str(path)))
-    limits = BatchLimits(arguments.max_batch_tokens or 1024, max_seqs=256)
-    return Encoder.of(NVEmbedTokenizer.from_dir(path), runner, limits, max_tokens=32_768)
-
-
-def _encode_prefix(arguments: argparse.Namespace) -> str | None:
-    from server import instructions
-    from server.errors import InvalidRequestError
-
-    try:
-        return instructions.choose_prefix(
-            instructions.Defaults(settings.Settings().query_instruction),
-            prompt=arguments.prompt,
-            instruction=arguments.instruction,
-            task=arguments.task,
-            input_type=arguments.input_type,
-        )
-    except InvalidRequestError as error:
-        raise SettingsError(error.message) from None
+    return encode.run(arguments)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    arguments.device = _settle(arguments, ModelSettings).one_device()
     from model import verify
 
     return verify.run(arguments)
 
 
-def _add_training_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     """train, mine and evaluate: they need the extra `training` (model/training)."""
     train = commands.add_parser(
         "train",
@@ -331,7 +285,7 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     train.add_argument(
         "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
     )
-    train.add_argument("--threads", type=int, help="CPU threads, in place of the settings'")
+    settings.add_flags(train, MachineSettings)  # what else there is stands in SETTINGS
     train.set_defaults(run=_train, parser=train)
 
     mine = commands.add_parser(
@@ -353,14 +307,14 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
     mine.add_argument("-o", "--out", type=Path, required=True, help="JSON lines with negatives")
     mine.add_argument(
         "--count",
-        type=int,
+        type=_whole(1, 1000),
         default=7,
         help="negatives of each example, fewer where there are no more (default: %(default)s, as "
         "in the paper)",
     )
     mine.add_argument(
         "--threshold",
-        type=float,
+        type=_part,
         default=0.95,
         help="a negative's score stays below this times the positive's; smaller is safer and "
         "easier (default: %(default)s, as in the paper)",
@@ -375,10 +329,10 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
         "kNN and logistic regression (classification); V-measure (clustering). Each option may be "
         "repeated. Prints a table and, last, a line of JSON. The instruction of a set stands "
         "behind its path: PATH=TASK, TASK being a name that GET /v1/instructions lists (NQ, STS, "
-        "Banking77, … in any case), a description in words, or nothing for none. Without it: NQ's "
-        "for retrieval, STS's for STS, and mteb's general ones for classification (Classify user "
-        "passages.) and clustering (Identify categories in user passages.). Queries alone get it "
-        "in retrieval, all texts elsewhere.",
+        "Banking77 and others, in any case), a description in words, or nothing for none. Without "
+        "it: NQ's for retrieval, STS's for STS, and mteb's general ones for classification "
+        "(Classify user passages.) and clustering (Identify categories in user passages.). "
+        "Queries alone get it in retrieval, all texts elsewhere.",
         epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/=nq "
         "--classification banking77/train.csv=banking77",
     )
@@ -417,18 +371,26 @@ def _add_training_commands(commands: argparse._SubParsersAction[argparse.Argumen
 def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes the vectors: a checkpoint, a sentence-transformer or a running server."""
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="checkpoint folder or hub id (default: the shipped model)")
+    which.add_argument(
+        "--model",
+        default=argparse.SUPPRESS,
+        help="checkpoint folder or hub id (default: the shipped model)",
+    )
     which.add_argument(
         "--teacher", help="folder of a sentence-transformers model; 'default': all-MiniLM-L6-v2"
     )
     which.add_argument("--url", help="address of a running server, for instance http://host:8000")
-    parser.add_argument("--api-key", help="of the server at --url [NV_EMBED_API_KEY]")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--quantization", default="none", help="none, int8, int8-dynamic or float8")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    for name, kind in (("", "of the server at --url"), ("-file", "file that holds it")):
+        parser.add_argument(
+            f"--api-key{name}",
+            default=argparse.SUPPRESS,
+            metavar="FILE" if name else "KEY",
+            help=f"{kind} [NV_EMBED_API_KEY{name.upper().replace('-', '_')}]",
+        )
+    settings.add_flags(parser, ModelSettings, but="model")
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=_whole(3, 32_768),
         default=512,
         help="of a text, the rest is cut (default: %(default)s; a server at --url cuts at its own "
         "limit)",
@@ -436,22 +398,31 @@ def _add_embedder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    logs.configure("text", "info")
+    arguments.device = _settle(arguments, MachineSettings).one_device()
     from model.training import commands
 
     return commands.train(arguments)
 
 
 def _mine(arguments: argparse.Namespace) -> int:
+    _settle_embedder(arguments)
     from model.training import commands
 
     return commands.mine_negatives(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    _settle_embedder(arguments)
     from model.training import commands
 
     return commands.evaluate(arguments)
+
+
+def _settle_embedder(arguments: argparse.Namespace) -> None:
+    options = _settle(arguments, KeySettings)
+    arguments.device = options.one_device()
+    keys = options.api_keys() if arguments.url else []
+    arguments.api_key = keys[0].decode() if keys else None
 
 
 def _openapi(arguments: argparse.Namespace) -> int:
@@ -460,6 +431,8 @@ def _openapi(arguments: argparse.Namespace) -> int:
 
     from server.app import openapi_document
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # it is a file, whatever the terminal
     document = orjson.loads(orjson.dumps(openapi_document()))  # without YAML's aliases
     yaml.safe_dump(document, sys.stdout, sort_keys=False, allow_unicode=True, width=100)
     return 0

@@ -58,8 +58,8 @@ def run(settings: Settings, source: ModelSource) -> int:
 
 async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
-    listener, address = _listen(settings)
     server = _Uvicorn(_uvicorn_config(settings, engine))
+    listener, address = _listen(settings)
     stop = _Signals()
     logger.info("listening on %s; the model is loading", address)
     serving = asyncio.create_task(server.serve(sockets=[listener]))

@@ -5,6 +5,7 @@ Most clients cannot add fields to a request, but all can name a model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from server.errors import ModelNotFoundError
@@ -43,6 +44,12 @@ class ServedNames:
 
 
 def default_name(model_id: str) -> str:
-    """The last part of an id in lower case. It holds "embed": n8n lists no other models."""
-    name = model_id.rstrip("/").rpartition("/")[2].lower()
+    """The last part of an id or a path in lower case, with - for what an id has no place for.
+
+    It holds "embed", at its end when not already elsewhere: n8n lists no other models.
+    """
+    last = re.split(r"[/\\]", model_id.rstrip("/\\"))[-1].lower()
+    name = re.sub(r"[^\w.:-]+", "-", last).strip("-.:")
+    if not name:
+        return "nv-embed"
     return name if "embed" in name else f"{name}-embed"

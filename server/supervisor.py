@@ -31,6 +31,10 @@ logger = logging.getLogger("nv_embed.supervisor")
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
 _PROBE_S = 120.0
+_SECRETS = frozenset(
+    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+)
+"""Variables that a worker has no use for: it neither asks for keys nor downloads."""
 _STOP_S = 1.0
 """How long a worker may take to end after its socket has closed; nobody awaits it any more."""
 
@@ -215,7 +219,13 @@ async def _receive(reader: asyncio.StreamReader) -> tuple[Kind, int, int, int, b
 def _spawn(fd: int) -> subprocess.Popen[bytes]:
     # -P: a server.py or model.py in the working directory is not what we mean.
     command = [sys.executable, "-P", "-m", "server.worker", str(fd)]
-    return subprocess.Popen(command, pass_fds=[fd], stdin=subprocess.DEVNULL)  # noqa: S603
+    return subprocess.Popen(  # noqa: S603
+        command, pass_fds=[fd], stdin=subprocess.DEVNULL, env=_child_environment()
+    )
+
+
+def _child_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
 async def _reap(process: subprocess.Popen[bytes], patience: float) -> int:
@@ -240,7 +250,12 @@ def probe_cuda_devices() -> int:
     command = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]
     try:
         answer = subprocess.run(  # noqa: S603
-            command, capture_output=True, text=True, check=True, timeout=_PROBE_S
+            command,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_PROBE_S,
+            env=_child_environment(),
         )
         count = int(answer.stdout.split()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:

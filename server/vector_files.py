@@ -1,14 +1,13 @@
-"""Writing bulk outputs: shards, each whole or absent, and one file made of them.
+"""How vectors are written: a shard of them, and one file made of shards.
 
-Knows nothing of models or inputs. A file takes its name only when it is complete.
+Knows nothing of models or inputs, nor when a file takes its name (server/parts.py).
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -17,20 +16,6 @@ import orjson
 from numpy.typing import NDArray
 
 from server.text_files import import_parquet
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes the target's name when the block ends well, and vanishes otherwise."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class VectorFormat(ABC):
@@ -53,14 +38,22 @@ class Npy(VectorFormat):
     suffix = ".npy"
 
     def write(self, file: BinaryIO, vectors: NDArray[np.float32], first: int) -> None:
-        np.save(file, vectors.astype("<f4"))
+        self._header(file, *vectors.shape)
+        # Not numpy's own writing: it does not tell a full disk from other failures.
+        file.write(np.ascontiguousarray(vectors, dtype="<f4").data)
 
     def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
-        width = np.load(shards[0], mmap_mode="r").shape[1]
+        self._header(file, rows, np.load(shards[0], mmap_mode="r").shape[1])
+        for shard in shards:
+            with shard.open("rb") as part:
+                np.lib.format.read_magic(part)  # type: ignore[no-untyped-call]
+                np.lib.format.read_array_header_1_0(part)  # type: ignore[no-untyped-call]
+                shutil.copyfileobj(part, file, 1 << 20)
+
+    @staticmethod
+    def _header(file: BinaryIO, rows: int, width: int) -> None:
         header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
         np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
-        for shard in shards:
-            file.write(np.load(shard, mmap_mode="r").tobytes())
 
 
 class JsonLines(VectorFormat):
@@ -75,7 +68,8 @@ class JsonLines(VectorFormat):
 
     def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
         for shard in shards:
-            file.write(shard.read_bytes())
+            with shard.open("rb") as part:
+                shutil.copyfileobj(part, file, 1 << 20)
 
 
 class Parquet(VectorFormat):
@@ -97,8 +91,9 @@ class Parquet(VectorFormat):
     def join(self, file: BinaryIO, shards: Sequence[Path], rows: int) -> None:
         parquet = import_parquet()
         with parquet.ParquetWriter(file, parquet.read_schema(shards[0])) as writer:
-            for shard in shards:
-                writer.write_table(parquet.read_table(shard))
+            for shard in shards:  # not read_table: it takes a folder's name, a=1, for a column
+                with parquet.ParquetFile(shard) as part:
+                    writer.write_table(part.read())
 
 
 FORMATS: dict[str, VectorFormat] = {f.suffix: f for f in (Npy(), JsonLines(), Parquet())}

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding, RunnerOptions
 from model.errors import ModelError
+from model.memory import FittingRunner, is_out_of_memory
 from server import logs
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         runner.warm_up()
     except Exception as error:
         final, message = True, f"{error}"
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)
@@ -192,12 +193,13 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
 
 
 def _serve(connection: _Connection, runner: Runner) -> int:
-    embedder = _Embedder(runner)
+    fitting = FittingRunner(runner)
     while True:
         kind, batch_id, count, payload = connection.receive()
         assert kind is Kind.BATCH, kind
         try:
-            answer = rows_frame(batch_id, *embedder.embed(read_batch(count, payload)))
+            rows, too_large = fitting.embed(read_batch(count, payload))
+            answer = rows_frame(batch_id, rows, _faults(rows, too_large))
         except Exception as error:
             logger.exception("a batch of %d inputs failed", count)
             if _poisons_device(error):
@@ -206,80 +208,11 @@ def _serve(connection: _Connection, runner: Runner) -> int:
         connection.send(answer)
 
 
-class _Embedder:
-    """A runner within the memory that there turns out to be.
-
-    A batch that does not fit is halved until its parts do; `budget`, the most tokens that are
-    tried in one forward after that, is kept. It is not less than what has run before, so that an
-    input that takes more memory than its length tells does not leave one-input batches behind;
-    unless two batches in a row failed there: then the room has fallen.
-    """
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self.budget: int | None = None
-        self._most_done = 0  # tokens of the largest forward that fitted
-        self._doubts = 0  # batches in a row with a part that failed though as much has fitted
-
-    def embed(self, encodings: Sequence[Encoding]) -> tuple[NDArray[np.float32], dict[int, Fault]]:
-        """-> (rows [N, D], row -> what is wrong with it; such rows hold anything)."""
-        rows = np.zeros((len(encodings), self._runner.info.width), dtype=np.float32)
-        faults: dict[int, Fault] = {}
-        todo = [list(range(len(encodings)))]
-        fitted, doubtful = 0, False
-        while todo:
-            part = todo.pop()
-            tokens = sum(len(encodings[index]) for index in part)
-            if len(part) > 1 and self.budget is not None and tokens > self.budget:
-                todo += _halves(part)
-                continue
-            try:
-                got = self._runner.embed([encodings[index] for index in part])
-            except Exception as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if len(part) > 1 and tokens <= self._most_done:
-                    doubtful = True
-                self._learn(tokens, len(part))
-                if len(part) > 1:
-                    todo += _halves(part)
-                else:
-                    faults[part[0]] = Fault.NO_MEMORY
-                continue
-            assert len(got) == len(part), (got.shape, len(part))
-            rows[part] = got
-            fitted = max(fitted, tokens)
-            self._most_done = max(self._most_done, tokens)
-        # An input that does not fit alone explains why the batches around it did not.
-        self._doubts = self._doubts + 1 if doubtful and not faults else 0
-        if self._doubts == 2:
-            self._doubts, self._most_done, self.budget = 0, fitted, max(fitted, 1)
-            logger.warning("there is less room than before: from now on %d tokens", self.budget)
-        for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
-            faults[index] = Fault.NOT_FINITE
-        return rows, faults
-
-    def _learn(self, tokens: int, inputs: int) -> None:
-        self.budget = max(min(self.budget or tokens, tokens // 2), self._most_done, 1)
-        logger.warning(
-            "out of memory with %d tokens of %d inputs: from now on at most %d tokens at once",
-            tokens,
-            inputs,
-            self.budget,
-        )
-        if torch := sys.modules.get("torch"):  # hand back what the failed forward had cached
-            torch.cuda.empty_cache()
-
-
-def _halves(part: list[int]) -> list[list[int]]:
-    """The second half first: a stack takes the last one."""
-    middle = len(part) // 2
-    return [part[middle:], part[:middle]]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch.OutOfMemoryError (its name spares the import), or the host's."""
-    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+def _faults(rows: NDArray[np.float32], too_large: Sequence[int]) -> dict[int, Fault]:
+    faults = dict.fromkeys(too_large, Fault.NO_MEMORY)
+    for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
+        faults[index] = Fault.NOT_FINITE
+    return faults
 
 
 def _poisons_device(error: Exception) -> bool:

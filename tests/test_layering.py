@@ -15,10 +15,15 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a module may import those before it. A new module gets its place here.
 MODEL = [
     "errors",
+    "extras",
+    "user_files",
     "batch",
     "host",
+    "files",
     "config",
     "card",
+    "weights",
+    "fingerprint",
     "hub",
     "tokenizer",
     "tasks",
@@ -34,17 +39,21 @@ MODEL = [
     "loader",
     "cuda_graphs",
     "runner",
+    "memory",
     "encoder",
     "checks",
     "verify",
 ]
 SERVER = [
     "errors",
+    "json_text",
+    "hints",
     "logs",
     "settings",
     "metrics",
     "instructions",
     "names",
+    "json_fields",
     "schemas",
     "inputs",
     "byte_budget",
@@ -63,8 +72,10 @@ SERVER = [
     "lifecycle",
     "text_files",
     "vector_files",
+    "parts",
     "bulk",
     "batch_files",
+    "encode",
     "cli",
 ]
 TRAINING = [
@@ -105,9 +116,12 @@ TORCH_FREE = [
     "model.tokenizer",
     "model.tasks",
     "model.hub",
+    "model.fingerprint",
     "model.config",
     "model.batch",
+    "model.user_files",
     "model.host",
+    "model.memory",
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.loader import tensor_table
 from model.training.network import TrainedNVEmbed
 
@@ -46,9 +47,7 @@ def add_lora(model: TrainedNVEmbed, *, rank: int, alpha: float, dropout: float) 
     try:
         peft = importlib.import_module("peft")
     except ImportError:
-        raise UnsupportedError(
-            "lora_rank needs peft: pip install 'nv-embed-server[training]'"
-        ) from None
+        raise UnsupportedError(f"lora_rank needs peft: {how_to_install('training')}") from None
     for parameter, stack in tensor_table(model.config).items():
         if len(stack) > 1:
             path = parameter.removesuffix(".weight")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 
 _WORD = re.compile(r"[a-z0-9]+")
 _STOP_WORDS = frozenset(
@@ -40,7 +41,7 @@ def _stemmer() -> Any:
         return importlib.import_module("snowballstemmer").stemmer("porter")
     except ImportError:
         raise UnsupportedError(
-            "BM25 needs snowballstemmer: pip install 'snowballstemmer>=3'"
+            f"BM25 needs snowballstemmer: {how_to_install('training')}"
         ) from None
 
 

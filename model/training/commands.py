@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -24,17 +23,14 @@ from model.training.plot import plot
 from model.training.remote import ServerEmbedder
 from model.training.settings import TrainingSettings
 
-KEY_NAME = "NV_EMBED_API_KEY"
-"""The environment's name of the key for --url; the server's own option reads the same one."""
-
 
 def train(arguments: argparse.Namespace) -> int:
     """Run or resume one run."""
     from model.training.trainer import Trainer
 
-    changes = {"threads": arguments.threads} if arguments.threads else {}
+    changes = {} if arguments.threads is None else {"threads": arguments.threads}
     settings = TrainingSettings.read(arguments.settings, arguments.base, **changes)
-    checkpoint = Trainer(settings, arguments.out).run()
+    checkpoint = Trainer(settings, arguments.out, device=arguments.device).run()
     print(f"trained: {checkpoint}")
     try:
         print("drawn:", *plot(arguments.out))
@@ -142,21 +138,24 @@ def _name(arguments: argparse.Namespace) -> str:
 def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
     """The model that the arguments name: a checkpoint, a server or a sentence-transformer."""
     if arguments.url:
-        known = os.environ.get(KEY_NAME, "").split(",")[0].strip()  # a server may have several
-        return ServerEmbedder(arguments.url, api_key=arguments.api_key or known)
+        return ServerEmbedder(arguments.url, api_key=arguments.api_key)
     if arguments.teacher:
         from model.training.teacher import Teacher
 
         folder = None if arguments.teacher == "default" else arguments.teacher
-        teacher = Teacher(folder, dtype=arguments.dtype)
+        teacher = Teacher(folder, dtype=arguments.dtype, device=arguments.device)
         return lambda texts, _instruction: teacher.encode(texts, progress=sys.stderr.isatty())
     from model.encoder import Encoder
     from model.tokenizer import Truncation
 
     encoder = Encoder(
         arguments.model,
+        revision=arguments.revision,
+        offline=arguments.offline,
+        device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        attention=arguments.attention,
         threads=arguments.threads,
     )
     return lambda texts, instruction: encoder.encode(

@@ -5,15 +5,25 @@ Which rows a step sees is a function of the settings and the step's number alone
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.training.examples import DataError, Example, is_held_out, read_examples, read_texts
+from model.training.examples import (
+    HELD_OUT,
+    DataError,
+    Example,
+    is_held_out,
+    read_examples,
+    read_texts,
+)
 from model.training.settings import TrainingSettings
 from model.training.teacher import Projection, load_vectors
+
+logger = logging.getLogger("nv_embed.training")
 
 
 class Shuffle:
@@ -68,10 +78,13 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
             kept = [row for row in kept if row.negatives]
         whole, part = divmod(weight, 1)
         order = rng.permutation(len(kept))
+        if kept and weight * len(kept) < 0.5:
+            logger.warning("%s: a weight of %g takes none of %d examples", name, weight, len(kept))
         seen = [*np.tile(order, int(whole)), *order[: round(part * len(order))]]
         examples += [kept[i] for i in seen]
     if settings.data and not examples:
         raise DataError(f"{', '.join(settings.data)}: no example to train on")
+    _warn_of_little(settings, examples, held_out)
     texts: list[str] = []
     targets = np.empty((0, 0), dtype=np.float32)
     if settings.texts:
@@ -94,6 +107,33 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
     drawn = [row for row in span if not is_held_out(texts[row])]
     places = {text: row for row, text in enumerate(texts)}
     return Corpus(examples, held_out, texts, targets, drawn, measured, places)
+
+
+def _warn_of_little(
+    settings: TrainingSettings, examples: list[Example], held_out: list[Example]
+) -> None:
+    """A run on a handful of examples ends as well as any other, and has learnt nothing."""
+    if not settings.data:
+        return
+    positives = {example.positive for example in examples}
+    hard = {text for e in examples for text in e.negatives if settings.max_negatives} - positives
+    if settings.in_batch_negatives and len(positives) == 1 and not hard:
+        logger.warning(
+            "there are no negatives: the %d example(s) have one positive and no hard negatives, so "
+            "the contrastive loss is 0 and nothing is learnt from them",
+            len(examples),
+        )
+    elif settings.in_batch_negatives and len(positives) < settings.pairs_per_step:
+        logger.warning(
+            "a step draws %d examples, and the data have %d different positives: in-batch "
+            "negatives are few, and examples come several times in a step",
+            settings.pairs_per_step,
+            len(positives),
+        )
+    if settings.validation_rows and not held_out:
+        logger.warning(
+            "no example is held out (one in %d is, by its hash): the run measures none", HELD_OUT
+        )
 
 
 def without_held_out(example: Example) -> Example | None:

@@ -16,7 +16,8 @@ see `Embedder`.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from model.errors import UnsupportedError
 from model.tasks import TASKS, find_variant, prefix_of
 from model.training import metrics
 from model.training.bm25 import BM25
-from model.training.examples import DataError, read_lines
+from model.training.examples import DataError, read_lines, read_rows, text_of
 from model.training.sources import read_labelled_rows
 
 Kind = Literal["sts", "retrieval", "classification", "clustering"]
@@ -109,20 +110,38 @@ def task_texts(task: str) -> tuple[str, str]:
 def read_sts(path: Path) -> tuple[list[str], list[str], NDArray[np.float64]]:
     """First sentences, second sentences, scores. Raises DataError."""
     rows: list[tuple[str, str, float]] = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            if path.suffix == ".jsonl":
-                row = json.loads(line)
-                rows.append((row["first"], row["second"], float(row["score"])))
-            else:
-                columns = line.split("\t")
-                rows.append((columns[5], columns[6], float(columns[4])))
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise DataError(f"{path}, line {number}: {error!r}") from None
+    if path.suffix.lower() == ".jsonl":
+        for number, row in read_rows(path, ("first", "second", "score")):
+            where = f"{path}, line {number}"
+            pair = text_of(row, "first", where), text_of(row, "second", where)
+            rows.append((*pair, _number(row.get("score"), "score", where)))
+    else:
+        for number, line in enumerate(read_lines(path), 1):
+            where, columns = f"{path}, line {number}", line.split("\t")
+            if len(columns) < 7:
+                raise DataError(f"{where}: {len(columns)} columns, the sentences are in 6 and 7")
+            rows.append((columns[5], columns[6], _number(columns[4], "score", where)))
     if not rows:
         raise DataError(f"{path} is empty")
     first, second, scores = zip(*rows, strict=True)
     return list(first), list(second), np.array(scores)
+
+
+def _number(value: object, what: str, where: str) -> float:
+    """A finite number, also as a text. Raises DataError."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            if math.isfinite(number := float(value)):
+                return number
+    raise DataError(f"{where}: {what} is {value!r:.40}, not a number")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_retrieval(folder: Path) -> RetrievalSet:
@@ -134,24 +153,27 @@ def read_retrieval(folder: Path) -> RetrievalSet:
     judged: dict[str, dict[str, float]] = {}
     path = folder / "qrels.tsv"
     for number, line in enumerate(read_lines(path), 1):
-        columns = line.split("\t")
-        try:
-            judged.setdefault(columns[0], {})[columns[-2]] = float(columns[-1])
-        except (ValueError, IndexError):
-            if number > 1:  # the first line may name the columns
-                raise DataError(f"{path}, line {number}: not query, document, grade") from None
+        columns, where = line.split("\t"), f"{path}, line {number}"
+        if len(columns) < 3:
+            raise DataError(f"{where}: not query, document, grade")
+        if number == 1 and not _is_number(columns[-1]):
+            continue  # it names the columns
+        judged.setdefault(columns[0], {})[columns[-2]] = _number(columns[-1], "the grade", where)
     return _retrieval_set(folder, documents, queries, judged)
 
 
 def _read_jsonl(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            row = json.loads(line)
-            title = f"{row['title']} " if row.get("title") else ""
-            found[str(row.get("id", row.get("_id")))] = title + row["text"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}, line {number}: {error!r}") from None
+    for number, row in read_rows(path, ("id", "_id", "title", "text")):
+        where, name = f"{path}, line {number}", row.get("id", row.get("_id"))
+        if not isinstance(name, str | int) or isinstance(name, bool):
+            raise DataError(f"{where}: id is {'missing' if name is None else 'not a text'}")
+        if str(name) in found:
+            raise DataError(f"{where}: id {name!r} stands on an earlier line, too")
+        title, text = row.get("title") or "", row.get("text")
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise DataError(f"{where}: text is missing, or it or the title is not a text")
+        found[str(name)] = f"{title} {text}" if title else text
     return found
 
 

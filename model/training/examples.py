@@ -5,25 +5,32 @@
 
 `task` is the description that stands in the instruction, "Instruct: {task}\\nQuery: "; absent or
 empty means no instruction. `symmetric` puts the instruction on the positive and the negatives
-too (STS). `negatives` may be absent. The second form is a text for distillation alone. Other
-keys (a source, an id) are allowed and ignored. Knows no tensors.
+too (STS). `negatives` may be absent. The second form is a text for distillation alone. The keys
+of IGNORED may stand there, too; any other is refused, for it may be one of these misspelt. Knows
+no tensors.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import ModelError
+from model import user_files
+from model.errors import FileError, ModelError, did_you_mean
 from model.tasks import prefix_of
 
 
 class DataError(ModelError):
     """A training or evaluation file is not what it should be; names the file and the line."""
+
+
+IGNORED = ("id", "_id", "source", "meta", "metadata")
+"""Keys and columns that a file may have for its owner: of what it is made, not what it says."""
+_EXAMPLE = ("query", "positive", "negatives", "task", "symmetric")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +61,29 @@ def is_held_out(text: str) -> bool:
 
 def read_examples(path: Path) -> list[Example]:
     """Every line of a JSON lines file. Raises DataError naming the first bad line."""
-    return [_example(row, path, number) for number, row in _rows(path)]
+    return [_example(row, path, number) for number, row in read_rows(path, _EXAMPLE)]
 
 
 def read_texts(path: Path) -> list[str]:
     """The `text` of every line. Raises DataError naming the first bad line."""
-    return [_text(row, "text", path, number) for number, row in _rows(path)]
+    rows = read_rows(path, ("text",))
+    return [text_of(row, "text", f"{path}, line {number}") for number, row in rows]
 
 
-def read_text(path: Path, encoding: str = "utf-8-sig") -> str:
+def read_text(path: Path, encoding: str = "utf-8") -> str:
     """A whole file, its line ends as they are. Raises DataError naming the file."""
     try:
-        return path.read_bytes().decode(encoding)
+        if encoding == "utf-8":
+            return user_files.read_text(path)
+        with user_files.open_regular(path) as file:
+            return file.read().decode(encoding)
+    except FileError as error:
+        raise DataError(str(error)) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}") from None
 
 
-def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     """The lines of a text file, without their ends. Raises DataError naming the file."""
     text = read_text(path, encoding).replace("\r\n", "\n").removesuffix("\n")
     # Not splitlines(): it also cuts at U+2028 and the like, which JSON leaves in texts.
@@ -105,36 +116,57 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
     return count
 
 
-def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, known: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line, which has no keys but `known` and those of IGNORED.
+
+    Raises DataError naming the file and the line.
+    """
     for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        except RecursionError:
+            raise DataError(f"{path}, line {number}: nested too deeply") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: not a JSON object")
+        check_names("key", row, known, f"{path}, line {number}")
         yield number, row
 
 
+def check_names(kind: str, found: Iterable[str], known: Sequence[str], where: str) -> None:
+    """Raises DataError for a name that is neither known nor to be ignored."""
+    for name in found:
+        if name not in known and name not in IGNORED:
+            near = did_you_mean(name, known) or next(
+                (f"; did you mean {full}?" for full in known if full.startswith(name)), ""
+            )
+            names = f"Known: {', '.join(known)}; ignored: {', '.join(IGNORED)}"
+            raise DataError(f"{where}: unknown {kind} {name!r}{near or '.'} {names}")
+
+
 def _example(row: dict[str, Any], path: Path, number: int) -> Example:
-    negatives = row.get("negatives") or []
+    negatives = row.get("negatives")
+    negatives = [] if negatives is None else negatives
     if not isinstance(negatives, list) or not all(isinstance(n, str) and n for n in negatives):
         raise DataError(f"{path}, line {number}: negatives is not a list of texts")
-    task = row.get("task") or ""
+    task = row.get("task")
+    task = "" if task is None else task
     if not isinstance(task, str):
         raise DataError(f"{path}, line {number}: task is not a text")
     symmetric = row.get("symmetric", False)
     if not isinstance(symmetric, bool):
         raise DataError(f"{path}, line {number}: symmetric is not true or false")
-    query = _text(row, "query", path, number)
-    positive = _text(row, "positive", path, number)
+    query = text_of(row, "query", f"{path}, line {number}")
+    positive = text_of(row, "positive", f"{path}, line {number}")
     return Example(query, positive, tuple(negatives), task, symmetric)
 
 
-def _text(row: dict[str, Any], key: str, path: Path, number: int) -> str:
+def text_of(row: dict[str, Any], key: str, where: str) -> str:
+    """A text of a row that is not empty. Raises DataError."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         what = "empty" if isinstance(value, str) else "not a text"
         what = what if key in row else "missing"
-        raise DataError(f"{path}, line {number}: {key} is {what}")
+        raise DataError(f"{where}: {key} is {what}")
     return value

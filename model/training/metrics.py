@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 
 Floats = NDArray[np.floating]
 
@@ -119,5 +120,5 @@ def _sklearn(module: str) -> Any:
         return importlib.import_module(f"sklearn.{module}")
     except ImportError:
         raise UnsupportedError(
-            "this score needs scikit-learn: pip install 'nv-embed-server[training]'"
+            f"this score needs scikit-learn: {how_to_install('training')}"
         ) from None

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 from model.tasks import TASKS, find_variant, prefix_of
 from model.training.evaluation import Embedder
 
@@ -188,4 +189,4 @@ def _mteb(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UnsupportedError("this needs mteb: pip install 'nv-embed-server[mteb]'") from None
+        raise UnsupportedError(f"this needs mteb: {how_to_install('mteb')}") from None

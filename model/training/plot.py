@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from model.errors import UnsupportedError
+from model.extras import how_to_install
 
 _LOSSES = ("loss", "contrastive", "distillation")
 _WINDOW = 25
@@ -65,9 +66,7 @@ def _pyplot() -> Any:
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:
-        raise UnsupportedError(
-            "a plot needs matplotlib: pip install 'nv-embed-server[training]'"
-        ) from None
+        raise UnsupportedError(f"a plot needs matplotlib: {how_to_install('training')}") from None
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 

@@ -7,6 +7,7 @@ for. Knows nothing of what the vectors are for.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import time
 import urllib.error
@@ -107,13 +108,11 @@ class ServerEmbedder:
         headers = {"Content-Type": "application/json"}
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
-        request = urllib.request.Request(  # noqa: S310 - http and https alone, see __init__
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers=headers,
-        )
+        data = None if body is None else json.dumps(body).encode()
         for attempt in range(1, ATTEMPTS + 1):
             try:
+                # http and https alone, see __init__
+                request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:  # noqa: S310
                     return json.loads(response.read())  # type: ignore[no-any-return]
             except urllib.error.HTTPError as error:
@@ -121,9 +120,11 @@ class ServerEmbedder:
                 if error.code not in _BUSY or final:
                     raise self._refusal(error) from None
                 self._sleep(_wait_s(error.headers, attempt))
-            except (OSError, ValueError) as error:  # URLError, a reset, an answer without JSON
+            except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
+                # No address, nobody there, a reset, an answer that is cut or without JSON.
                 reason = getattr(error, "reason", error)
-                raise RemoteError(f"{self.url} does not answer as a server: {reason}") from None
+                said = str(reason) or repr(reason)
+                raise RemoteError(f"{self.url} does not answer as a server: {said}") from None
         raise AssertionError(ATTEMPTS)
 
     def _refusal(self, error: urllib.error.HTTPError) -> RemoteError:

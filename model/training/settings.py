@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import ModelError
+from model.errors import FileError, ModelError, did_you_mean
+from model.hub import packaged_checkpoint
+from model.user_files import read_text
 
 
 class TrainingSettingsError(ModelError):
@@ -26,17 +28,17 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "str": (str, "a text"),
     "dict[str, float]": (dict, "an object"),
 }
+_MOST = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(
-        ("steps", "save_every", "validate_every", "pairs_per_step", "threads"), (1, math.inf)
-    ),
-    **dict.fromkeys(("lora_rank", "tokens_per_pass"), (1, math.inf)),
-    **dict.fromkeys(("num_latents", "num_cross_heads", "cross_dim_head"), (1, math.inf)),
-    **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, math.inf)),
-    **dict.fromkeys(("first_text", "warmup_steps", "seed"), (0, math.inf)),
+    "threads": (1, 1024),  # OpenMP ends the process with too many
+    **dict.fromkeys(("steps", "save_every", "validate_every", "pairs_per_step"), (1, _MOST)),
+    **dict.fromkeys(("lora_rank", "tokens_per_pass"), (1, _MOST)),
+    **dict.fromkeys(("num_latents", "num_cross_heads", "cross_dim_head"), (1, _MOST)),
+    **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, _MOST)),
+    **dict.fromkeys(("first_text", "last_text", "warmup_steps", "seed"), (0, _MOST)),
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
     **dict.fromkeys(("decay", "lora_dropout"), (0, 1)),
-    "max_tokens": (3, math.inf),  # BOS, a piece, EOS
+    "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_gradient_norm", "lora_alpha")
 
@@ -46,7 +48,8 @@ class TrainingSettings:
     """The defaults are those of a small model on a CPU; the paper's recipe where it states one."""
 
     model: str
-    """The checkpoint folder to start from: the official layout, or transformers' Mistral."""
+    """The checkpoint folder to start from: the official layout, or transformers' Mistral. The
+    shipped model goes by its name, nv-embed-small."""
     steps: int
     data: dict[str, float] = dataclasses.field(default_factory=dict)
     """JSON lines of examples -> how many times each line is seen for once of the others."""
@@ -170,9 +173,11 @@ class TrainingSettings:
     def read(cls, path: Path, base: Path | None = None, **changes: Any) -> TrainingSettings:
         """From a JSON file; its relative paths start at `base`, by default the file's folder."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            raw = json.loads(read_text(path))
+        except (OSError, ValueError, FileError) as error:
             raise TrainingSettingsError(f"{path} cannot be read: {error}") from error
+        except RecursionError:
+            raise TrainingSettingsError(f"{path} is nested too deeply") from None
         if not isinstance(raw, dict):
             raise TrainingSettingsError(f"{path}: not a JSON object")
         return cls.of(raw | changes, path, path.parent if base is None else base)
@@ -181,12 +186,19 @@ class TrainingSettings:
     def of(cls, raw: dict[str, Any], path: Path, base: Path) -> TrainingSettings:
         """From the object that `path` held; relative paths in it start at `base`."""
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := raw.keys() - known:
-            raise TrainingSettingsError(f"{path}: unknown {', '.join(sorted(unknown))}")
+        if unknown := sorted(raw.keys() - known):
+            hint = did_you_mean(unknown[0], known)
+            raise TrainingSettingsError(f"{path}: unknown {', '.join(unknown)}{hint}")
         raw = dict(raw)
         for key in ("model", "texts", "vectors", "projection"):
-            if raw.get(key):
-                raw[key] = str(base / raw[key])
+            value = raw.get(key)
+            if value is not None and (not isinstance(value, str) or not value.strip("\0 ")):
+                raise TrainingSettingsError(f"{path}: {key} is {value!r}, not a path")
+            if value is not None:
+                raw[key] = str(base / value)
+        shipped = packaged_checkpoint()
+        if raw.get("model") == str(base / shipped.name) and not Path(raw["model"]).exists():
+            raw["model"] = str(shipped)  # by the name that a server shows
         if isinstance(raw.get("data"), dict):
             raw["data"] = {str(base / name): weight for name, weight in raw["data"].items()}
         try:

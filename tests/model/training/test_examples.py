@@ -47,6 +47,13 @@ def test_instructions() -> None:
         (json.dumps({**GOOD, "negatives": [""]}), "negatives is not a list of texts"),
         (json.dumps({**GOOD, "task": 1}), "task is not a text"),
         (json.dumps({**GOOD, "symmetric": "yes"}), "symmetric is not true or false"),
+        (json.dumps({**GOOD, "neg": ["n"]}), "unknown key 'neg'; did you mean negatives"),
+        (json.dumps({**GOOD, "negative": ["n"]}), "unknown key 'negative'; did you mean negatives"),
+        (json.dumps({**GOOD, "Task": "t"}), "unknown key 'Task'; did you mean task"),
+        (json.dumps({**GOOD, "x": 1}), "unknown key 'x'. Known: query, positive, negatives, task,"),
+        (json.dumps({**GOOD, "negatives": ""}), "negatives is not a list of texts"),
+        (json.dumps({**GOOD, "task": []}), "task is not a text"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
@@ -56,10 +63,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
         read_examples(file)
 
 
+def test_what_a_line_says_of_itself_is_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    about = {"id": 7, "_id": "a", "source": "s", "meta": {"neg": 1}, "metadata": None}
+    file.write_text("\ufeff" + json.dumps(GOOD | about) + "\n")
+    assert read_examples(file) == [Example("q", "p")]
+
+
 def test_texts(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "source": "s"}\n{"source": "s"}\n')
     with pytest.raises(DataError, match="line 2: text is missing"):
+        read_texts(file)
+    file.write_text('{"text": "a", "vector": []}\n')
+    with pytest.raises(DataError, match=r"line 1: unknown key 'vector'\. Known: text; ignored: id"):
         read_texts(file)
     with pytest.raises(DataError, match="cannot be read"):
         read_texts(tmp_path / "absent.jsonl")

@@ -68,7 +68,7 @@ def test_the_command_stops_at_a_bad_line_and_says_how_many_were_mined(
     rows = [{"query": f"is {word} here?", "positive": word} for word in ("a cat", "a dog", "tea")]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main([*call, "--count", "0"]) == 2
-    assert "the number must be 1 or more" in capsys.readouterr().err
+    assert "--count: must be at least 1, not 0" in capsys.readouterr().err
     assert cli.main([*call, "--count", "3"]) == 0
     assert "3 of them have fewer than 3 negatives" in capsys.readouterr().out
     assert len(out.read_text().splitlines()) == 3

@@ -100,7 +100,7 @@ def test_without_mteb_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mteb", None)
     assert cli.main(["evaluate", "--mteb", "STS12"]) == 2
-    assert "pip install 'nv-embed-server[mteb]'" in capsys.readouterr().err
+    assert "-m pip install 'mteb<3" in capsys.readouterr().err
 
 
 # From here on with the real mteb. It warns of its own affairs.

@@ -159,11 +159,21 @@ def test_the_commands_take_the_key_from_the_environment(
     sts = tmp_path / "sts.jsonl"
     rows = [{"first": "x" * n, "second": "x" * n * n, "score": n} for n in range(1, 4)]
     sts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setenv("NV_EMBED_API_KEY", f"{KEY},another")
+    (tmp_path / "keys").write_text("# of the server\nfrom-the-file\nanother\n")
+    monkeypatch.setenv("NV_EMBED_API_KEY", KEY)
     with serving() as (url, seen):
-        assert cli.main(["evaluate", "--url", url, "--sts", f"{sts}=Find alike"]) == 0
-        assert cli.main(["evaluate", "--url", url, "--sts", f"{sts}=", "--api-key", "mine"]) == 0
+        call = ["evaluate", "--url", url, "--sts"]
+        assert cli.main([*call, f"{sts}=Find alike"]) == 0
+        assert cli.main([*call, f"{sts}=", "--api-key", "mine"]) == 0
+        monkeypatch.delenv("NV_EMBED_API_KEY")
+        assert cli.main([*call, f"{sts}=", "--api-key-file", str(tmp_path / "keys")]) == 0
+        assert cli.main([*call, f"{sts}=", "--api-key", "no\nheader"]) == 2  # nothing is sent
     prefix = "Instruct: Find alike\nQuery: "
     found = [(request["key"], request["prompt"]) for request in seen.requests]
-    assert found == [(f"Bearer {KEY}", prefix)] * 2 + [("Bearer mine", "")] * 2
+    assert (
+        found
+        == [(f"Bearer {KEY}", prefix)] * 2
+        + [("Bearer mine", "")] * 2
+        + [("Bearer from-the-file", "")] * 2
+    )
     assert KEY not in "".join(capsys.readouterr())

@@ -21,7 +21,7 @@ from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError
-from model.hub import locate
+from model.hub import locate, packaged_checkpoint
 from model.packing import Segments, pack
 from model.training import deepen
 from model.training.attention import grouped_products
@@ -32,7 +32,7 @@ from model.training.network import load_trained
 from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder
-from model.training.trainer import Trainer
+from model.training.trainer import DivergedError, Trainer
 
 ROOT = Path(__file__).parents[3]
 
@@ -453,6 +453,11 @@ def test_a_weight_repeats_rows(
         ({"data": ["pairs.jsonl"]}, "data is .*, not an object"),
         ({"stage": 2, "max_negatives": 0}, "max_negatives is 0"),
         ({"export_dtype": "int8"}, "export_dtype"),
+        ({"seed": 10**30}, "seed is 1000.*, it is at most"),
+        ({"steps": 10**12}, "steps is 1000.*, it is at most"),
+        ({"threads": 10**6}, "threads is 1000000, it is at most 1024"),
+        ({"max_tokens": 10**6}, "max_tokens is 1000000, it is at most 32768"),
+        ({"decay": float("nan")}, "decay is nan, it is at most 1"),
     ],
 )
 def test_contradictions_are_refused(
@@ -470,8 +475,77 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
     assert read.data == {str(tmp_path / "d.jsonl"): 1}
     assert read.threads == 2
     file.write_text(json.dumps({"model": "m", "stepps": 5}))
-    with pytest.raises(TrainingSettingsError, match="unknown stepps"):
+    with pytest.raises(TrainingSettingsError, match=r"unknown stepps; did you mean steps\?"):
         TrainingSettings.read(file)
+    file.write_text("\ufeff" + json.dumps({"model": "m", "steps": 5, "data": {"d.jsonl": 1}}))
+    assert TrainingSettings.read(file).steps == 5
+
+
+def test_the_shipped_model_goes_by_its_name(tmp_path: Path) -> None:
+    raw = {"model": "nv-embed-small", "steps": 1, "data": {"d.jsonl": 1}}
+    read = TrainingSettings.of(raw, tmp_path / "run.json", tmp_path)
+    assert read.model == str(packaged_checkpoint())
+    (tmp_path / "nv-embed-small").mkdir()  # one's own of that name comes first
+    read = TrainingSettings.of(raw, tmp_path / "run.json", tmp_path)
+    assert read.model == str(tmp_path / "nv-embed-small")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model": 5, "steps": 1}', "model is 5, not a path"),
+        ('{"model": "", "steps": 1}', "model is '', not a path"),
+        ('{"model": "m", "steps": 1, "texts": ["a"]}', r"texts is \['a'\], not a path"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1]", "not a JSON object"),
+        ("model: m", "cannot be read"),
+        ('{"steps": 1}', "missing .*'model'"),
+    ],
+)
+def test_a_file_that_holds_no_settings(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(TrainingSettingsError, match=message) as error:
+        TrainingSettings.read(tmp_path / "run.json")
+    assert "run.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([("a", "b", [])], {}, "there are no negatives: the 1 example"),
+        ([("a", "b", []), ("c", "b", [])], {}, "there are no negatives: the 2 example"),
+        ([("a", "b", ["b"])], {}, "there are no negatives"),
+        ([("a", "b", ["n"])], {"max_negatives": 0}, "there are no negatives"),
+        ([("a", "b", ["n"])], {}, "draws 16 examples, and the data have 1 different positives"),
+        ([("a", "b", []), ("c", "d", [])], {}, "draws 16 examples, and the data have 2 different"),
+        ([("a", "b", ["n"])], {"stage": 2}, None),
+    ],
+)
+def test_a_run_that_learns_little_is_warned_of(
+    tiny_checkpoint: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rows: list[tuple[str, str, list[str]]],
+    changes: dict[str, object],
+    message: str | None,
+) -> None:
+    file = tmp_path / "few.jsonl"
+    lines = [json.dumps({"query": q, "positive": p, "negatives": n}) for q, p, n in rows]
+    file.write_text("\n".join(lines))
+    few = {"data": {str(file): 1}, "pairs_per_step": 16, **changes}
+    load_corpus(settings_of(tiny_checkpoint, tiny_data, **few))
+    assert message is None or message in caplog.text
+    assert ("negatives are few" in caplog.text) == (message is not None and "draws" in message)
+    assert "no example is held out" in caplog.text
+
+
+def test_a_run_that_diverges_says_so(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(tiny_checkpoint, tiny_data, learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(DivergedError, match=r"not finite at step \d+: a lower learning_rate"):
+        Trainer(settings, tmp_path / "run").run(progress=False)
 
 
 def test_too_few_vectors_are_an_error(tiny_checkpoint: Path, tiny_data: Path) -> None:

@@ -1,0 +1,309 @@
+"""The files of one run: a lock, shards that are proven, and the rows of the shard in hand.
+
+Nothing here is believed for its name. A shard counts when the ledger has its size and hash, and
+when it was made of the same rows; other writers are kept out by a lock; temporary files have names
+that nobody can guess. Knows neither models nor what a shard holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import stat
+import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+logger = logging.getLogger("nv_embed.encode")
+
+_TEMPORARY = ".nv-embed-"
+_LEDGER = ".ledger.jsonl"
+_OURS = re.compile(r"part-\d{5,}\.(npy|jsonl|parquet)|\.part-\d{5,}\.kept|\.ledger\.jsonl")
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_RECORD = struct.Struct("<III")  # of kept rows: how many, their width, CRC-32 of what follows
+
+
+class OutputError(Exception):
+    """The output cannot be written, or must not be; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which rows of the input one shard holds; `digest` (sha256, hex) proves that they are."""
+
+    number: int
+    first: int
+    rows: int
+    digest: str
+
+
+@contextmanager
+def locked(lock: Path, output: Path) -> Iterator[None]:
+    """Keep other runs away from `output` until the block ends. Raises OutputError when one is
+    there already. The lock goes with its process; a file that is left over locks nothing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        descriptor = os.open(lock, flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"another run is writing {output}: wait for it, or name another --output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                os.close(descriptor)
+                raise
+            logger.warning("this file system has no locks: start no second run of %s", output)
+        # Whoever held it before may have removed the file in between.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(descriptor)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The folder of a run's shards, `suffix` being theirs and `mode` that of all files in it."""
+
+    folder: Path
+    suffix: str
+    mode: int
+
+    def make(self) -> None:
+        """Raises OutputError for a link, which may have been placed by somebody else."""
+        self._refuse_link()
+        self.folder.mkdir(exist_ok=True)
+
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise OutputError(f"{self.folder} is a symbolic link: remove it")
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"part-{number:05}{self.suffix}"
+
+    @contextmanager
+    def replacing(self, target: Path) -> Iterator[BinaryIO]:
+        """A file that takes the target's name when the block ends well, and else vanishes."""
+        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.folder)
+        try:
+            with os.fdopen(descriptor, "w+b") as file:
+                os.fchmod(file.fileno(), self.mode)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+
+    def clear(self) -> None:
+        """Remove what runs have left here, and the folder if nothing else is in it."""
+        self._refuse_link()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in list(os.scandir(self.folder)):
+                ours = _OURS.fullmatch(entry.name) or entry.name.startswith(_TEMPORARY)
+                if ours and not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def sweep(self, *, finished: bool = False) -> None:
+        """Remove the temporary files that a killed run may have left; `finished`: also what only
+        a run that goes on needs."""
+        for entry in list(os.scandir(self.folder)):
+            needed = entry.name == _LEDGER or entry.name.endswith(".kept")
+            if entry.name.startswith(_TEMPORARY) or (finished and needed):
+                os.unlink(entry.path)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row has been kept here."""
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return not any(name.startswith("part-") or name.endswith(".kept") for name in names)
+
+    def keeper(self, shard: Shard, width: int, every: float) -> Keeper:
+        return Keeper(self.folder / f".part-{shard.number:05}.kept", shard, width, every, self.mode)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What is known of a file that was written: its size, its hash, and the rows within."""
+
+    size: int
+    sha256: str
+    made_of: str = ""  # Shard.digest
+
+    @classmethod
+    def of(cls, file: BinaryIO, made_of: str = "") -> Proof:
+        file.flush()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        return cls(file.tell(), digest, made_of)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file is still the one that was written."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size != self.size:
+                return False
+            return Proof.of(file).sha256 == self.sha256
+
+
+def proves(proof: Proof | None, shard: Shard, path: Path) -> bool:
+    return proof is not None and proof.made_of == shard.digest and proof.holds(path)
+
+
+class Ledger:
+    """The proofs of a run's shards, one a line, each on disk before the next shard begins."""
+
+    def __init__(self, parts: Parts, proofs: dict[int, Proof] | None = None) -> None:
+        """What an earlier run has noted, and `proofs`. Half a line, of a killed run, is none."""
+        self._path = parts.folder / _LEDGER
+        self.proofs = {**(proofs or {}), **self._read()}
+        with parts.replacing(self._path) as file:
+            file.writelines(self._line(number) for number in self.proofs)
+
+    def has(self, shard: Shard, path: Path) -> bool:
+        """Whether the shard is there, whole, and of these rows."""
+        return proves(self.proofs.get(shard.number), shard, path)
+
+    def note(self, number: int, proof: Proof) -> None:
+        self.proofs[number] = proof
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self._path, flags), "ab") as file:
+            file.write(self._line(number))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _line(self, number: int) -> bytes:
+        proof = self.proofs[number]
+        return orjson.dumps([number, proof.size, proof.sha256, proof.made_of]) + b"\n"
+
+    def _read(self) -> dict[int, Proof]:
+        try:
+            lines = self._path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return {}
+        proofs = {}
+        for line in lines:
+            with suppress(ValueError, TypeError):
+                number, *rest = orjson.loads(line)
+                proofs[int(number)] = Proof(*rest)
+        return proofs
+
+
+class Keeper:
+    """Rows of one shard that is not finished, kept at least every so many seconds.
+
+    A context manager: on its way out by an exception, Ctrl-C included, it keeps what it has.
+    """
+
+    def __init__(self, path: Path, shard: Shard, width: int, every: float, mode: int) -> None:
+        self._path, self._every, self._mode, self._width = path, every, mode, width
+        self._header = bytes.fromhex(shard.digest)
+        self._waiting: list[tuple[Sequence[int], NDArray[np.float32]]] = []
+        self._last = time.monotonic()
+        self.rows = 0  # kept on disk
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            with suppress(OSError):  # a full disk, perhaps: that is what is reported already
+                self.flush()
+
+    def recall(self, vectors: NDArray[np.float32]) -> set[int]:
+        """Fill `vectors` [N, D] with what was kept of these very rows; returns their indices."""
+        done: set[int] = set()
+        for indices, rows in self._records():
+            if len(indices) and max(indices) < len(vectors):
+                vectors[indices] = rows
+                done.update(indices.tolist())
+        if not done:
+            self.forget()  # of other rows, or broken
+        self.rows = len(done)
+        return done
+
+    def add(self, indices: Sequence[int], rows: NDArray[np.float32]) -> None:
+        self._waiting.append((indices, rows))
+        if time.monotonic() - self._last >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        self._last = time.monotonic()
+        if not self._waiting:
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self._path, flags, self._mode), "ab") as file:
+            if not file.tell():
+                os.fchmod(file.fileno(), self._mode)
+                file.write(self._header)
+            for indices, rows in self._waiting:
+                body = np.asarray(indices, dtype="<i4").tobytes() + rows.astype("<f4").tobytes()
+                file.write(_RECORD.pack(len(indices), self._width, zlib.crc32(body)) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += sum(len(indices) for indices, _ in self._waiting)
+        self._waiting.clear()
+
+    def forget(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _records(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]:
+        """The whole records, up to one that is cut off or changed."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return
+        with os.fdopen(descriptor, "r+b") as file:
+            if file.read(len(self._header)) != self._header:
+                return
+            good = file.tell()
+            while len(head := file.read(_RECORD.size)) == _RECORD.size:
+                count, width, checksum = _RECORD.unpack(head)
+                size = 4 * count * (1 + width)
+                if width != self._width or size > os.fstat(file.fileno()).st_size:
+                    break
+                body = file.read(size)
+                if len(body) != size or zlib.crc32(body) != checksum:
+                    break
+                good = file.tell()
+                indices = np.frombuffer(body, "<i4", count)
+                yield indices, np.frombuffer(body, "<f4", offset=4 * count).reshape(count, width)
+            file.truncate(good)  # the next record begins where a whole one ended

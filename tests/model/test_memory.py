@@ -1,0 +1,138 @@
+"""What happens when a batch does not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.encoder import Encoder
+from model.errors import NoMemoryError
+from model.memory import FittingRunner, is_out_of_memory
+from model.tokenizer import NVEmbedTokenizer
+from tests.server.runners import MARK, Hashing, vector_of
+
+
+class Narrow(Hashing):
+    """It has memory for 20 tokens at once."""
+
+    room = 20
+
+    def __init__(self) -> None:
+        super().__init__(RunnerOptions(path=""))
+        self.tried: list[list[int]] = []
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        self.tried.append([len(encoding) for encoding in encodings])
+        if sum(map(len, encodings)) > self.room:
+            raise MemoryError
+        return super().embed(encodings)
+
+
+class GreedyOnMark(Hashing):
+    def row(self, encoding: Encoding) -> np.ndarray:
+        if MARK in encoding.ids:
+            raise MemoryError
+        return super().row(encoding)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_budget_kept() -> None:
+    runner = Narrow()
+    fitting = FittingRunner(runner)
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    for _ in range(2):
+        rows, too_large = fitting.embed(inputs)
+        assert too_large == []
+        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
+    assert runner.tried[0] == [8] * 6
+    assert fitting.budget == 12
+    second_time = runner.tried[runner.tried.index([8], 3) :]
+    assert [8] * 6 not in second_time
+
+
+def test_an_input_that_does_not_fit_alone_is_named() -> None:
+    inputs = [Encoding(np.full(n, n, dtype=np.int32)) for n in (8, 30, 9)]
+    rows, too_large = FittingRunner(Narrow()).embed(inputs)
+    assert too_large == [1]
+    for index in (0, 2):
+        np.testing.assert_array_equal(rows[index], vector_of(inputs[index].ids))
+
+
+def test_an_input_that_takes_too_much_memory_leaves_the_others_their_batches() -> None:
+    fitting = FittingRunner(GreedyOnMark(RunnerOptions(path="")))
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    fitting.embed(inputs)
+    poison = Encoding(np.array([1, MARK, 2], dtype=np.int32))
+    _, too_large = fitting.embed([*inputs, poison])
+    assert too_large == [6]
+    assert fitting.budget == 48
+
+
+def test_less_room_than_before_is_learnt_and_kept() -> None:
+    runner = Narrow()
+    fitting = FittingRunner(runner)
+    fitting.embed([Encoding(np.full(2, number, dtype=np.int32)) for number in range(6)])
+    inputs = [Encoding(np.full(8, number, dtype=np.int32)) for number in range(6)]
+    fitting._most_done = 48  # as if these had fitted once, before another program took memory
+    for _ in range(2):
+        rows, too_large = fitting.embed(inputs)
+        assert too_large == []
+        np.testing.assert_array_equal(rows, np.stack([vector_of(e.ids) for e in inputs]))
+    failed = [part for part in runner.tried if sum(part) > runner.room]
+    fitting.embed(inputs)
+    assert [part for part in runner.tried if sum(part) > runner.room] == failed
+
+
+def no_memory_on_the_cpu() -> Exception:
+    """What torch itself raises."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 50)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (no_memory_on_the_cpu(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (ImportError("libtorch_cpu.so: failed to map segment: Cannot allocate memory"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("could not create a primitive"), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_a_lack_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+class NarrowTorch(Narrow):
+    """It fails as torch's CPU allocator does."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        try:
+            return super().embed(encodings)
+        except MemoryError:
+            torch.empty(1 << 50)
+            raise AssertionError from None
+
+
+def test_offline_runs_halve_as_well(tokenizer: NVEmbedTokenizer) -> None:
+    runner = NarrowTorch()
+    encoder = Encoder.of(tokenizer, runner, BatchLimits(100, 64), max_tokens=4096)
+    inputs = [f"{number}" for number in range(12)]
+    vectors = encoder.encode(inputs, progress=False)
+    expected = [tokenizer.encode(text, max_tokens=4096).ids for text in inputs]
+    np.testing.assert_array_equal(vectors, np.stack([vector_of(ids) for ids in expected]))
+    assert sum(runner.tried[0]) > runner.room
+    with pytest.raises(NoMemoryError, match="even alone") as caught:
+        encoder.encode(["one", "word " * 30, "two"], progress=False)
+    assert caught.value.rows == (1,)
