@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+# A .venv whose Python is too old or has gone (an upgrade of the system) is made anew.
+STALE := $(if $(wildcard $(VENV)),$(shell $(BIN)/python -c '$(IS_NEW_ENOUGH)' 2>/dev/null || echo stale))
 # TORCH=cpu takes torch's CPU build from PyTorch's own index; the default is PyPI's (with CUDA).
 TORCH ?= default
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -89,10 +92,20 @@ lock: ## renew requirements.lock and requirements-test.lock
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+.PHONY: stale
+stale:
+	@echo "$(VENV) has no Python 3.11 or later: making it anew"
 
-$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+# pip comes last: without it the environment is half made, and the next run goes on.
+$(VENV)/bin/pip: $(STALE)
+	@$(PYTHON) -c '$(IS_NEW_ENOUGH)' || { \
+	    echo "This needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	    echo "Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(if $(STALE),--clear) $(VENV) || { \
+	    echo "$(PYTHON) cannot make a virtual environment; Debian: apt-get install python3-venv"; \
+	    exit 1; }
+
+$(VENV)/.installed: requirements.lock pyproject.toml $(STALE) | $(VENV)/bin/pip
 	@echo "Installing what serving needs into $(VENV); this takes minutes the first time …"
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .

@@ -24,6 +24,8 @@ logger = logging.getLogger("nv_embed.hub")
 _FILES = ["*.json", "*.safetensors", "README.md"]
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+SHIPPED = "nv-embed-small"
+"""The model that ships with the package goes by this name, too, as a server shows it."""
 PINNED_REVISIONS = {
     "nvidia/NV-Embed-v1": "570834afd5fef5bf3a3c2311a2b6e0a66f6f4f2c",
     "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",
@@ -55,7 +57,7 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
 
     Raises CheckpointError with what to do about it.
     """
-    if model is None:
+    if model is None or (model == SHIPPED and not Path(model).exists()):
         model = str(packaged_checkpoint())
     if folder := _folder(model):
         if revision:
@@ -120,7 +122,7 @@ def _said(model: str) -> str:
 
 def packaged_checkpoint() -> Path:
     """The folder of the small trained model that ships with the package."""
-    folder = Path(__file__).parent / "checkpoints" / "nv-embed-small"
+    folder = Path(__file__).parent / "checkpoints" / SHIPPED
     if not (folder / "config.json").is_file():
         raise CheckpointError("no model was named, and this installation holds none: use --model")
     return folder

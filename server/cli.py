@@ -1,8 +1,7 @@
 """The command `nv-embed`: the parsers of serve, encode, train, …, and calls of their code.
 
-Owns the options that only one command has; server/settings.py owns the rest. What goes wrong
-becomes one line and an exit status here: no command shows a traceback, unless it logs at level
-debug.
+Owns the options that only one command has; server/settings.py owns the rest, and model/console.py
+what becomes of errors.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from model import host
-from model.errors import ModelError, did_you_mean
+from model import console, host
+from model.errors import did_you_mean
 from server import logs, settings
 from server.errors import SettingsError
 from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
@@ -34,46 +33,13 @@ _MOST = 10_000_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path or a text that the terminal's encoding lacks is shown, not raised.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        try:
-            arguments = _parse(sys.argv[1:] if argv is None else argv)
-            status: int = arguments.run(arguments)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a full disk or a closed pipe can be told
-    except (SettingsError, ModelError) as error:
-        return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read our output has seen enough
-        _forget_stdout()
-        return 1
-    except OSError as error:
-        _forget_stdout()
-        place = f"{error.filename}: " if error.filename is not None else ""
-        return _fail(f"{place}{error.strerror or error}", 1)
-    except MemoryError:
-        return _fail("out of memory", 1)
-    except Exception as error:
-        logger.debug("an unforeseen error", exc_info=True)
-        return _fail(
-            f"an unforeseen {type(error).__name__}: {error} (--log-level debug shows where)", 1
-        )
-    return status
 
+    def command() -> int:
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        status: int = arguments.run(arguments)
+        return status
 
-def _fail(message: str, status: int) -> int:
-    print(f"nv-embed: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _forget_stdout() -> None:
-    """What could not be written would be tried again, and complained of, at the very end."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return console.run("nv-embed", command, (SettingsError,))
 
 
 class _Parser(argparse.ArgumentParser):

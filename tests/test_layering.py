@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first: a module may import those before it. A new module gets its place here.
 MODEL = [
     "errors",
+    "console",
     "extras",
     "user_files",
     "batch",

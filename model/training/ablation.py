@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from model import console
 from model.training import evaluation
 from model.training.evaluation import NamedSet
 from model.training.plot import plot_cells
@@ -148,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("ablation", main))

@@ -8,6 +8,7 @@ fused product would make q, k and v share their A. What is exported is merged an
 from __future__ import annotations
 
 import importlib
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ def add_lora(model: TrainedNVEmbed, *, rank: int, alpha: float, dropout: float) 
     The adapters are float32 and leave the function as it is: their B is zero. Their A comes from
     torch's generator. Raises UnsupportedError without peft.
     """
+    # Of 4-bit products on the CPU, which nothing here asks for, and yet warned of when imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         peft = importlib.import_module("peft")
     except ImportError:

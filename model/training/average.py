@@ -9,11 +9,13 @@ must have the same sizes and descend from one another.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from model import console
 from model.errors import CheckpointError
 from model.training.export import export, write_papers
 from model.training.network import load_trained
@@ -47,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("average", main))

@@ -9,6 +9,7 @@ hard negatives alone, up to three. No instructions, since the teacher knows none
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import host
+from model import console, host
 from model.training.corpus import without_held_out
 from model.training.examples import Example, read_examples
 from model.training.losses import contrastive_loss
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("baseline", main))

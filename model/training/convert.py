@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from model import console
 from model.errors import ModelError
 from model.training.evaluation import read_sts, task_texts
 from model.training.examples import Example, write_examples
@@ -100,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("convert", main))

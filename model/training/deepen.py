@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model import console
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.training.export import config_json, write_checkpoint
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("deepen", main))

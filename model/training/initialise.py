@@ -9,6 +9,7 @@ from the teacher's width to the model's, which distillation needs.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from model import console
 from model.config import NVEmbedConfig
 from model.training.examples import read_texts
 from model.training.export import export
@@ -106,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("initialise", main))

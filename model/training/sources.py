@@ -19,6 +19,7 @@ import io
 import json
 import random
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+from model import console
 from model.training.examples import DataError, check_names, read_lines, read_text
 
 SEED = 20240527
@@ -473,4 +475,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("sources", main))

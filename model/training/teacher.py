@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from model import host
+from model import console, host
 from model.errors import UnsupportedError
 from model.extras import how_to_install
 from model.runner import resolve_device
-from model.training.examples import read_texts
+from model.training.examples import DataError, read_texts
 
 SHARD = 8_192
 """Texts of a shard of vectors."""
@@ -109,12 +111,22 @@ class Projection:
 
     @classmethod
     def load(cls, path: Path) -> Projection:
-        return cls(load_file(str(path))["projection"])
+        try:
+            return cls(load_file(str(path))["projection"])
+        except (OSError, KeyError, SafetensorError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
 
 
 def load_vectors(folder: Path) -> NDArray[np.float16]:
-    """All whole shards, [n, W]; n may be less than the number of texts."""
-    shards = [np.load(path, allow_pickle=False) for path in sorted(folder.glob("[0-9]*.npy"))]
+    """All whole shards, [n, W]; n may be less than the number of texts. Raises DataError."""
+    shards = []
+    for path in sorted(folder.glob("[0-9]*.npy")):
+        try:
+            shards.append(np.load(path, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+    if not shards or len({shard.shape[1:] for shard in shards}) > 1 or shards[0].ndim != 2:
+        raise DataError(f"{folder} holds no vectors, or of several widths (00000.npy, …)")
     return np.concatenate(shards)
 
 
@@ -143,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(console.run("teacher", main))

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model import console
 from model.errors import ModelError
 from model.training.examples import DataError
 from model.training.sources import SHORT_PASSAGE, is_prose, manual_sections, passages, squeeze
@@ -140,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run("validation_sets", main))

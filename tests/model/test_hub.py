@@ -30,6 +30,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_checkpoint: Pa
     return tmp_path
 
 
+def test_the_shipped_model_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden_checkpoint: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("nv-embed-small", offline=True) == locate(None)
+    shutil.copytree(golden_checkpoint, "nv-embed-small")  # one's own folder comes first
+    assert locate("nv-embed-small", offline=True).path != locate(None).path
+
+
 def test_the_pinned_revision_from_the_cache(cache: Path) -> None:
     source = locate("nvidia/NV-Embed-v2", offline=True)
     assert source.model_id == "nvidia/NV-Embed-v2"

@@ -305,7 +305,7 @@ def test_what_nobody_foresaw_is_one_line(
     monkeypatch.setattr(settings, "load_as", broken)
     assert cli.main(["serve"]) == 1
     assert capsys.readouterr().err == (
-        "nv-embed: an unforeseen LookupError: lost for ever (--log-level debug shows where)\n"
+        "nv-embed: an unforeseen LookupError: lost for ever (log level debug shows where)\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import random
 import signal
@@ -82,6 +83,11 @@ def test_adapters_and_the_pooler_are_trained(tiny_checkpoint: Path) -> None:
             owners = [n for n in adapters if f"layers.{layer}." in n and f".{projection}." in n]
             shapes = {n.rsplit(".", 3)[1]: model.get_parameter(n).shape for n in owners}
             assert shapes["lora_A"][0] == shapes["lora_B"][1] == 3, (layer, projection)
+
+
+def test_other_peoples_kernels_are_not_warned_of(tiny_checkpoint: Path) -> None:
+    add_lora(load_trained(tiny_checkpoint, device=CPU), rank=1, alpha=1, dropout=0)
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_without_peft_it_says_what_to_install(

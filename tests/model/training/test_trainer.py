@@ -548,6 +548,21 @@ def test_a_run_that_diverges_says_so(
         Trainer(settings, tmp_path / "run").run(progress=False)
 
 
+@pytest.mark.parametrize("key", ["texts", "vectors", "projection", "data"])
+@pytest.mark.parametrize("kind", ["missing", "garbage"])
+def test_what_a_run_is_made_of_is_there(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, key: str, kind: str
+) -> None:
+    place = tmp_path / "x"
+    if kind == "garbage":
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x/00000.npy").write_bytes(b"\x93NUMPY and no more")
+        place = place if key == "vectors" else place / "00000.npy"
+    named = {str(place): 1} if key == "data" else str(place)
+    with pytest.raises(DataError, match=f"{tmp_path}/x"):
+        load_corpus(settings_of(tiny_checkpoint, tiny_data, **{key: named}))
+
+
 def test_too_few_vectors_are_an_error(tiny_checkpoint: Path, tiny_data: Path) -> None:
     with pytest.raises(DataError, match="120 vectors of 500"):
         load_corpus(settings_of(tiny_checkpoint, tiny_data, last_text=500))
