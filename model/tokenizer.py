@@ -17,15 +17,13 @@ from tokenizers import Tokenizer
 
 from model.batch import Encoding
 from model.config import NVEmbedConfig
-from model.errors import CheckpointError, EmptyPoolError, InputTooLongError, MissingFileError
-from model.files import read_text
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.tokenizer_file import read_tokenizer
 
 BOS_ID = 1
 EOS_ID = 2
 _CACHED_CHARS = 2048
 """Instructions up to this length are tokenized once and remembered."""
-_MOST_BYTES = 64 << 20
-"""Of tokenizer.json; the official one has 1.8 MB."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -63,27 +61,19 @@ class NVEmbedTokenizer:
             )
         if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
             raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
-        if tokenizer.encode("x").ids[0] != BOS_ID:
+        if tokenizer.encode("x").ids[:1] != [BOS_ID]:
             raise CheckpointError("tokenizer.json does not put BOS in front")
         self._pool_start = lru_cache(maxsize=1024)(self._count_pool_start)
 
     @classmethod
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
-        path = folder / "tokenizer.json"
-        try:
-            text = read_text(path, _MOST_BYTES)
-        except MissingFileError:
-            raise CheckpointError(f"{folder} has no tokenizer.json") from None
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        ours = cls(tokenizer)
+        ours = cls(read_tokenizer(folder))
         rows = vocab_size or NVEmbedConfig.from_dir(folder).vocab_size
         if ours.vocab_size > rows:
             raise CheckpointError(
-                f"{path} has {ours.vocab_size} pieces, the model embeds {rows}: it is not its own"
+                f"{folder / 'tokenizer.json'} has {ours.vocab_size} pieces, the model embeds "
+                f"{rows}: it is not its own"
             )
         return ours
 

@@ -23,6 +23,7 @@ MODEL = [
     "weights",
     "fingerprint",
     "hub",
+    "tokenizer_file",
     "tokenizer",
     "tasks",
     "packing",
