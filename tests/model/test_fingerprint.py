@@ -90,7 +90,6 @@ def test_tensors_that_change_names_are_another(folder: Path) -> None:
 
 
 def test_another_checkpoint_than_expected_is_refused(folder: Path) -> None:
-    require(folder, None)
     require(folder, fingerprint(folder))
     with pytest.raises(CheckpointError, match="its files have changed; put them back, or restart"):
         require(folder, "0" * 64)

@@ -153,6 +153,7 @@ class OfItsCheckpoint(Hashing):
 
     def __init__(self, options: RunnerOptions) -> None:
         super().__init__(options)
+        assert options.fingerprint is not None
         require(Path(options.path), options.fingerprint)
         self._weights = int(fingerprint(Path(options.path))[:7], 16)
 
