@@ -53,7 +53,9 @@ class NVEmbedTokenizer:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._tokenizer = tokenizer
         self.vocab_size: int = max(vocabulary.values()) + 1
-        longest = max(len(piece) for piece in vocabulary)
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise CheckpointError("tokenizer.json gives two pieces one id")
+        longest = max(map(len, vocabulary))
         if longest > MAX_PIECE_CHARS:
             raise CheckpointError(
                 f"tokenizer.json has a piece of {longest} characters; the length limit relies on "
