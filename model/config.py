@@ -171,7 +171,7 @@ def _integer(section: dict[str, Any], key: str, default: int | None = None) -> i
     value = default if value is None else value
     least, most = _BOUNDS[key]
     if type(value) is not int or not least <= value <= most:
-        raise CheckpointError(f"{key} is {shown(value)}, an integer of {least} to {most} is needed")
+        raise CheckpointError(f"{key} is {shown(value)}, not an integer of {least} to {most}")
     return value
 
 
@@ -181,7 +181,9 @@ def _number(section: dict[str, Any], key: str, default: float) -> float:
     least, most = _BOUNDS[key]
     # NaN is in no range; an integer may be too large for a float, and is compared as it is.
     if type(value) not in (int, float) or not least <= value <= most:
-        raise CheckpointError(f"{key} is {shown(value)}, a number of {least} to {most} is needed")
+        raise CheckpointError(
+            f"{key} is {shown(value)}, a number of {least:g} to {most:g} is needed"
+        )
     return float(value)
 
 

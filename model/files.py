@@ -48,6 +48,8 @@ def read_text(path: Path, most_bytes: int) -> str:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
     if what := impostor(raw):
         raise CheckpointError(f"{path} cannot be read: it is {what}")
+    if b"\0" in raw:
+        raise CheckpointError(f"{path} cannot be read: it is no text, or UTF-16: save it as UTF-8")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -64,10 +64,38 @@ def _places(weights: WeightFile) -> Iterator[tuple[int, int]]:
             yield start, min(_SAMPLE_BYTES, tensor.stop - start)
 
 
-def require(folder: Path, expected: str | None) -> None:
+def require(folder: Path, expected: str) -> None:
     """Raise CheckpointError when the folder does not hold the checkpoint of this fingerprint."""
-    if expected is not None and fingerprint(folder) != expected:
+    if fingerprint(folder) != expected:
         raise CheckpointError(
             f"the model in {folder} is not the one that this server started with: its files have "
             "changed; put them back, or restart the server to serve the new ones"
         )
+
+
+class Unchanged:
+    """Around the reading of a checkpoint: what is exchanged while it is read is read in part."""
+
+    def __init__(self, folder: Path, expected: str | None) -> None:
+        """expected: the fingerprint that it must have; None: any will do, and nothing is read.
+
+        Raises CheckpointError when it has another.
+        """
+        self._folder, self._expected = folder, expected
+        if expected is not None:
+            self._touched = _touched(folder)
+            require(folder, expected)
+
+    def check(self) -> None:
+        """At the end. Raises CheckpointError when it has become another."""
+        if self._expected is not None and _touched(self._folder) != self._touched:
+            require(self._folder, self._expected)
+
+
+def _touched(folder: Path) -> list[tuple[str, int, int]]:
+    """Which file each name of the folder is, and when it was last written."""
+    try:
+        stats = [(path.name, path.stat()) for path in folder.iterdir() if path.exists()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from None
+    return sorted((name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats)

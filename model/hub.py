@@ -138,12 +138,14 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
         RevisionNotFoundError,
     )
     from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     # Its own log lines come twice, once raw.
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    if not offline:
-        logger.info("looking for %s on the hub", model)
     try:
+        validate_repo_id(model)
+        if not offline:
+            logger.info("looking for %s on the hub", model)
         return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, local_files_only=offline, allow_patterns=_FILES
@@ -165,7 +167,7 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
         ) from error
     except HFValidationError:
         raise CheckpointError(
-            f"there is no folder {model}, and no hub model can be named so"
+            f"there is no folder {_said(model)}, and no hub model can be named so"
         ) from None
     except Exception as error:  # whatever the HTTP client below raises, in several lines
         words = " ".join(f"{error}".split()) or type(error).__name__

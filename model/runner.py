@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, fingerprint, host, products
+from model import cuda_graphs, host, products
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
+from model.fingerprint import Unchanged
 from model.loader import expected_shapes, load_model
 from model.packing import PackedBatch, pack
 from model.products import Products
@@ -52,7 +53,7 @@ class ModelRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self._options = options
-        fingerprint.require(Path(options.path), options.fingerprint)
+        unchanged = Unchanged(Path(options.path), options.fingerprint)
         self.config = NVEmbedConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
@@ -78,8 +79,7 @@ class ModelRunner:
             quantize=options.quantization,
             layers=layers,
         )
-        # Again: what was exchanged while it was read was read in part.
-        fingerprint.require(Path(options.path), options.fingerprint)
+        unchanged.check()
         self.info = RunnerInfo(
             device=str(self.device),
             device_name=device_name(self.device),

@@ -7,33 +7,26 @@ and the pool leaves out `len(tokenize(instruction))` positions, counted without 
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from model.batch import Encoding
 from model.config import NVEmbedConfig
-from model.errors import CheckpointError, EmptyPoolError, InputTooLongError, MissingFileError
-from model.files import read_text
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.tokenizer_file import read_tokenizer
 
 BOS_ID = 1
 EOS_ID = 2
 _CACHED_CHARS = 2048
 """Instructions up to this length are tokenized once and remembered."""
-_MOST_BYTES = 64 << 20
-"""Of tokenizer.json; the official one has 1.8 MB."""
 _SHORT_CHARS = 1024
 """Up to this many characters the single call is quicker than waking the library's threads; it
 keeps the interpreter's lock, so that longer texts would hold up whatever else the process does."""
-_MAX_GROWTH = 18
-"""Characters that a normaliser may make of one: what NFKC makes of U+FDFA."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -63,16 +56,13 @@ class NVEmbedTokenizer:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._tokenizer = tokenizer
         self.vocab_size: int = max(vocabulary.values()) + 1
-        longest = max(len(piece) for piece in vocabulary)
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise CheckpointError("tokenizer.json gives two pieces one id")
+        longest = max(map(len, vocabulary))
         if longest > MAX_PIECE_CHARS:
             raise CheckpointError(
                 f"tokenizer.json has a piece of {longest} characters; the length limit relies on "
                 f"at most {MAX_PIECE_CHARS}, as in NV-Embed's tokenizer"
-            )
-        if (growth := _growth(tokenizer.normalizer)) > _MAX_GROWTH:
-            raise CheckpointError(
-                f"tokenizer.json's normalizer can make {growth} characters of one; the length "
-                f"limit relies on at most {_MAX_GROWTH} (NV-Embed's makes one of one)"
             )
         if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
             raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
@@ -84,20 +74,12 @@ class NVEmbedTokenizer:
     @classmethod
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
-        path = folder / "tokenizer.json"
-        try:
-            text = read_text(path, _MOST_BYTES)
-        except MissingFileError:
-            raise CheckpointError(f"{folder} has no tokenizer.json") from None
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exceptions
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        ours = cls(tokenizer)
+        ours = cls(read_tokenizer(folder))
         rows = vocab_size or NVEmbedConfig.from_dir(folder).vocab_size
         if ours.vocab_size > rows:
             raise CheckpointError(
-                f"{path} has {ours.vocab_size} pieces, the model embeds {rows}: it is not its own"
+                f"{folder / 'tokenizer.json'} has {ours.vocab_size} pieces, the model embeds "
+                f"{rows}: it is not its own"
             )
         return ours
 
@@ -200,30 +182,6 @@ def _without_spaces_before(text: str, end: int) -> int:
     while end and text[end - 1] in " ▁":  # "▁" is what spaces become
         end -= 1
     return end
-
-
-def _growth(normalizer: Any) -> int:
-    """How many characters a tokenizer.json's normaliser may make of one, besides what it puts
-    in front or behind just once."""
-    if normalizer is None:
-        return 1
-    return _growth_of(json.loads(normalizer.__getstate__()))
-
-
-def _growth_of(state: dict[str, Any]) -> int:
-    match state.get("type"):
-        case "Sequence":
-            return math.prod(_growth_of(step) for step in state["normalizers"])
-        case "Replace":  # a pattern may match where there is nothing, too
-            return max(1, len(state["content"])) + ("Regex" in state["pattern"])
-        case "Prepend":
-            return max(1, len(state["prepend"]))
-        case "NFKC" | "NFKD" | "Precompiled" | "Nmt":
-            return 18
-        case "NFC" | "NFD":
-            return 4
-        case _:  # those that take away, and lower case
-            return 1
 
 
 def to_encoding(

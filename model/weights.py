@@ -185,7 +185,7 @@ def _stored(path: Path, name: str, entry: Any, header_bytes: int) -> StoredTenso
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path} cannot be read: no place for {shown(name)}") from None
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:
         raise CheckpointError(
             f"{path}: {shown(name)} is {shown(dtype)}; only weights in float32, float16 and "
             f"bfloat16 ({', '.join(_BYTES)}) are read"

@@ -26,6 +26,7 @@ MODEL = [
     "weights",
     "fingerprint",
     "hub",
+    "tokenizer_file",
     "tokenizer",
     "tasks",
     "packing",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from tests.checkpoints import config_json
+from tests.model.test_files import IN_PLACE_OF_A_FILE
 
 OFFICIAL: dict[str, Any] = {
     "_name_or_path": "nvidia/NV-Embed-v2",
@@ -104,6 +106,79 @@ def test_a_refusal_names_the_key_and_the_value(
     assert words.get(key, key) in str(refusal.value)
     if value is not None and not isinstance(raw.get(key), str | None):
         assert str(value) in str(refusal.value)
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "values"),
+    [
+        (
+            "text_config",
+            "rope_theta",
+            (math.nan, math.inf, -math.inf, HUGE, 1e13, 0.5, 0, "1e4", [1e4], {}, True),
+        ),
+        (
+            "text_config",
+            "rms_norm_eps",
+            (math.nan, math.inf, HUGE, 1.0, 1e-30, 0, "1e-5", [], True),
+        ),
+        ("text_config", "num_hidden_layers", (10**6, 10**9, HUGE, 1e1, math.nan, True, [3], "3")),
+        ("text_config", "hidden_size", (HUGE, 10**9, -64, math.inf, 64.0)),
+        ("text_config", "vocab_size", (HUGE, 10**9, 2, 32e3)),
+        ("text_config", "intermediate_size", (HUGE, 10**9, math.nan, "160")),
+        ("text_config", "num_attention_heads", (10**6, 1e1)),
+        ("text_config", "num_key_value_heads", (10**6, 2.0, True)),
+        ("text_config", "head_dim", (HUGE, 10**5, 128.0, [128])),
+        ("text_config", "max_position_embeddings", (1, 31, HUGE, 32768.0, math.inf, True)),
+        ("latent_attention_config", "num_latents_value", (HUGE, 10**7, True, 512.0)),
+        ("latent_attention_config", "num_cross_heads", (HUGE, 10**5, True)),
+        ("latent_attention_config", "cross_dim_head", (HUGE, 10**7, math.inf)),
+        ("latent_attention_config", "hidden_dim", (4096.0, "4096", math.nan)),
+        ("text_config", "bos_token_id", (True, 1.0, "1", [1])),
+        ("text_config", "attention_bias", (0, "false", [])),
+        ("text_config", "rope_parameters", ("x", [], 1, True)),
+        (None, "add_eos", (1, "true")),
+        (None, "_name_or_path", (["x"], 1, {}, True)),
+        (None, "text_config", ("x", [], 1)),
+        (None, "model_type", (["nvembed"], {"nvembed": 1}, HUGE)),
+    ],
+)
+def test_every_number_is_within_bounds_and_of_its_type(
+    section: str | None, key: str, values: tuple[object, ...]
+) -> None:
+    for value in values:
+        raw = copy.deepcopy(OFFICIAL)
+        (raw[section] if section else raw)[key] = value
+        with pytest.raises(CheckpointError, match=key) as refusal:
+            NVEmbedConfig.from_dict(raw)
+        assert str(value)[:100] in str(refusal.value)
+        assert len(str(refusal.value)) < 300
+
+
+def test_theta_said_twice() -> None:
+    raw = copy.deepcopy(OFFICIAL)
+    raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000}
+    assert NVEmbedConfig.from_dict(raw).rope_theta == 10000.0
+    for other in (1e6, math.nan, 10**400, "10000"):
+        raw["text_config"]["rope_parameters"]["rope_theta"] = other
+        with pytest.raises(CheckpointError, match="rope_theta"):
+            NVEmbedConfig.from_dict(raw)
+
+
+def test_a_byte_order_mark_and_what_the_file_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(OFFICIAL), encoding="utf-8-sig")
+    assert NVEmbedConfig.from_dir(tmp_path) == NVEmbedConfig.from_dict(OFFICIAL)
+    for content, message in IN_PLACE_OF_A_FILE:
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            NVEmbedConfig.from_dir(tmp_path)
+    for depth in (900, 20_000):  # read, and too deep to read
+        file.write_text('{"model_type":' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(CheckpointError, match=r"model_type|nested too deeply"):
+            NVEmbedConfig.from_dir(tmp_path)
 
 
 @pytest.mark.parametrize(

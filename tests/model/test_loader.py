@@ -161,6 +161,49 @@ def test_a_tensor_that_cannot_be_read_ends_the_loading(
         load(folder)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embedding_model.embed_tokens.weight",  # a row that no warm-up would meet
+        K_PROJ,
+        "embedding_model.norm.weight",
+        "latent_attention_model.latents",
+        "latent_attention_model.cross_attend_blocks.0.fn.to_out.weight",
+    ],
+)
+def test_a_single_number_that_is_none_is_refused(folder: Path, name: str, value: float) -> None:
+    shard = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name][-1] = value
+    save_file(tensors, shard)
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinity"):
+        load(folder)
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8-dynamic"])
+def test_infinity_is_found_before_it_is_quantized(folder: Path, quantize: str) -> None:
+    edit(folder, lambda tensors: tensors[K_PROJ].__setitem__((3, 5), np.inf))
+    config = NVEmbedConfig.from_dir(folder)
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight holds NaN or infinity"):
+        load_model(
+            folder, config, device=torch.device("cpu"), dtype=torch.float32, quantize=quantize
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float64])
+def test_other_numbers_than_weights_are_refused(folder: Path, dtype: type) -> None:
+    edit(folder, lambda tensors: tensors.update({K_PROJ: tensors[K_PROJ].astype(dtype)}))
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight' is '[IF][0-9]+'"):
+        load(folder)
+
+
+def test_float32_weights_are_read_as_they_are(folder: Path) -> None:
+    before = Checkpoint(folder).rows(K_PROJ)
+    edit(folder, lambda tensors: tensors.update({K_PROJ: tensors[K_PROJ].astype(np.float32)}))
+    assert torch.equal(Checkpoint(folder).rows(K_PROJ), before.float())
+
+
 # -- memory ----------------------------------------------------------------------------------
 
 MEASURE = """

@@ -1,21 +1,28 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from model import host, products
+from model import runner as runner_module
 from model.batch import Encoding, RunnerOptions
 from model.config import NVEmbedConfig
-from model.errors import UnsupportedError
+from model.errors import CheckpointError, UnsupportedError
+from model.fingerprint import fingerprint
 from model.hub import locate
+from model.loader import load_model
 from model.runner import ModelRunner, resolve_device, resolve_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -30,6 +37,50 @@ def test_info_says_what_runs(golden_checkpoint: Path) -> None:
     rows = runner.embed([Encoding(np.array([1, 5, 2], dtype=np.int32))] * 2)
     assert (rows.shape, rows.dtype) == ((2, 64), np.float32)
     runner.close()
+
+
+def write_changed(folder: Path, name: str, factor: float) -> None:
+    """Multiply one tensor of the checkpoint."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] = (tensors[name].astype(np.float32) * factor).astype(tensors[name].dtype)
+    save_file(tensors, shard)
+
+
+def test_another_checkpoint_than_expected_is_refused(
+    tmp_path: Path, golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(golden_checkpoint, tmp_path / "copy"))
+    options = RunnerOptions(str(folder), dtype="float32", fingerprint=fingerprint(folder))
+    ModelRunner(options).close()
+
+    def load_while_they_change(*args: Any, **kwargs: Any) -> Any:
+        loaded = load_model(*args, **kwargs)
+        write_changed(folder, "embedding_model.norm.weight", 0.5)
+        return loaded
+
+    monkeypatch.setattr(runner_module, "load_model", load_while_they_change)
+    with pytest.raises(CheckpointError, match="its files have changed"):
+        ModelRunner(options)
+    monkeypatch.setattr(runner_module, "load_model", None)  # not even begun
+    with pytest.raises(CheckpointError, match="its files have changed"):
+        ModelRunner(options)
+    shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ModelRunner(options)
+
+
+def test_vectors_that_are_too_large_for_the_precision_stop_the_warm_up(
+    tmp_path: Path, golden_checkpoint: Path
+) -> None:
+    folder = Path(shutil.copytree(golden_checkpoint, tmp_path / "copy"))
+    write_changed(folder, "embedding_model.layers.0.mlp.down_proj.weight", 60_000)
+    write_changed(folder, "embedding_model.layers.0.mlp.up_proj.weight", 10_000)
+    ModelRunner(RunnerOptions(str(folder), dtype="float32")).warm_up()
+    runner = ModelRunner(RunnerOptions(str(folder), dtype="float16"))
+    with pytest.raises(UnsupportedError, match="NaN or infinite in float16"):
+        runner.warm_up()
 
 
 def test_devices() -> None:

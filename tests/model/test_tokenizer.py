@@ -4,7 +4,9 @@ import json
 import random
 import string
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from model.batch import Encoding
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
 from tests.checkpoints import config_json, official_tokenizer
+from tests.model.test_files import IN_PLACE_OF_A_FILE
 
 PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
 LONG = 1_000_000  # tokens: no limit for these tests' texts
@@ -200,6 +203,129 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with_long_piece.add_tokens(["a piece of more than sixteen characters"])
     with pytest.raises(CheckpointError, match="at most 16"):
         NVEmbedTokenizer(with_long_piece)
+
+
+Change = Callable[[dict[str, Any]], object]
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+REGEX = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}
+MALFORMED = {"type": "Replace", "pattern": {"Regex": "(("}, "content": "x"}
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+SPECIAL = {"SpecialToken": {"id": "<absent>", "type_id": 0}}
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(golden_checkpoint: Path) -> str:
+    """tokenizer.json with the pieces of single bytes alone, to be read often."""
+    raw = json.loads((golden_checkpoint / "tokenizer.json").read_text())
+    pieces = raw["model"]["vocab"].items()
+    raw["model"] |= {"vocab": {piece: i for piece, i in pieces if i < 300}, "merges": []}
+    return json.dumps(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw.update(normalizer=DOUBLING), "its normalizer has"),
+        (
+            lambda raw: raw.update(normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 20}),
+            "its normalizer has",
+        ),
+        (lambda raw: raw.update(normalizer=REGEX), "its normalizer has"),
+        (lambda raw: raw.update(normalizer={"type": "NFKC"}), "its normalizer has"),
+        (lambda raw: raw.update(normalizer=MALFORMED), "cannot be read"),
+        (
+            lambda raw: raw.update(normalizer={"type": "Prepend", "prepend": "▁" * 10_000}),
+            "its normalizer has",
+        ),
+        (
+            lambda raw: raw.update(
+                normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+            ),
+            "cannot be read",
+        ),
+        (lambda raw: raw.update(normalizer={"type": "Sequence"}), "cannot be read"),
+        (lambda raw: raw.update(normalizer="NFC"), "cannot be read"),
+        (
+            lambda raw: raw.update(pre_tokenizer=BYTES),
+            "its pre_tokenizer has",
+        ),
+        (
+            lambda raw: raw.update(
+                post_processor={
+                    "type": "TemplateProcessing",
+                    "single": [SPECIAL],
+                    "pair": [SPECIAL],
+                    "special_tokens": {},
+                }
+            ),
+            "cannot be read",
+        ),
+        (lambda raw: raw.update(post_processor=BYTES), "its post_processor"),
+        (lambda raw: raw["model"].update(dropout=0.5), "its dropout is 0.5"),
+        (
+            lambda raw: raw["model"].update(continuing_subword_prefix="éé"),
+            "affix continuing_subword_prefix",
+        ),
+        (lambda raw: raw["model"].update(end_of_word_suffix="</w>"), "affix end_of_word_suffix"),
+        (lambda raw: raw["model"].update(unk_token="<absent>"), "its unk_token"),
+        (lambda raw: raw["model"].update(type="Unigram"), "cannot be read|its model is Unigram"),
+        (lambda raw: raw["model"]["vocab"].update(zzz=5), "gives two pieces one id"),
+        (lambda raw: raw["model"]["vocab"].update(zzz=-1), "cannot be read"),
+        (lambda raw: raw["model"]["vocab"].update(zzz=[5]), "cannot be read"),
+        (lambda raw: raw["model"].update(vocab={}, merges=[]), "unk_token|Unk token"),
+        (lambda raw: raw["model"].update(vocab=["a"]), "cannot be read"),
+        (lambda raw: raw["model"].update(merges=["absent pieces"]), "cannot be read"),
+        (lambda raw: raw.update(model=None), "cannot be read"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(
+    tmp_path: Path, small_tokenizer: str, change: Change, message: str
+) -> None:
+    """It could multiply a word, leave merges out at random, or end the process."""
+    (tmp_path / "tokenizer.json").write_text(small_tokenizer)
+    assert NVEmbedTokenizer.from_dir(tmp_path, 32_000).vocab_size == 300
+    raw = json.loads(small_tokenizer)
+    change(raw)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        NVEmbedTokenizer.from_dir(tmp_path, 32_000)
+    assert "tokenizer.json" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 500
+
+
+def test_what_lies_in_place_of_a_tokenizer(tmp_path: Path) -> None:
+    for content, message in [*IN_PLACE_OF_A_FILE, (b"[" * 20_000, ""), (b"[]", "")]:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.json cannot be read: .*{message}"):
+            NVEmbedTokenizer.from_dir(tmp_path)
+
+
+def test_a_mark_truncation_and_padding_change_no_id(
+    tmp_path: Path, golden_checkpoint: Path, tokenizer: NVEmbedTokenizer
+) -> None:
+    raw = json.loads((golden_checkpoint / "tokenizer.json").read_text())
+    raw["truncation"] = {
+        "max_length": 0,
+        "strategy": "LongestFirst",
+        "stride": 5,
+        "direction": "Right",
+    }
+    raw["padding"] = {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": 0,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<unk>",
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8-sig")
+    other = NVEmbedTokenizer.from_dir(tmp_path, 32_000)
+    text = "the same ids, and as many"
+    assert (
+        other.encode(text, max_tokens=64).ids.tolist()
+        == tokenizer.encode(text, max_tokens=64).ids.tolist()
+    )
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(tmp_path: Path) -> None:

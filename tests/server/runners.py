@@ -23,6 +23,7 @@ import numpy as np
 
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.errors import UnsupportedError
+from model.fingerprint import fingerprint, require
 
 WIDTH = 64
 MARK = 31999
@@ -144,6 +145,20 @@ class LosesItsDevice(Hashing):
         if Path(os.environ["FAKE_DEVICE_LOST"]).exists():
             raise UnsupportedError("the device is gone")
         super().__init__(options)
+
+
+class OfItsCheckpoint(Hashing):
+    """Its vectors are those of the weights on disk when it started, which it compares as the real
+    runner does."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        assert options.fingerprint is not None
+        require(Path(options.path), options.fingerprint)
+        self._weights = int(fingerprint(Path(options.path))[:7], 16)
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        return vector_of([*encoding.ids, self._weights])
 
 
 class Refusing(Hashing):

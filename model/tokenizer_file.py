@@ -1,0 +1,90 @@
+"""Reads tokenizer.json, and refuses what is not a tokenizer of NV-Embed's kind: Mistral's BPE.
+
+The file is a program of its own: its parts could multiply a text after its length was checked, or
+leave merges out at random. Knows nothing of NV-Embed's conventions around the ids.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from model.errors import CheckpointError, MissingFileError
+from model.files import read_text, shown
+
+_MOST_BYTES = 64 << 20
+"""The official file has 1.8 MB."""
+_AFFIX = re.compile(r'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
+"""Looked for before the library reads the file: at some of them it ends the process."""
+_SPACE = "▁"
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """`folder/tokenizer.json`, neither truncating nor padding. Raises CheckpointError."""
+    path = folder / "tokenizer.json"
+    try:
+        text = read_text(path, _MOST_BYTES)
+    except MissingFileError:
+        raise CheckpointError(f"{folder} has no tokenizer.json") from None
+    try:
+        if affix := _AFFIX.search(text):
+            raise CheckpointError(f"it has the affix {affix[1]}")
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _check(tokenizer)
+        tokenizer.encode("x")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}, unlike NV-Embed's tokenizer") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exceptions, and Rust's panics, which are not even that
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tokenizer
+
+
+def _check(tokenizer: Tokenizer) -> None:
+    """Raise CheckpointError for the part that is of another kind."""
+    model = tokenizer.model
+    if not isinstance(model, BPE):
+        raise CheckpointError(f"its model is {type(model).__name__}")
+    if model.dropout:
+        raise CheckpointError(f"its dropout is {model.dropout}")
+    if model.unk_token is not None and tokenizer.token_to_id(model.unk_token) is None:
+        raise CheckpointError(f"its unk_token, {shown(model.unk_token)}, is no piece")
+    for part in _parts(tokenizer.normalizer, "normalizers"):
+        match part:
+            # One character in front, or one for another: lengths are checked before them.
+            case {"type": "Prepend", "prepend": str(added)} if len(added) == 1:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
+                len(old) == len(new) == 1
+            ):
+                pass
+            case _:
+                raise CheckpointError(f"its normalizer has {shown(part)}")
+    for part in _parts(tokenizer.pre_tokenizer, "pretokenizers"):
+        if part["type"] != "Metaspace" or part["replacement"] != _SPACE:
+            raise CheckpointError(f"its pre_tokenizer has {shown(part)}")
+    for part in _parts(tokenizer.post_processor, "processors"):
+        if part["type"] != "TemplateProcessing":
+            raise CheckpointError(f"its post_processor has {shown(part)}")
+
+
+def _parts(component: Any, name: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or the like, sequences of them laid open, as the file has them."""
+    if component is None:
+        return []
+    todo, parts = [json.loads(component.__getstate__())], []
+    while todo:
+        part = todo.pop(0)
+        if part["type"] == "Sequence":
+            todo = [*part[name], *todo]
+        else:
+            parts.append(part)
+    return parts

@@ -1,0 +1,122 @@
+"""The model card is a courtesy: nothing that stands in README.md stops a server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from model.card import card_license, read_card, read_card_text
+
+CARD = "---\nlicense: cc-by-nc-4.0\nlanguage:\n- en\n---\n# NV-Embed\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (CARD, "cc-by-nc-4.0"),
+        (CARD.replace("\n", "\r\n"), "cc-by-nc-4.0"),
+        ("---\n'license' : \"mit\" # so far\n---\n", "mit"),
+        ("---\nmodel-index:\n- name: [\nlicense: mit\n---\n", "mit"),  # the rest may be malformed
+        ("# no front matter", None),
+        ("---\n[\n---\n", None),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", None),
+        ("---\nlicense: 2001-99-99\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.getcwd []\n---\n", None),
+        ("---\nlicense: " + "[" * 50_000 + "\n---\n", None),
+        ("---\nlicense:\n---\n", None),
+        ("---\n" + "\n" * 500_000, None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_the_licence_of_a_card(tmp_path: Path, card: str | None, expected: str | None) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, newline="")
+    assert card_license(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("utf-8-sig", "cc-by-nc-4.0"),
+        ("latin-1", None),
+        ("utf-16", None),
+        ("utf-16-le", None),
+        ("cp037", None),
+    ],
+)
+def test_cards_in_other_encodings(tmp_path: Path, encoding: str, expected: str | None) -> None:
+    (tmp_path / "README.md").write_bytes((CARD + "Modèle\n").encode(encoding))
+    assert card_license(tmp_path) == expected
+
+
+def test_what_is_no_card(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    os.mkfifo(card)
+    assert card_license(tmp_path) is None
+    card.unlink()
+    card.mkdir()
+    assert card_license(tmp_path) is None
+    card.rmdir()
+    for target in ("/dev/zero", "absent", "README.md"):
+        card.symlink_to(target)
+        assert card_license(tmp_path) is None
+        card.unlink()
+
+
+def test_of_a_huge_card_the_beginning_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "README.md").open("wb") as file:
+        file.write((CARD + "a").encode() + "é".encode() * 600_000)  # cut within a character
+        file.truncate(1 << 30)
+    assert card_license(tmp_path) == "cc-by-nc-4.0"
+    text = read_card_text(tmp_path)
+    assert text is not None
+    assert len(text.encode()) <= 1 << 20
+
+
+EXAMPLE = """```python
+query_prefix = "Instruct: "
+queries = ["a", "b"]
+passages = ["c", "d"]
+print(scores)
+# {scores}
+```
+"""
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ("[[1.5, 2], [3, 4]]", [[1.5, 2], [3, 4]]),
+        ("[[1 2]]", None),
+        ("[[1, 2], [3]]", None),
+        ("[[1], 2]", None),
+        ("[[[1]]]", None),
+        ("[[1]][[0]]", None),
+        ("[[" + "[" * 5000 + "]]", None),
+    ],
+)
+def test_the_scores_of_an_example(scores: str, expected: list[list[float]] | None) -> None:
+    example = read_card(EXAMPLE.replace("{scores}", scores))
+    assert example is not None
+    assert (example.queries, example.scores) == (["a", "b"], expected)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = [1][5]",
+        "x = {}['a']",
+        "x = 'a' + 1",
+        "x = " + "(" * 5000,
+        "x = " + "+".join(["'a'"] * 20_000),
+        "x = '\0'",
+        "x = 'aaaaaaaa'\n" + "x = x + x\n" * 60,
+    ],
+)
+def test_code_that_is_no_example(line: str) -> None:
+    """Read, not run; and it neither fails nor takes all memory."""
+    example = read_card(EXAMPLE.replace("query_prefix", f"{line}\nquery_prefix", 1))
+    assert example is None or example.queries == ["a", "b"]
