@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import ModelError
-from server import logs, settings
+from server import logs, process, settings
 from server.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    process.open_standard_streams()
     try:
         arguments = _parse(argv)
         status: int = arguments.run(arguments)

@@ -8,7 +8,7 @@ A frame is a header (kind, batch id, rows, faults, payload bytes; five little-en
 a payload:
 
 START   front → worker  JSON: RunnerOptions, the runner's name, log settings
-HELLO   worker → front  JSON: RunnerInfo; warmed up and ready
+HELLO   worker → front  JSON: RunnerInfo, tokens a second if known; warmed up and ready
 REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
 BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
@@ -51,6 +51,8 @@ CPU_NICENESS = 5
 """CPU workers yield to the front, which has little to do and must do it at once."""
 _POISONED = 70
 """Exit status after a CUDA fault: the process cannot use its device any more."""
+_MOST_SAID = 2000
+"""Characters of an error's text."""
 _PR_SET_PDEATHSIG = 1
 _LESS_MEMORY = "lower --max-input-tokens or --max-batch-tokens, or take --quantization int8"
 
@@ -104,6 +106,11 @@ def read_rows(
     values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
     pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
     return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
+
+
+def rows_size(rows: int, width: int, faults: int) -> int:
+    """Bytes of the payload of ROWS."""
+    return 4 * rows * width + 8 * faults
 
 
 def start_frame(options: RunnerOptions, runner: str | None, log_format: str, level: str) -> bytes:
@@ -165,8 +172,8 @@ def main(fd: int) -> int:
 
 def _outlive_nobody() -> None:
     """Stop signals are the front's business; when the front dies, so does this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -177,18 +184,19 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         os.nice(CPU_NICENESS)
     try:
         runner = load_factory(start["runner"])(options)
-        runner.warm_up()
+        tokens_per_s = runner.warm_up()
     except Exception as error:
         final, message = True, f"{error}"
         if is_out_of_memory(error):
             message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
         elif not isinstance(error, ModelError):  # those are the same at the next try
-            final, message = False, repr(error)
+            final, message = False, repr(error)[:_MOST_SAID]
             logger.exception("the worker cannot start")
         why = {"message": message, "final": final}
         connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
         return None
-    connection.send(frame(Kind.HELLO, orjson.dumps(dataclasses.asdict(runner.info))))
+    hello = {"info": dataclasses.asdict(runner.info), "tokens_per_s": tokens_per_s}
+    connection.send(frame(Kind.HELLO, orjson.dumps(hello)))
     return runner
 
 
@@ -204,7 +212,8 @@ def _serve(connection: _Connection, runner: Runner) -> int:
             logger.exception("a batch of %d inputs failed", count)
             if _poisons_device(error):
                 return _POISONED
-            answer = frame(Kind.FAILED, repr(error).encode(), batch_id=batch_id)
+            said = repr(error)[:_MOST_SAID].encode(errors="replace")
+            answer = frame(Kind.FAILED, said, batch_id=batch_id)
         connection.send(answer)
 
 

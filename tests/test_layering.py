@@ -40,6 +40,8 @@ MODEL = [
 ]
 SERVER = [
     "errors",
+    "process",
+    "pace",
     "logs",
     "settings",
     "metrics",

@@ -29,7 +29,7 @@ class RecordingWorker(Worker):
     """Answers when it is told to."""
 
     def __init__(self, batcher: Batcher, device: str, limits: BatchLimits) -> None:
-        self.slot, self.limits = 0, limits
+        self.slot, self.limits, self.tokens_per_s = 0, limits, None
         self.info = RunnerInfo(device, "fake", "float32", "none", "fake", WIDTH)
         self.batches: dict[int, list[Encoding]] = {}
         self._batcher = batcher
@@ -280,7 +280,7 @@ async def test_a_batch_that_waited_behind_the_fatal_one_is_not_blamed(batcher: B
 
 @in_loop
 async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
-    batcher._hang_timeout = 0.005  # ten times that before anything was measured
+    batcher._pace.hang_timeout = 0.05
     worker = ready(batcher)
     request = batcher.submit(encodings(1))
     await asyncio.sleep(0.2)
