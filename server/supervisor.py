@@ -310,7 +310,7 @@ async def _text(reader: asyncio.StreamReader, size: int) -> bytes:
 
 def _spawn(fd: int) -> subprocess.Popen[bytes]:
     # -P: a server.py or model.py in the working directory is not what we mean.
-    command = [sys.executable, "-P", "-m", "server.worker", str(fd)]
+    command = [sys.executable, "-P", "-m", "server.start_worker", str(fd)]
     return subprocess.Popen(  # noqa: S603
         command,
         pass_fds=[fd],

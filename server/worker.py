@@ -1,7 +1,7 @@
 """The engine worker process, and the wire format between it and the front.
 
 Both ends import this module, so it imports torch nowhere: only the runner does, in the child.
-A worker is a fresh interpreter (`python -P -m server.worker FD`) that is joined to the front by
+A worker is a fresh interpreter (`server.start_worker`) that is joined to the front by
 one Unix socket. It does one batch after another and ends when the socket closes.
 
 A frame is a header (kind, batch id, rows, faults, payload bytes; five little-endian uint32) and
@@ -188,10 +188,13 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
     except Exception as error:
         final, message = True, f"{error}"
         if is_out_of_memory(error):
-            message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
+            message = (
+                f"{options.device} has too little memory to load and run the model: {_LESS_MEMORY}"
+            )
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)[:_MOST_SAID]
-            logger.exception("the worker cannot start")
+            if not isinstance(error, ImportError | OSError):  # whose cause is not in our code
+                logger.exception("the worker cannot start")
         why = {"message": message, "final": final}
         connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
         return None
@@ -227,7 +230,3 @@ def _faults(rows: NDArray[np.float32], too_large: Sequence[int]) -> dict[int, Fa
 def _poisons_device(error: Exception) -> bool:
     """A CUDA fault (illegal address, device assert …) leaves the process useless for good."""
     return type(error).__name__ == "AcceleratorError"
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -54,6 +54,7 @@ SERVER = [
     "quarantine",
     "vector_cache",
     "worker",
+    "start_worker",
     "supervisor",
     "batcher",
     "engine",
