@@ -46,6 +46,10 @@ class _UselessWorkerError(Exception):
     """This worker will do no work; the message tells why."""
 
 
+class _RefusedError(_UselessWorkerError):
+    """It says so itself, and ends."""
+
+
 class WorkerEvents(Protocol):
     def worker_ready(self, worker: Worker) -> None: ...
 
@@ -184,6 +188,7 @@ class Supervisor:
             worker = Worker(slot, info, limits, tokens_per_s, writer, process)
             self.trouble.pop(slot, None)
             self._was_ready = True
+            patience = _STOP_S
             self._events.worker_ready(worker)
             await self._relay(worker, reader)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -194,14 +199,14 @@ class Supervisor:
         except _UselessWorkerError as error:
             trouble = "its worker cannot start; see the log"
             logger.error("worker %d %s", slot, error)
-            patience = _STOP_S
+            patience = _STOP_S if isinstance(error, _RefusedError) else 0.0
         finally:
             writer.transport.abort()  # close would wait for what it does not read
             try:
                 if worker is not None:
                     self._events.worker_lost(worker)
             finally:
-                status = await _reap(process, _STOP_S if worker else patience)
+                status = await _reap(process, patience)
         self.trouble[slot] = trouble or f"its worker ended ({_describe(status)})"
         logger.error(
             "worker %d ended (%s) %s; starting it again",
@@ -235,7 +240,7 @@ class Supervisor:
         if message:
             if final and not self._was_ready:
                 raise StartError(message)
-            raise _UselessWorkerError(f"cannot start: {message}")
+            raise _RefusedError(f"cannot start: {message}")
         how = [info.device_name, info.dtype, info.quantization, info.attention]
         how += ["CUDA graphs"] if info.cuda_graphs else []
         logger.info(
