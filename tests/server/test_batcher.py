@@ -21,6 +21,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.supervisor import Worker
+from server.vector_cache import VectorCache
 from server.worker import Fault
 from tests.server.runners import WIDTH, vector_of
 
@@ -292,6 +293,111 @@ async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
     assert len(await request.waiter.future) == 1
     await asyncio.sleep(0.1)
     assert batcher.workers == [successor], "an answered batch is not watched any more"
+
+
+@in_loop
+async def test_a_batch_behind_another_is_measured_from_the_other_ones_answer(
+    batcher: Batcher,
+) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    assert worker.sizes == [4, 4]
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        await asyncio.sleep(0.1)
+        worker.answer()
+        seconds.append(time.monotonic() - started)
+    first, second = (20 / one for one in seconds)
+    assert batcher._pace.rate(worker.kind) == pytest.approx(0.8 * first + 0.2 * second, rel=0.1)
+    assert batcher._metrics.batch_seconds._sum.get() == pytest.approx(sum(seconds), rel=0.1)
+
+
+@in_loop
+async def test_a_failed_batch_does_not_count_for_the_one_behind_it(batcher: Batcher) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(*range(1, 5)))
+    batcher.submit(encodings(*range(5, 9)))
+    await turn()
+    await asyncio.sleep(0.2)
+    batcher.batch_failed(worker, next(iter(worker.batches)))
+    worker.batches.pop(next(iter(worker.batches)))
+    started = time.monotonic()
+    await asyncio.sleep(0.05)
+    worker.answer()
+    seconds = time.monotonic() - started
+    assert batcher._pace.rate(worker.kind) == pytest.approx(20 / seconds, rel=0.2)
+
+
+@in_loop
+async def test_a_slow_worker_beside_a_fast_one_has_its_own_patience(batcher: Batcher) -> None:
+    batcher._pace.hang_timeout = 0.05
+    fast, slow = ready(batcher, "cuda:0"), ready(batcher, "cpu")
+    batcher._pace.measure(fast.kind, 20, 0.001)
+    batcher._pace.measure(slow.kind, 20, 0.5)
+    request = batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    assert (fast.sizes, slow.sizes) == ([4], [4])
+    fast.answer()
+    await asyncio.sleep(0.3)
+    assert batcher.workers == [fast, slow], "nobody was killed"
+    slow.answer()
+    assert len(await request.waiter.future) == 8
+
+
+@in_loop
+async def test_retry_times_add_up_the_ready_workers_rates(batcher: Batcher) -> None:
+    assert batcher.seconds_of_work() == 1
+    fast, slow = ready(batcher, "cuda:0"), ready(batcher, "cpu")
+    batcher._pace.measure(fast.kind, 90, 1.0)
+    batcher._pace.measure(slow.kind, 10, 1.0)
+    batcher.submit(encodings(*range(1, 30)))
+    await turn()
+    assert batcher.seconds_of_work() == batcher.queue.num_tokens / 100
+    batcher.worker_lost(fast)
+    assert batcher.seconds_of_work() == batcher.queue.num_tokens / 10
+
+
+@in_loop
+async def test_a_workers_own_figure_bounds_the_first_batch(batcher: Batcher) -> None:
+    batcher._pace.hang_timeout = 0.05
+    worker = RecordingWorker(batcher, "cpu", BatchLimits(20, 4))
+    worker.tokens_per_s = 100.0  # 5 tokens: ten times 0.05 s
+    batcher.worker_ready(worker)
+    batcher.submit(encodings(1))
+    await asyncio.sleep(0.2)
+    assert batcher.workers == [worker]
+    await asyncio.sleep(0.6)
+    assert not batcher.workers
+
+
+class FailsAtTheSecond(VectorCache):
+    puts = 0
+
+    def put(self, key: bytes, row: np.ndarray) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            raise KeyError
+
+
+@in_loop
+async def test_rows_that_could_not_be_dealt_out_are_computed_again(batcher: Batcher) -> None:
+    """A fault of ours in between costs the worker, and no request."""
+    first = ready(batcher)
+    requests = [batcher.submit(encodings(number)) for number in (1, 2, 3)]
+    await turn()
+    batcher.cache = FailsAtTheSecond(0)
+    with pytest.raises(KeyError):
+        first.answer()
+    batcher.worker_lost(first)  # as the supervisor does then
+    second = ready(batcher)
+    await turn()
+    assert second.sizes == [2], "the first one's row had arrived"
+    second.answer()
+    for number, request in zip((1, 2, 3), requests, strict=True):
+        (row,) = await request.waiter.future
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
 
 
 @in_loop
