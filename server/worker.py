@@ -188,9 +188,11 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
     except Exception as error:
         final, message = True, f"{error}"
         if is_out_of_memory(error):
-            message = (
-                f"{options.device} has too little memory to load and run the model: {_LESS_MEMORY}"
-            )
+            message = f"{options.device} has too little memory to load and run the model: "
+            message += _LESS_MEMORY
+        elif "can't start new thread" in message:
+            final = False
+            message += ", for want of processes or of address space (ulimit -u, ulimit -v)"
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)[:_MOST_SAID]
             if not isinstance(error, ImportError | OSError):  # whose cause is not in our code

@@ -191,6 +191,15 @@ class Rambling(Hashing):
         super().__init__(options)
 
 
+class WithoutThreads(Hashing):
+    """Once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        if _once(options.path):
+            raise RuntimeError("can't start new thread")
+        super().__init__(options)
+
+
 class Troubled(Hashing):
     """The mark makes trouble, once."""
 

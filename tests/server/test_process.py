@@ -20,7 +20,7 @@ import pytest
 
 from server.errors import SettingsError
 from server.process import most_connections
-from tests.server.processes import ROOT, ServerProcess, serving
+from tests.server.processes import ROOT, ServerProcess
 from tests.server.questions import RUNNERS
 from tests.server.runners import MARK
 from tests.server.test_lifecycle import listens
@@ -81,7 +81,7 @@ def end(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> int:
 # Streams
 
 
-@pytest.mark.parametrize("redirect", ["2>&-", "0<&- 1>&- 2>&-", "1>&-", "2>/dev/full 1>/dev/full"])
+@pytest.mark.parametrize("redirect", ["2>&-", "0<&- 1>&- 2>&-", "2>/dev/full 1>/dev/full"])
 def test_streams_that_are_closed_or_full(
     golden_checkpoint: Path, tmp_path: Path, redirect: str
 ) -> None:
@@ -132,12 +132,6 @@ def test_a_log_that_nobody_reads_stops_nothing(golden_checkpoint: Path, tmp_path
 
 
 # Files
-
-
-def test_as_many_files_as_may_be_are_allowed(golden_checkpoint: Path, tmp_path: Path) -> None:
-    with started(golden_checkpoint, tmp_path, *HASHING, before="ulimit -Sn 100") as (process, _):
-        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        assert soft == hard > 100
 
 
 def test_few_files_limit_the_connections_and_not_the_workers(
@@ -217,6 +211,26 @@ def test_a_start_with_too_few_files_says_so(golden_checkpoint: Path, tmp_path: P
     assert "only 50 open files are allowed" in result.stderr
 
 
+# Memory
+
+
+def test_out_of_address_space_is_one_line(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """torch cannot be loaded."""
+    command = [sys.executable, "-m", "server.cli", "serve", "--model", str(golden_checkpoint)]
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -v 400000; exec "$@"', "sh", *command, "--port", "0"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=30,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if "INFO" not in line]
+    assert len(errors) == 1, result.stderr
+    assert "cpu has too little memory to load and run the model" in errors[0]
+
+
 # Signals
 
 
@@ -231,15 +245,18 @@ def test_a_closing_terminal_drains(golden_checkpoint: Path, tmp_path: Path) -> N
     assert "draining" in server.log
 
 
-def test_nohup_is_obeyed(golden_checkpoint: Path, tmp_path: Path) -> None:
-    with started(golden_checkpoint, tmp_path, *HASHING, before="trap '' HUP") as (process, client):
+def test_nohup_is_obeyed_and_the_file_limit_raised(golden_checkpoint: Path, tmp_path: Path) -> None:
+    before = "trap '' HUP; ulimit -Sn 100"
+    with started(golden_checkpoint, tmp_path, *HASHING, before=before) as (process, client):
+        soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard > 100, "as many files as may be"
         process.send_signal(signal.SIGHUP)
         time.sleep(0.3)
         assert embed(client) == 200
         assert end(process) == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_says_what_it_drops(
     golden_checkpoint: Path, tmp_path: Path, signum: int
 ) -> None:
@@ -252,11 +269,10 @@ def test_a_second_signal_says_what_it_drops(
     assert "stopping at once: 1 accepted requests get no answer but a 503" in server.log
 
 
-def test_ctrl_c_is_not_told_to_the_workers(golden_checkpoint: Path, tmp_path: Path) -> None:
+def test_ctrl_c_is_not_told_to_the_workers(golden_server: ServerProcess) -> None:
     """A terminal sends it to the whole process group, also while a worker imports its modules."""
-    with serving(golden_checkpoint, *HASHING, log=tmp_path / "log") as server:
-        (worker,) = server.worker_pids()
-        assert os.getpgid(worker) != os.getpgid(server.process.pid)
+    (worker,) = golden_server.worker_pids()
+    assert os.getpgid(worker) != os.getpgid(golden_server.process.pid)
 
 
 class _Asking(threading.Thread):

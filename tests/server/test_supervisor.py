@@ -200,6 +200,17 @@ def test_without_files_or_processes_it_tries_again(monkeypatch: pytest.MonkeyPat
     supervised(test, "Hashing")
 
 
+def test_without_threads_it_says_so_in_a_line_and_tries_again(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        await events.until(lambda events: events.seen == ["ready"])
+
+    supervised(test, "WithoutThreads")
+    assert "worker 0 cannot start: can't start new thread, for want of processes" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
 # Answers
 
 
