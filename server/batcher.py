@@ -36,6 +36,8 @@ logger = logging.getLogger("nv_embed.batcher")
 
 _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
+_LATE_S = 1.0
+"""A timer that comes so late tells of this process, which was stopped or held up; not of a worker."""
 _OVERDUE = 0.5
 """Of a batch's patience, after which its worker is no sign of readiness any more."""
 
@@ -78,7 +80,7 @@ class _Batch:
     tokens: int
     handed_over: float
     patience: float  # seconds until its worker counts as hung
-    watch: asyncio.TimerHandle  # kills the worker when no answer comes
+    watch: asyncio.TimerHandle | None = None  # kills the worker when no answer comes
 
     @property
     def entries(self) -> list[Entry[Answer]]:
@@ -180,7 +182,7 @@ class Batcher:
     def worker_ready(self, worker: Worker) -> None:
         self.workers.append(worker)
         self._out[worker] = {}
-        if worker.tokens_per_s:
+        if worker.tokens_per_s > 0:
             self._pace.tell(worker.kind, worker.tokens_per_s)
         self._schedule()
 
@@ -270,9 +272,8 @@ class Batcher:
         encodings = [equal[0].encoding for equal in rows.values()]
         tokens = sum(map(len, encodings))
         in_hand = tokens + sum(batch.tokens for batch in self._out[worker].values())
-        patience = self._pace.patience(worker.kind, in_hand)
-        watch = asyncio.get_running_loop().call_later(patience, self._hung, worker)
-        batch = _Batch(rows, tokens, now, patience, watch)
+        batch = _Batch(rows, tokens, now, self._pace.patience(worker.kind, in_hand))
+        self._watch(worker, batch)
         self._out[worker][self._batch_ids] = batch
         self._at_work.update(dict.fromkeys(rows, batch))
         worker.send(self._batch_ids, encodings)
@@ -287,12 +288,21 @@ class Batcher:
 
     def _end(self, batch: _Batch) -> None:
         """No answer to this batch is awaited any more."""
-        batch.watch.cancel()
+        if batch.watch is not None:
+            batch.watch.cancel()
         for key in batch.rows:
             if self._at_work.get(key) is batch:
                 del self._at_work[key]
 
-    def _hung(self, worker: Worker) -> None:
+    def _watch(self, worker: Worker, batch: _Batch) -> None:
+        due = time.monotonic() + batch.patience
+        loop = asyncio.get_running_loop()
+        batch.watch = loop.call_later(batch.patience, self._hung, worker, batch, due)
+
+    def _hung(self, worker: Worker, batch: _Batch, due: float) -> None:
+        if time.monotonic() > due + _LATE_S:
+            self._watch(worker, batch)  # its answer may lie in the socket, unread
+            return
         logger.error("worker %d gave no answer for too long: killing it", worker.slot)
         worker.kill()
 

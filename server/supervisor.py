@@ -78,11 +78,11 @@ class Worker:
         slot: int,
         info: RunnerInfo,
         limits: BatchLimits,
-        tokens_per_s: float | None,
+        tokens_per_s: float,
         writer: asyncio.StreamWriter,
         process: subprocess.Popen[bytes],
     ) -> None:
-        """tokens_per_s: what its warming up has shown, if it has."""
+        """tokens_per_s: what its warming up has shown; 0 when it has not."""
         self.slot, self.info, self.limits, self.tokens_per_s = slot, info, limits, tokens_per_s
         self._writer, self._process = writer, process
         self._due: dict[int, int] = {}  # batch id -> its rows
@@ -216,9 +216,7 @@ class Supervisor:
         )
         return worker is not None
 
-    async def _greet(
-        self, slot: int, reader: asyncio.StreamReader
-    ) -> tuple[RunnerInfo, float | None]:
+    async def _greet(self, slot: int, reader: asyncio.StreamReader) -> tuple[RunnerInfo, float]:
         """Wait for HELLO. Raises StartError when no worker was ever ready and this one says that
         it never can be: once the server has served, a lost device must not end it."""
         started = time.monotonic()
@@ -231,7 +229,7 @@ class Supervisor:
             elif kind is Kind.HELLO:
                 hello = orjson.loads(payload)
                 info = RunnerInfo(**hello["info"])
-                tokens_per_s: float | None = hello["tokens_per_s"]
+                tokens_per_s = float(hello["tokens_per_s"])
                 final, message = True, self._objection(info)
             else:
                 raise ValueError(kind)
@@ -366,7 +364,7 @@ def probe_cuda_devices() -> int:
             command, capture_output=True, text=True, check=True, timeout=_PROBE_S
         )
         count = int(answer.stdout.split()[-1])
-    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         logger.warning("asking torch for CUDA devices failed: %s %s", error, _errors_of(error))
         count = 0
     if not count:

@@ -8,7 +8,7 @@ A frame is a header (kind, batch id, rows, faults, payload bytes; five little-en
 a payload:
 
 START   front → worker  JSON: RunnerOptions, the runner's name, log settings
-HELLO   worker → front  JSON: RunnerInfo, tokens a second if known; warmed up and ready
+HELLO   worker → front  JSON: RunnerInfo, tokens a second (0: unknown); warmed up and ready
 REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
 BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
@@ -184,7 +184,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         os.nice(CPU_NICENESS)
     try:
         runner = load_factory(start["runner"])(options)
-        tokens_per_s = runner.warm_up()
+        tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
         final, message = True, f"{error}"
         if is_out_of_memory(error):

@@ -30,7 +30,7 @@ class RecordingWorker(Worker):
     """Answers when it is told to."""
 
     def __init__(self, batcher: Batcher, device: str, limits: BatchLimits) -> None:
-        self.slot, self.limits, self.tokens_per_s = 0, limits, None
+        self.slot, self.limits, self.tokens_per_s = 0, limits, 0.0
         self.info = RunnerInfo(device, "fake", "float32", "none", "fake", WIDTH)
         self.batches: dict[int, list[Encoding]] = {}
         self._batcher = batcher
@@ -398,6 +398,20 @@ async def test_rows_that_could_not_be_dealt_out_are_computed_again(batcher: Batc
     for number, request in zip((1, 2, 3), requests, strict=True):
         (row,) = await request.waiter.future
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+
+
+@in_loop
+async def test_a_worker_is_not_killed_because_this_process_was_held_up(batcher: Batcher) -> None:
+    """Stopped with its container, or by a client: the answer may have come meanwhile."""
+    batcher._pace.hang_timeout = 0.2
+    worker = ready(batcher)
+    batcher.submit(encodings(1))
+    await turn()
+    time.sleep(1.3)  # noqa: ASYNC251
+    await asyncio.sleep(0.05)
+    assert batcher.workers == [worker]
+    await asyncio.sleep(0.3)
+    assert not batcher.workers, "it had its time again, and no answer came"
 
 
 @in_loop
