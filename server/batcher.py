@@ -21,6 +21,7 @@ from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
     DeviceMemoryError,
+    InternalError,
     NonFiniteVectorError,
     ServerError,
 )
@@ -37,7 +38,7 @@ logger = logging.getLogger("nv_embed.batcher")
 _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
 _LATE_S = 1.0
-"""A timer that comes so late tells of this process, which was stopped or held up; not of a worker."""
+"""A timer that is so late tells of this process, which was stopped or held up, not of a worker."""
 _OVERDUE = 0.5
 """Of a batch's patience, after which its worker is no sign of readiness any more."""
 
@@ -258,6 +259,16 @@ class Batcher:
         for request in expired:
             self._metrics.expired.inc()
             self._fail(request, DeadlineExceededError("the deadline passed while inputs waited"))
+        try:
+            self._send(worker, taken, now)
+        except Exception:  # a fault of ours: nobody must wait for what will never come
+            logger.exception("a batch could not be handed over")
+            for entry in taken:
+                self._fail(entry.request, InternalError("the server failed on this request"))
+            if self._out[worker]:  # it may be among them, and will not be answered
+                worker.kill()
+
+    def _send(self, worker: Worker, taken: Sequence[Entry[Answer]], now: float) -> None:
         for entry in taken:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)
         rows: dict[bytes, list[Entry[Answer]]] = {}

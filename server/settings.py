@@ -180,7 +180,9 @@ class Settings(BaseModel):
     tls_certificate: Path | None = Field(None, description="PEM file: serve https with it")
     tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
     max_connections: int = Field(
-        4096, ge=1, description="open connections; beyond it new ones get a 503"
+        4096,
+        ge=1,
+        description="open connections, if the limit on open files allows so many; beyond it a 503",
     )
     header_timeout: float = Field(
         10.0, gt=0, description="seconds in which the headers of a request must arrive"
@@ -198,7 +200,9 @@ class Settings(BaseModel):
         "to another; more when the measured rate says that a batch takes long",
     )
     drain_timeout: float = Field(
-        30.0, ge=0, description="seconds to finish accepted requests after SIGTERM or SIGINT"
+        30.0,
+        ge=0,
+        description="seconds to finish accepted requests after SIGTERM, SIGINT or SIGHUP",
     )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or JSON")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -16,6 +16,7 @@ from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
     DeviceMemoryError,
+    InternalError,
     NonFiniteVectorError,
     UnavailableError,
 )
@@ -370,6 +371,24 @@ async def test_a_workers_own_figure_bounds_the_first_batch(batcher: Batcher) -> 
     assert batcher.workers == [worker]
     await asyncio.sleep(0.6)
     assert not batcher.workers
+
+
+@in_loop
+async def test_a_batch_that_cannot_be_handed_over_leaves_nobody_waiting(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    send, worker.send = worker.send, lambda batch_id, encodings: b"".join([None])
+    requests = [batcher.submit(encodings(number)) for number in (1, 2)]
+    await turn()
+    for request in requests:
+        with pytest.raises(InternalError):
+            await request.waiter.future
+    assert not batcher.workers, "it was killed, for it may have half of the batch"
+    worker.send = send
+    batcher.worker_ready(worker)
+    other = batcher.submit(encodings(3))
+    await turn()
+    worker.answer()
+    assert len(await other.waiter.future) == 1
 
 
 class FailsAtTheSecond(VectorCache):
