@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from model import console, host
 from model.errors import did_you_mean
-from server import logs, settings
+from server import logs, process, settings
 from server.errors import SettingsError
 from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
 
@@ -32,6 +32,7 @@ _MOST = 10_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    process.open_standard_streams()
     host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
 
     def command() -> int:

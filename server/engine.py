@@ -25,6 +25,7 @@ from model.config import NVEmbedConfig
 from model.fingerprint import fingerprint
 from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
+from model.weights import weight_files
 from server.batcher import Batcher
 from server.errors import (
     OverloadedError,
@@ -35,7 +36,7 @@ from server.inputs import InputTokenizer, Tokenization
 from server.metrics import Metrics
 from server.schemas import Input
 from server.settings import MAX_REQUEST_TOKENS, Settings
-from server.supervisor import Supervisor, worker_options
+from server.supervisor import Supervisor, load_timeout_of, worker_options
 
 logger = logging.getLogger("nv_embed.engine")
 
@@ -69,6 +70,7 @@ class EmbeddingEngine:
         identity = fingerprint(source.path)
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        weights = weight_files(source.path)
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -97,6 +99,8 @@ class EmbeddingEngine:
             runner=settings.runner,
             log_format=settings.log_format,
             log_level=settings.log_level,
+            width=self.config.hidden_size,
+            load_timeout=load_timeout_of(sum(file.size for file in weights)),
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
@@ -151,6 +155,11 @@ class EmbeddingEngine:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were accepted and not answered yet."""
+        return self._in_flight
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         """Refuse new requests and wait for the accepted ones; False if some were left."""

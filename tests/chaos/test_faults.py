@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from tests.server.questions import (
     ask,
     assert_answers,
     client_of,
+    logged_batches,
     marked_ids,
 )
 
@@ -109,6 +111,44 @@ def test_a_poison_input_among_500_requests(
         assert time.monotonic() - started < 5
         assert server.metric("nv_embed_worker_deaths_total") == deaths
         assert_answers(server.embed(input=[[1, 315, 2]]), [[1, 315, 2]])
+
+
+def test_a_first_batch_that_hangs_is_ended_as_soon_as_any_other(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Nothing was measured yet. Two workers die over it until it is found to be the cause."""
+    options = ("--runner", RUNNERS + "Hanging", "--hang-timeout", "1")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        started = time.monotonic()
+        assert server.embed(input=marked_ids()).status_code == 500
+        assert 2 <= time.monotonic() - started < 8
+        assert server.metric("nv_embed_worker_deaths_total") == 2
+
+
+def test_stopped_workers_cost_no_answer(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Stopped when idle, and at work while the server drains."""
+    ids = [[[1, 300 + number, 2]] for number in range(8)]
+    options = ("--runner", RUNNERS + "Hashing", "--devices", "cpu,cpu", "--hang-timeout", "0.7")
+    options += ("--max-batch-seqs", "1")
+    batches = tmp_path / "batches"
+    env = {"FAKE_SECONDS": "0.2", "FAKE_BATCH_LOG": str(batches)}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+
+        os.kill(server.worker_pids()[0], signal.SIGSTOP)
+        answers = asyncio.run(ask_all(server, list(zip(ids, ids, strict=True))))
+        for answer, own in zip(answers, ids, strict=True):
+            assert_answers(answer, own)
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+        assert server.metric("nv_embed_worker_deaths_total") >= 1
+
+        with ThreadPoolExecutor() as threads:
+            done = len(logged_batches(batches))
+            asking = threads.submit(lambda: server.embed(input=ids[0]))
+            server.wait_until(lambda: len(logged_batches(batches)) > done, "at work")
+            os.kill(logged_batches(batches)[-1]["pid"], signal.SIGSTOP)
+            server.process.send_signal(signal.SIGTERM)
+            assert_answers(asking.result(), ids[0])
 
 
 def test_an_input_beyond_the_devices_memory_is_a_400(
