@@ -58,6 +58,8 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
         _add_pages(app)
     router = create_router(engine, settings)
     app.include_router(router)
+    routes = [r for r in (*router.routes, *app.routes) if isinstance(r, Route)]
+    app.state.paths = frozenset(route.path for route in routes if "{" not in route.path)
     refusals = {
         ServerError: _answer_error,
         HTTPException: _answer_http_exception,
@@ -116,7 +118,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 def _pointer(request: Request) -> str:
     """What somebody who asked for an unknown route may have wanted."""
-    known = _known_paths(request.app)
+    known: frozenset[str] = request.app.state.paths
     # A base URL that ends with a slash or with /v1, where the client puts its own.
     parts = [part for part in request.scope["route_path"][:100].split("/") if part]
     once = [part for index, part in enumerate(parts) if index == 0 or part != parts[index - 1]]
@@ -125,12 +127,6 @@ def _pointer(request: Request) -> str:
         return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
     close = nearest("/" + "/".join(once), known)
     return f": did you mean {close}?" if close else ""
-
-
-@functools.cache
-def _known_paths(app: FastAPI) -> frozenset[str]:
-    paths = {route.path for route in app.routes if isinstance(route, Route)}
-    return frozenset(path for path in paths if "{" not in path)
 
 
 def _prefix(root_path: str) -> str:

@@ -36,9 +36,11 @@ _CHARACTERS = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _TEXTS = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"[ \t\r\n]*+,[ \t\r\n]*+)++', re.DOTALL)
 _WHOLE_CHARACTERS = re.compile(
     rb'(?:[^"\\]++|\\[^u]|\\u(?![dD][89abAB])[\da-fA-F]{4}'
-    rb"|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2})*+",
+    rb"|\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}"
+    rb"|\\u[dD][89abAB][\da-fA-F]{2}(?=.{6})(?!\\u[dD][c-fC-F]))*+",
     re.DOTALL,
 )
+"""Up to an escape that may be the first half of a pair whose second half is not in sight."""
 _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
 

@@ -9,16 +9,10 @@ it. Knows nothing of fields.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import orjson
 
-_ESCAPE = re.compile(
-    rb"(\\u[dD][89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|\\u(?![dD][89a-fA-F])|\\[^u])"
-    rb"|\\u[dD][89a-fA-F][\da-fA-F]{2}"
-)
-"""Whole escapes, and then half pairs: from left to right, so that no `\\\\` is cut in two."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -33,8 +27,8 @@ def loads(data: bytes | bytearray) -> Any:
     except orjson.JSONDecodeError:
         pass
     try:
-        text = mend_surrogates(data.removeprefix(_BYTE_ORDER_MARK)).decode()
-        return json.loads(text)
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode()
+        return _mended(json.loads(text))
     except RecursionError:
         raise JSONTextError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -45,6 +39,15 @@ def loads(data: bytes | bytearray) -> Any:
         raise JSONTextError("a number has too many digits") from None
 
 
-def mend_surrogates(data: bytes | bytearray) -> bytes:
-    """Escaped halves of surrogate pairs become U+FFFD."""
-    return _ESCAPE.sub(lambda match: match[1] or rb"\ufffd", data)
+def _mended(value: Any) -> Any:
+    """Without half pairs, in whatever it holds."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    elif isinstance(value, list):
+        return [_mended(item) for item in value]
+    elif isinstance(value, dict):
+        return {_mended(name): _mended(item) for name, item in value.items()}
+    return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import zlib
 from importlib.resources import files
 from pathlib import Path
@@ -128,6 +129,16 @@ def write_checkpoint(folder: Path, size: str = "golden", shards: int = 2) -> Pat
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     official_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def claim_width(checkpoint: Path, folder: Path, width: int) -> Path:
+    """A copy of `checkpoint` that claims another width: for runners that load no weights."""
+    shutil.copytree(checkpoint, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["hidden_size"] = raw["text_config"]["hidden_size"] = width
+    raw["latent_attention_config"].update(hidden_dim=width, latent_dim=width)
+    (folder / "config.json").write_text(json.dumps(raw))
     return folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, normalizers, processors
 
 from model.batch import Encoding
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
@@ -342,3 +342,62 @@ def test_an_instruction_that_cannot_fit_is_not_tokenized(tokenizer: NVEmbedToken
     for truncate in Truncation:
         with pytest.raises(InputTooLongError):
             tokenizer.encode("x", "word " * 100, max_tokens=24, truncate=truncate)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        normalizers.Replace("a", "b" * 10_000_000),
+        normalizers.Replace(Regex("a?"), "b" * 100),
+        normalizers.Prepend("▁" * 1000),
+        normalizers.Sequence([normalizers.Replace("a", "a" * 10)] * 7),
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Sequence([normalizers.NFKD()])]),
+    ],
+    ids=["replace", "pattern", "prepend", "each a little", "nested"],
+)
+def test_a_normaliser_that_makes_much_of_little_is_refused(
+    normalizer: normalizers.Normalizer,
+) -> None:
+    raw = official_tokenizer()
+    raw.normalizer = normalizer
+    with pytest.raises(CheckpointError, match=r"normalizer can make \d+ characters of one"):
+        NVEmbedTokenizer(raw)
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        None,
+        normalizers.Lowercase(),
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(), normalizers.Lowercase()]),
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    ],
+    ids=["none", "lower case", "NFKC", "official"],
+)
+def test_usual_normalisers_are_not(normalizer: normalizers.Normalizer | None) -> None:
+    raw = official_tokenizer()
+    raw.normalizer = normalizer
+    assert len(NVEmbedTokenizer(raw).encode("some text", max_tokens=99)) > 2
+
+
+def test_a_template_that_puts_more_than_bos_in_front_is_refused() -> None:
+    raw = official_tokenizer()
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> " * 50_000 + "$A", special_tokens=[("<s>", 1)]
+    )
+    with pytest.raises(CheckpointError, match="only that, in front"):
+        NVEmbedTokenizer(raw)
+
+
+@pytest.mark.parametrize("first_word", [10, 20_000, 3_000_000])
+def test_a_first_word_without_an_end_is_not_tokenized(
+    tokenizer: NVEmbedTokenizer, first_word: int
+) -> None:
+    """START keeps the first word, unless it is a wall: of that, a text of 3 MB has seconds."""
+    text = "w" * first_word + " and then some words" * 10_000
+    begin = time.monotonic()
+    encoding = tokenizer.encode(text, PREFIX, max_tokens=100, truncate=Truncation.START)
+    assert time.monotonic() - begin < 0.5
+    alone = tokenizer.encode("and then some words", max_tokens=100)
+    assert len(encoding) == 100
+    assert encoding.ids[-4:].tolist() == alone.ids[-4:].tolist()

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint, require
 
@@ -82,6 +83,19 @@ class Null(Hashing):
 
     def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
         return np.zeros((len(encodings), WIDTH), dtype=np.float32)
+
+
+class Wide(Hashing):
+    """As wide as the checkpoint's config says: its vectors are WIDTH values, repeated."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        self._width = NVEmbedConfig.from_dir(Path(options.path)).hidden_size
+        self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", self._width)
+
+    def row(self, encoding: Encoding) -> np.ndarray:
+        times = self._width // WIDTH
+        return np.tile(super().row(encoding), times) / np.float32(np.sqrt(times))
 
 
 class Failing(Hashing):

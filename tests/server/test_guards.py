@@ -110,6 +110,29 @@ def test_a_proxy_that_strips_a_prefix(golden_checkpoint: Path, tmp_path: Path) -
         assert schema["servers"] == [{"url": "/api"}]
 
 
+def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Probes are open, keys are asked for, and all is counted, with the prefix and without."""
+    options = (*FAKE, "--root-path", "/nv/", "--api-key", "secret")
+    key = {"authorization": "Bearer secret"}
+    body = {"model": "golden-embed", "input": "a"}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        for path in ("/nv/livez", "/nv/readyz", "/nv/health", "/nv/metrics", "/livez"):
+            assert server.client.get(path).status_code == 200, path
+        for path in ("/nv/info", "/nv/nv/livez", "/nvlivez", "/nv", "/nv/", "/nv//livez"):
+            assert server.client.get(path).status_code == 401, path
+        for path in ("/nv/v1/embeddings", "/v1/embeddings"):
+            assert server.client.post(path, json=body).status_code == 401
+            assert server.client.post(path, json=body, headers=key).status_code == 200
+        assert server.client.get("/nv/v1/models", headers=key).status_code == 200
+        assert server.client.get("/nv/livez/", headers=key).status_code == 404
+        metrics = server.client.get("/nv/metrics").text
+        assert 'nv_embed_requests_total{route="embeddings",status="200"} 2.0' in metrics
+        assert 'nv_embed_requests_total{route="models",status="200"} 1.0' in metrics
+        assert "GET /nv/livez 200" not in server.log, "probes are not worth a line"
+        page = server.client.get("/nv/docs", headers=key).text
+        assert "/nv/openapi.json" in page
+
+
 def test_tls(golden_checkpoint: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     subprocess.run(
