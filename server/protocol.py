@@ -16,16 +16,17 @@ request runs exactly one timer is armed:
     HEAD      header_timeout                                          408
     BODY      body_timeout, whether it is answered already or not     408, if it is not
     ANSWER    none: it is the server's turn
-    LINGER    _LINGER_S                                               close
+    LINGER    linger_timeout                                          close
     CLOSING   write_timeout, for what was written to be taken         reset
 
 A client that does not read has write_timeout instead, in the first four: then a reset. No byte but
 those that change the state touches a timer.
 
-The parser is shown one request at a time, up to its last byte: what comes behind is held as it is,
-and reading rests, until the request is answered. So nothing is parsed ahead, no answer overtakes
-another, and what is kept is one read at most. Refusals are in the one envelope: too many or too
-large headers 431, slow senders 408, what is no request 400, connections beyond the cap 503.
+The parser is shown one request at a time, up to its last byte: what comes behind is held as it is
+until the request is answered, and much of it stops the reading. So nothing is parsed ahead, no
+answer overtakes another, and what is kept is a read or two at most. Refusals are in the one
+envelope: too many or too large headers 431, slow senders 408, what is no request 400, connections
+beyond the cap 503.
 
 Knows nothing of routes. `scope["disconnected"]` is a future that is done when the client has gone.
 """
@@ -55,9 +56,6 @@ from server.errors import (
     UnavailableError,
 )
 
-_LINGER_S = 1.0
-"""After a refusal the rest of the request is read and dropped for so long: closing at once would
-reset the connection, and the client might never see the answer."""
 _LINGERING = 128
 """So many connections beyond the cap may linger; more are closed as soon as they are answered."""
 _PIECE = 4 * 1024
@@ -81,6 +79,9 @@ class ProtocolLimits:
     keep_alive_timeout: float = 75.0
     """Longer than clients keep idle connections (httpx: 5 s), so that they close first: one that
     the server closes while a request is on its way is an error to the client."""
+    linger_timeout: float = 1.0
+    """After a refusal the rest of the request is read and dropped for so long: closing at once
+    would reset the connection, and the client might never see the answer."""
     max_connections: int = 4096
 
 
@@ -102,7 +103,7 @@ _ENDING = (_LINGER, _CLOSING, _GONE)
 
 
 class _Flow(FlowControl):
-    """Reading rests while requests are held, whoever asks for more."""
+    """Reading rests while much is held, whoever asks for more."""
 
     resting = False
 
@@ -243,7 +244,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._timer = self.loop.call_later(seconds, self._too_late) if seconds else None
         if self._state in (_CLOSING, _GONE):
             return
-        self.flow.resting = bool(self._held) and (self._later or self._state is _ANSWER)
+        self.flow.resting = self._later or len(self._held) > HIGH_WATER_LIMIT
         if self.flow.resting:
             self.flow.pause_reading()
         elif self.flow.read_paused and (self._state is not _BODY or self._takes_body()):
@@ -257,7 +258,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if state is _GONE:
             return None
         if state is _LINGER:
-            return _LINGER_S
+            return limits.linger_timeout
         if state is _CLOSING or self.flow.write_paused:
             return limits.write_timeout
         if state is _ANSWER:
