@@ -311,9 +311,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _show(self, piece: bytearray) -> None:
         try:
-            self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:
-            self._ignore_offer()
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade:
+                self._ignore_offer()
         except httptools.HttpParserError:
             self._refuse(
                 self._fault or InvalidRequestError("These bytes are not an HTTP/1.1 request")
