@@ -8,6 +8,7 @@ answer would need the handshake first. Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -26,13 +27,14 @@ class Handshake(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Only once it is accepted, so that it can be refused, is it made a connection with TLS."""
-        transport = cast(asyncio.Transport, transport)
         connections = cast(set[object], self._http.connections)
         if len(connections) < self._http.limits.max_connections:
-            connections.add(self)
-            fd = os.dup(transport.get_extra_info("socket").fileno())
-            self._task = self._http.loop.create_task(self._shake_hands(socket.socket(fileno=fd)))
-        transport.abort()
+            with contextlib.suppress(OSError):  # no more files, or it has gone already
+                fd = os.dup(transport.get_extra_info("socket").fileno())
+                connections.add(self)
+                accepted = socket.socket(fileno=fd)
+                self._task = self._http.loop.create_task(self._shake_hands(accepted))
+        cast(asyncio.Transport, transport).abort()
 
     async def _shake_hands(self, accepted: socket.socket) -> None:
         seconds = self._http.limits.header_timeout
@@ -44,8 +46,8 @@ class Handshake(asyncio.Protocol):
                 ssl_handshake_timeout=seconds,
                 ssl_shutdown_timeout=seconds,
             )
-        except OSError:
-            accepted.close()  # not TLS, none that is accepted here, too slow, or gone
+        except (OSError, asyncio.CancelledError):
+            accepted.close()  # not TLS, none that is accepted here, too slow, gone, or shut down
         finally:
             self._http.connections.discard(self)
 

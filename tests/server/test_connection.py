@@ -731,6 +731,29 @@ def test_a_reset_frees_everything_at_once(moment: str) -> None:
     on_loop(test)
 
 
+def test_connections_beyond_the_cap_are_answered_and_bounded_too() -> None:
+    """They may linger, but not by the thousand."""
+
+    async def test(server: Server) -> None:
+        kept = [await Client.to(server) for _ in range(2)]
+        for client in kept:
+            await client.send(ANSWERED)
+            await client.seen()
+        beyond = [await Client.to(server) for _ in range(300)]
+        await until(lambda: len(server.connections) == 302)
+        await asyncio.sleep(0)
+        assert len(server.state.connections) <= 2 + 128
+        statuses = {(await client.refused())[0] for client in beyond}
+        assert statuses == {503}
+        assert server.refusals == [503] * 300
+        for client in kept:
+            await client.send(ANSWERED)
+            await client.seen()
+            client.socket.close()
+
+    on_loop(test, ProtocolLimits(max_connections=2))
+
+
 # What is uvicorn's
 
 
