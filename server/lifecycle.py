@@ -23,6 +23,7 @@ from model.hub import ModelSource
 from server.app import create_app
 from server.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
+from server.handshake import with_tls
 from server.process import most_connections, raise_file_limit
 from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
@@ -30,9 +31,6 @@ from server.settings import Settings
 logger = logging.getLogger("nv_embed")
 
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75
-"""Longer than clients keep idle connections (httpx: 5 s), so that they close first: a connection
-that the server closes while a request is on its way is an error to the client."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -115,26 +113,33 @@ def _uvicorn_config(
     settings: Settings, engine: EmbeddingEngine, connections: int
 ) -> uvicorn.Config:
     """Raises SettingsError when the keys or the certificate cannot be used."""
+    protocol = limited(_protocol_limits(settings, connections), engine.metrics.count_refusal)
+    tls = _tls_context(settings)
     config = uvicorn.Config(
         create_app(settings, engine),
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody asks for the client's address
-        http=limited(_protocol_limits(settings, connections), engine.metrics.count_refusal),
+        http=with_tls(protocol, tls) if tls else protocol,  # type: ignore[arg-type]
         ws="none",
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
         lifespan="off",
         timeout_graceful_shutdown=int(_CLOSE_S),
-        timeout_keep_alive=_KEEP_ALIVE_S,
         backlog=_BACKLOG,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"--tls-certificate, --tls-key: {error}") from None
+    config.load()
     return config
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_certificate:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except OSError as error:  # an SSLError is one
+        raise SettingsError(f"--tls-certificate, --tls-key: {error}") from None
+    return context
 
 
 def _protocol_limits(settings: Settings, connections: int) -> ProtocolLimits:

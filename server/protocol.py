@@ -1,21 +1,52 @@
-"""HTTP/1.1 with limits: uvicorn's httptools protocol limits no headers and waits for ever.
+"""HTTP/1.1 with limits: the bytes of one connection, and how long each of its states may last.
 
-Too many or too large headers get a 431, slow senders a 408, unparsable bytes a 400, connections
-beyond the cap a 503, all in the one envelope; a client that does not read is cut off. Knows
-nothing of routes. `scope["disconnected"]` is a future that is done when the client has gone.
+Around uvicorn's request cycle, which speaks ASGI. Uvicorn's own protocol limits no headers, waits
+for ever, parses what is pipelined without a bound, and lets httptools take an offer to upgrade for
+the end of HTTP. Here a connection is in one state, serves one request at a time, and while no
+request runs exactly one timer is armed:
+
+                first byte       blank line         last byte           answer's end
+    ┌──▶ IDLE ────────────▶ HEAD ──────────▶ BODY ───────────▶ ANSWER ───────────────┐
+    │                                         │ last byte, answered before            │
+    └─────────────────────────────────────────┴───────────────────────────────────────┘
+       any of them ── refused, or answered for the last time ──▶ LINGER ──▶ CLOSING ──▶ gone
+
+    state     time limit                                              when it has passed
+    IDLE      keep_alive_timeout; before the first: header_timeout    close
+    HEAD      header_timeout                                          408
+    BODY      body_timeout, whether it is answered already or not     408, if it is not
+    ANSWER    none: it is the server's turn
+    LINGER    linger_timeout                                          close
+    CLOSING   write_timeout, for what was written to be taken         reset
+
+A client that does not read has write_timeout instead, in the first four: then a reset. No byte but
+those that change the state touches a timer.
+
+The parser is shown one request at a time, up to its last byte: what comes behind is held as it is
+until the request is answered, and much of it stops the reading. So nothing is parsed ahead, no
+answer overtakes another, and what is kept is a read or two at most. Refusals are in the one
+envelope: too many or too large headers 431, slow senders 408, what is no request 400, connections
+beyond the cap 503.
+
+Knows nothing of routes. `scope["disconnected"]` is a future that is done when the client has gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from http import HTTPStatus
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
+import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import (
     HeadersTooLargeError,
@@ -25,9 +56,15 @@ from server.errors import (
     UnavailableError,
 )
 
-_LINGER_S = 1.0
-"""After a refusal the rest of the request is read and dropped for so long: closing at once would
-reset the connection, and the client might never see the answer."""
+_LINGERING = 128
+"""So many connections beyond the cap may linger; more are closed as soon as they are answered."""
+_PIECE = 4 * 1024
+"""Bytes that the parser is shown at once where it is not known how long the request is."""
+_PIECES = 16
+"""Pieces in one turn of the event loop: a body may come in chunks, or pieces, of a few bytes."""
+_BLANK_LINE = b"\r\n\r\n"
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?[ \t]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +76,49 @@ class ProtocolLimits:
     header_timeout: float = 10.0
     body_timeout: float = 120.0
     write_timeout: float = 60.0
+    keep_alive_timeout: float = 75.0
+    """Longer than clients keep idle connections (httpx: 5 s), so that they close first: one that
+    the server closes while a request is on its way is an error to the client."""
+    linger_timeout: float = 1.0
+    """After a refusal the rest of the request is read and dropped for so long: closing at once
+    would reset the connection, and the client might never see the answer."""
     max_connections: int = 4096
+
+
+class _State(Enum):
+    """See the drawing above."""
+
+    IDLE = "between requests"
+    HEAD = "a part of a head has come"
+    BODY = "the head is complete, the body is not"
+    ANSWER = "the request is complete, its answer is not"
+    LINGER = "whatever comes is dropped"
+    CLOSING = "what was written is on its way, then the end"
+    GONE = "nothing is left of it"
+
+
+_IDLE, _HEAD, _BODY, _ANSWER, _LINGER, _CLOSING, _GONE = _State
+_READING = (_IDLE, _HEAD, _BODY)
+_ENDING = (_LINGER, _CLOSING, _GONE)
+
+
+class _Flow(FlowControl):
+    """Reading rests while much is held, whoever asks for more."""
+
+    resting = False
+
+    def resume_reading(self) -> None:
+        if not self.resting:
+            super().resume_reading()
+
+
+class _Door:
+    """The transport as a request cycle sees it: how the connection ends is not for it to say."""
+
+    __slots__ = ("close", "is_closing", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -47,157 +126,309 @@ class LimitedProtocol(HttpToolsProtocol):
 
     limits = ProtocolLimits()
     on_refusal: Callable[[int], None]
+    flow: _Flow
+    handshake: object = None  # counted as a connection until now
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0  # that came of a head that is not complete
-        self._line_bytes = 0  # in the header lines of the request that is being read
-        self._in_head = True
-        self._excess = False
-        self._refused = False
-        self._running: RequestResponseCycle | None = None
-        self._read_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+        self._state = _IDLE
+        self._timer: asyncio.TimerHandle | None = None
+        self._stale = True  # the timer is that of an earlier state
+        self._held = bytearray()  # received, and not yet shown to the parser
+        self._later = False  # the rest of it has to wait for its turn
+        self._fruitless = 0  # bytes shown since the head began, or since the body's last data
+        self._body_left = 0  # of a body of known length
+        self._offer = False  # this request offers another protocol
+        self._fault: ServerError | None = None  # why a callback ended the parser's run
 
-    # Connection
+    # What happens to a connection; each ends in `_settle`
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.connections.discard(self.handshake)
         super().connection_made(transport)
-        if len(self.connections) > self.limits.max_connections:
+        self.flow = _Flow(transport)
+        self._door = _Door(transport, self._end)
+        excess = len(self.connections) - self.limits.max_connections
+        if excess > 0:
             self._refuse(UnavailableError("too many connections", retry_after=1))
-        else:
-            self._time_reading(self.limits.header_timeout)
+        if excess > _LINGERING:
+            self._close()
+        self._settle()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop(self._read_timer)
-        self._stop(self._write_timer)
-        # uvicorn tells the newest request; with pipelining, that is not the one that runs.
-        for cycle in (self._running, self.cycle):
-            self._tell(cycle)
+        self._tell_gone()
         super().connection_lost(exc)
+        self._enter(_GONE)
+        self._settle()
+        # So that the garbage collector need not look for it.
+        self.cycle = self.scope = self.headers = self._door = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        super().data_received(data)
-        # The parser does not report a header that never ends, so an incomplete head is counted
-        # here, and the lines of one that comes in a piece are counted in `on_header`.
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.limits.max_header_bytes:
-                self._refuse_headers()
+        if self._state not in _ENDING:
+            self._held += data
+            self._parse()
+            self._settle()
 
-    # Parser callbacks
+    def eof_received(self) -> None:
+        """The transport closes itself now: half a connection is taken for none."""
+        self._tell_gone()
+        self._enter(_CLOSING)
+        self._settle()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        # Whoever works on the request and does not read need not have a task that only listens.
-        self.scope["disconnected"] = self.loop.create_future()  # type: ignore[typeddict-unknown-key]
-        self._in_head, self._head_bytes, self._line_bytes, self._excess = True, 0, 0, False
-        self._time_reading(self.limits.header_timeout)
+    def on_response_complete(self) -> None:
+        """The cycle has written the last byte of its answer."""
+        self.server_state.total_requests += 1
+        if self._state is _ANSWER:
+            self._enter(_IDLE)
+            if self._held:
+                self._parse()
+        self._settle()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
-        self._line_bytes += len(name) + len(value)
-        limits = self.limits
-        if len(self.headers) > limits.max_headers or self._line_bytes > limits.max_header_bytes:
-            self._excess = True
-            raise ValueError("headers beyond the limit")  # ends the parser's run
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._time_reading(self.limits.body_timeout)
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._stop(self._read_timer)
-        super().on_message_complete()
-        # A large last piece has stopped the reading, and whoever has the whole body asks for no
-        # more: read on, or nobody sees the client go. Behind a request that waits, uvicorn stops.
-        if not self.pipeline:
-            self.flow.resume_reading()
-
-    def send_400_response(self, msg: str) -> None:
-        """uvicorn's way to answer what its parser refuses."""
-        if self._excess:
-            self._refuse_headers()
-        else:
-            self._refuse(InvalidRequestError("These bytes are not an HTTP/1.1 request"))
-
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._running = cycle
-        super()._start_asgi_task(cycle, app)
-
-    # Writing
+    def _end(self) -> None:
+        """The cycle closes: this was the last answer, or the app has failed amid it."""
+        if self._state is _ANSWER and not self._held:
+            self._close()
+        elif self._state not in _ENDING:
+            self._enter(_LINGER)
+        self._settle()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+        self._stale = True
+        self._settle()
 
     def resume_writing(self) -> None:
-        self._stop(self._write_timer)
         super().resume_writing()
+        self._stale = True
+        self._settle()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.transport.is_closing() and self._state is not _GONE:
+            self._enter(_CLOSING)
+        self._settle()
+
+    def _too_late(self) -> None:
+        if self._state in (_HEAD, _BODY) and not self.flow.write_paused:
+            self._refuse(RequestTimeoutError("The request did not arrive in time"))
+        elif self._state is _LINGER or (self._state is _IDLE and not self.flow.write_paused):
+            self._close()
+        else:
+            self.transport.abort()
+        self._settle()
+
+    def _next_turn(self) -> None:
+        self._later = False
+        if self._state in _READING:
+            self._parse()
+            self._settle()
+
+    # The state
+
+    def _enter(self, state: _State) -> None:
+        self._state, self._stale = state, True
+        if state in _ENDING:
+            self._held.clear()
+
+    def _close(self) -> None:
+        self._enter(_CLOSING)
+        self.transport.close()
+
+    def _settle(self) -> None:
+        """Arm the timer of the state, and read on or not."""
+        if self._stale:
+            self._stale = False
+            if self._timer is not None:
+                self._timer.cancel()
+            seconds = self._patience()
+            self._timer = self.loop.call_later(seconds, self._too_late) if seconds else None
+        if self._state in (_CLOSING, _GONE):
+            return
+        self.flow.resting = self._later or len(self._held) > HIGH_WATER_LIMIT
+        if self.flow.resting:
+            self.flow.pause_reading()
+        elif self.flow.read_paused and (self._state is not _BODY or self._takes_body()):
+            # A large last piece has stopped the reading, and whoever has the whole body asks for no
+            # more: read on, or nobody sees the client go.
+            self.flow.resume_reading()
+
+    def _patience(self) -> float | None:
+        """Seconds that the client has; the table above."""
+        state, limits = self._state, self.limits
+        if state is _GONE:
+            return None
+        if state is _LINGER:
+            return limits.linger_timeout
+        if state is _CLOSING or self.flow.write_paused:
+            return limits.write_timeout
+        if state is _ANSWER:
+            return None
+        if state is _BODY:
+            return limits.body_timeout
+        if state is _HEAD or self.cycle is None:
+            return limits.header_timeout
+        return limits.keep_alive_timeout
+
+    def _takes_body(self) -> bool:
+        return self.cycle.response_complete or len(self.cycle.body) <= HIGH_WATER_LIMIT
+
+    # Reading
+
+    def _parse(self) -> None:
+        """Show the parser what is held, up to the end of one request."""
+        held = self._held
+        for _ in range(_PIECES):
+            if self._state in (_IDLE, _ANSWER) and held and held[0] in _BLANK_LINE:
+                del held[: len(held) - len(held.lstrip(_BLANK_LINE))]
+            if not held or self._state not in _READING:
+                return
+            if self._state is _IDLE:
+                self._fruitless = 0
+            size = min(self._body_left, len(held)) or self._size_of_piece()
+            if not size:
+                return
+            if not self._body_left:
+                self._fruitless += size
+                if self._fruitless > self.limits.max_header_bytes:
+                    self._refuse(self._headers_too_large())
+                    return
+            self._body_left -= min(size, self._body_left)
+            piece = held[:size]
+            del held[:size]
+            self._show(piece)
+        self._later = True
+        self.loop.call_soon(self._next_turn)
+
+    def _size_of_piece(self) -> int:
+        """Where the parser has to stop for now: each head and each chunked body ends in a blank
+        line, so no piece reaches beyond one, and a part of one at the end waits for the rest."""
+        end = self._held.find(_BLANK_LINE, 0, _PIECE)
+        if end >= 0:
+            return end + len(_BLANK_LINE)
+        size = min(len(self._held), _PIECE)
+        last = self._held[max(size - 3, 0) : size]
+        return size - len(last) + len(last.rstrip(_BLANK_LINE))
+
+    def _show(self, piece: bytearray) -> None:
+        try:
+            try:
+                self.parser.feed_data(piece)
+            except httptools.HttpParserUpgrade:
+                self._ignore_offer()
+        except httptools.HttpParserError:
+            self._refuse(
+                self._fault or InvalidRequestError("These bytes are not an HTTP/1.1 request")
+            )
+
+    def _ignore_offer(self) -> None:
+        """Nobody has to change the protocol (RFC 9110, 7.8), but the parser takes what follows the
+        head for another one. So another parser is told how long the body is, and reads that."""
+        self._offer = False
+        lines = (b"%s: %s\r\n" % header for header in self.headers if header[0] in _FRAMING)
+        target = SimpleNamespace(on_body=self.on_body, on_message_complete=self._offer_is_over)
+        self.parser = httptools.HttpRequestParser(target)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(lines))
+
+    def _offer_is_over(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self.on_message_complete()
+
+    def on_message_begin(self) -> None:
+        assert self._state is _IDLE, self._state  # a piece held more than one request
+        super().on_message_begin()
+        # Whoever works on the request and does not read need not have a task that only listens.
+        self.scope["disconnected"] = self.loop.create_future()  # type: ignore[typeddict-unknown-key]
+        self._enter(_HEAD)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._state is not _HEAD:
+            return  # a trailer says nothing that the head did not
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if len(self.headers) > self.limits.max_headers:
+            self._stop(self._headers_too_large())
+        header = dict(self.headers)
+        if problem := self._problem(header):
+            self._stop(InvalidRequestError(problem))
+        super().on_headers_complete()
+        self.cycle.transport = self._door  # type: ignore[assignment]
+        self._body_left, self._fruitless = int(header.get(b"content-length", 0)), 0
+        self._offer = self.parser.should_upgrade()
+        self._enter(_BODY)
+
+    def on_body(self, body: bytes) -> None:
+        self._fruitless = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._offer:
+            return  # the parser's view: behind the head another protocol begins
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        self._enter(_IDLE if self.cycle.response_complete else _ANSWER)
+
+    def _problem(self, header: Mapping[bytes, bytes]) -> str | None:
+        """What the parser lets pass, and RFC 9112 does not."""
+        version = self.parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            return f"HTTP/{version} is not spoken here, but HTTP/1.1"
+        if self.parser.get_method() == b"CONNECT":
+            return "CONNECT is for proxies"
+        if len(header) < len(self.headers):
+            names = [name for name, _ in self.headers]
+            for name in (b"host", b"authorization"):
+                if names.count(name) > 1:
+                    return f"A request has one {name.decode()} header at most"
+        host = header.get(b"host")
+        if host is None:
+            return None if version == "1.0" else "The host header is missing"
+        return None if _HOST.fullmatch(host) else "The host header is malformed"
 
     # Refusals
 
-    def _time_reading(self, seconds: float) -> None:
-        self._stop(self._read_timer)
-        self._read_timer = self.loop.call_later(seconds, self._too_slow)
+    def _stop(self, error: ServerError) -> NoReturn:
+        """End the parser's run from within a callback."""
+        self._fault = error
+        raise ValueError(error.message)
 
-    def _too_slow(self) -> None:
-        answering = self.cycle is not None and self.cycle.response_started
-        if self.transport.is_closing() or answering:
-            return  # whoever answers before all was read has ended the matter
-        if self._in_head and not self._head_bytes:
-            self.transport.close()  # nothing was asked
-        else:
-            self._refuse(RequestTimeoutError("The request did not arrive in time"))
-
-    def _refuse_headers(self) -> None:
+    def _headers_too_large(self) -> HeadersTooLargeError:
         limits = self.limits
-        self._refuse(
-            HeadersTooLargeError(
-                f"The headers are beyond {limits.max_header_bytes} bytes or {limits.max_headers} "
-                "lines"
-            )
+        return HeadersTooLargeError(
+            f"The headers are beyond {limits.max_header_bytes} bytes or {limits.max_headers} lines"
         )
 
     def _refuse(self, error: ServerError) -> None:
-        if self._refused or self.transport.is_closing():
-            return
-        self._refused = True
-        self._stop(self._read_timer)
-        body = orjson.dumps(error.body())
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            "x-request-id": uuid.uuid4().hex,
-            **error.headers(),
-            "connection": "close",
-        }
-        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-        self.transport.write(f"{status}{head}\r\n".encode() + body)
-        if self.cycle is not None and not self.cycle.response_complete:
-            # Whoever waits for the rest of this request is told that its client has gone.
-            self._tell(self.cycle)
-        self.loop.call_later(_LINGER_S, self.transport.close)
-        type(self).on_refusal(error.status)
+        """The end, with an answer to what is being read unless one has begun."""
+        started = self.cycle is not None and self.cycle.response_started
+        if self._state in (_IDLE, _HEAD) or (self._state is _BODY and not started):
+            body = orjson.dumps(error.body())
+            headers = {
+                "content-type": "application/json",
+                "content-length": str(len(body)),
+                "x-request-id": uuid.uuid4().hex,
+                **error.headers(),
+                "connection": "close",
+            }
+            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            self.transport.write(f"{status}{head}\r\n".encode() + body)
+            type(self).on_refusal(error.status)
+        if self._state not in (_IDLE, _HEAD):
+            self._tell_gone()  # or somebody waits for the rest
+        self._enter(_LINGER)
 
-    @staticmethod
-    def _tell(cycle: RequestResponseCycle | None) -> None:
-        """The client of this request has gone."""
-        if cycle is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            disconnected = cycle.scope["disconnected"]  # type: ignore[typeddict-item]
+    def _tell_gone(self) -> None:
+        """Whoever works on the request learns that nobody waits for its answer."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            disconnected = self.cycle.scope["disconnected"]  # type: ignore[typeddict-item]
             if not disconnected.done():
                 disconnected.set_result(None)
-
-    @staticmethod
-    def _stop(timer: asyncio.TimerHandle | None) -> None:
-        if timer is not None:
-            timer.cancel()
 
 
 def limited(limits: ProtocolLimits, on_refusal: Callable[[int], None]) -> type[LimitedProtocol]:

@@ -74,6 +74,7 @@ SERVER = [
     "routes",
     "app",
     "protocol",
+    "handshake",
     "lifecycle",
     "text_files",
     "vector_files",
