@@ -22,6 +22,8 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +31,9 @@ from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint, require
+
+if TYPE_CHECKING:
+    from model.runner import ModelRunner
 
 WIDTH = 64
 MARK = 31999
@@ -272,3 +277,13 @@ class Narrow(Hashing):
     def __init__(self, options: RunnerOptions) -> None:
         super().__init__(options)
         self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", WIDTH // 2)
+
+
+def without_private_operations(options: RunnerOptions) -> ModelRunner:
+    """The model on a torch that has none of the operations that are private to it."""
+    import torch
+
+    from model.runner import ModelRunner
+
+    torch.ops = SimpleNamespace()
+    return ModelRunner(options)

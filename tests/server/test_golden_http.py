@@ -70,6 +70,17 @@ def test_truncated_golden_case(golden_checkpoint: Path, tmp_path: Path, name: st
         assert f"maximum context length is {limit} tokens" in error["message"]
 
 
+def test_without_torchs_private_operations(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """It starts, says what it does without, and gives the authors' values."""
+    options = ("--runner", "tests.server.runners:without_private_operations")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        (device,) = server.client.get("/info").json()["devices"]
+        assert device["products"] == {"float32": "torch"}
+        assert "products: float32 by torch" in server.log
+        assert "mkl (cannot be had: " in server.log
+        check(server, CASES["passages"])
+
+
 def test_the_empty_text_is_refused_as_a_string(golden_server: ServerProcess) -> None:
     assert golden_server.embed(input="").status_code == 400
 
