@@ -206,6 +206,8 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
     for number, raw in enumerate(iter(lambda: source.file.readline(MAX_LINE_BYTES), b""), 1):
         if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
             raise _too_long(source, number)
+        if raw == UTF8_MARK:  # and nothing after it
+            return
         yield number, raw.removeprefix(UTF8_MARK).rstrip(b"\r\n")
 
 

@@ -51,7 +51,7 @@ def left(folder: Path) -> list[str]:
 
 
 class Interrupting(Hashing):
-    """Ctrl-C comes in its third batch; where FAKE_FULL is set, the disk is full instead."""
+    """A signal comes in its third batch: FAKE_SIGNAL, or that of Ctrl-C."""
 
     batches = 0
 
@@ -141,6 +141,15 @@ def test_a_slash_a_folder_and_capitals_are_understood(
     written = tmp_path / output
     file = written / "part-00000.npy" if written.is_dir() else written
     np.testing.assert_array_equal(np.load(file), expected)
+
+
+def test_names_that_are_not_utf8_are_names(
+    encode: Encode, tmp_path: Path, expected: np.ndarray
+) -> None:
+    (tmp_path / "a.txt").rename(tmp_path / "caf\udce9.txt")
+    assert encode("caf\udce9.txt") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "caf\udce9.npy"), expected)
+    assert encode("caf\udce9.txt", "--resume") == 0
 
 
 def test_the_input_is_never_overwritten(encode: Encode, tmp_path: Path) -> None:
@@ -328,8 +337,14 @@ def test_kept_batches_are_believed_only_when_whole(
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "jsonl", "parquet"])
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "gone", "other"])
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        *(("npy", harm) for harm in ("truncated", "emptied", "gone", "other")),
+        ("jsonl", "truncated"),
+        ("parquet", "emptied"),
+    ],
+)
 def test_shards_are_believed_only_when_proven(
     encode: Encode, tmp_path: Path, suffix: str, harm: str
 ) -> None:
