@@ -154,9 +154,16 @@ def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:
                 "embed the lines as they stand, make them JSON strings: jq -R . FILE > FILE.jsonl)"
             )
         return Kind.JSON_LINES
-    if kind is Kind.TEXT and b"\r" in head[:-1].rstrip(b"\r") and b"\n" not in head:
+    if kind is Kind.TEXT and _ends_lines_in_cr(file):
         raise FileError(f"{name}: its lines end in CR alone: convert it (tr '\\r' '\\n')")
     return kind
+
+
+def _ends_lines_in_cr(file: BinaryIO) -> bool:
+    """As on old Macs: all texts would be one."""
+    file.seek(0)
+    first = file.readline(_SNIFFED_BYTES)
+    return not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r")
 
 
 def _begins_with_object(file: BinaryIO) -> bool:

@@ -316,6 +316,19 @@ def test_interrupted_within_a_shard_keeps_the_batches_that_are_done(
     assert left(tmp_path) == ["a.txt", "out.npy", "out.npy.manifest.json"]
 
 
+def test_nohup_is_respected(
+    encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE_SIGNAL", str(int(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = ("a.txt", "--max-batch-tokens", "12")
+        assert encode(*options, runner=interrupting) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "empty", "swap", "garbage"])
 def test_kept_batches_are_believed_only_when_whole(
     encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, harm: str
