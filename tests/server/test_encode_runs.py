@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import re
 import signal
 import stat
 import threading
@@ -596,6 +598,35 @@ def test_progress_moves_with_each_batch(
     monkeypatch.setattr(bulk._Progress, "reach", note)
     assert encode("a.txt", "--max-batch-tokens", "12") == 0
     assert seen[:5] == [2, 4, 6, 8, 10]
+
+
+def test_a_log_tells_how_far_it_is(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bulk, "_SAY_EVERY_S", 0.0)
+    assert encode("a.txt", "--max-batch-tokens", "12") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5
+    for line, rows in zip(said, (2, 4, 6, 8, 10), strict=True):
+        assert re.search(rf"{rows} of 10 rows, \d+\.\d rows/s, about \d+ s left$", line), line
+
+
+def test_a_terminal_sees_each_batch_and_earlier_rows_have_no_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with bulk._Progress(1000) as progress:
+        progress.skip_to(900)
+        time.sleep(0.2)
+        progress.reach(902)
+    shown = terminal.getvalue().split("\r")[-1]
+    assert "902/1000" in shown
+    assert 0 < float(re.search(r"([\d.]+) rows/s", shown)[1]) <= 10  # type: ignore[index]
 
 
 def test_long_rows_make_short_shards(encode: Encode, tmp_path: Path, monkeypatch: Any) -> None:
