@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,7 +181,7 @@ class Run(Generic[Row]):
                 "kind": str(self._source.kind),
             },
             "model": {
-                "id": os.fsencode(model.model_id).decode(errors="replace"),  # of a folder, perhaps
+                "id": _printable(model.model_id),
                 "revision": model.revision,
                 "fingerprint": fingerprint(model.path),
                 **{name: value for name, value in asked.items() if value != "auto"},
@@ -306,8 +305,7 @@ class Run(Generic[Row]):
             paths = [parts.path(shard.number) for shard in self._shards]
             job.format.join(file, paths, self.num_rows)
             proof = Proof.of(file)
-        name = os.fsencode(job.target.name).decode(errors="replace")
-        files = [{"name": name, **asdict(proof)}]
+        files = [{"name": _printable(job.target.name), **asdict(proof)}]
         self._complete(files)
         parts.clear()
 
@@ -490,6 +488,11 @@ def _windows(lines: Sequence[Line]) -> Iterator[list[Line]]:
         window.append(line)
         chars += len(line.text)
     yield window
+
+
+def _printable(name: str) -> str:
+    """Of a file or a folder, whose name need not be UTF-8."""
+    return name.encode(errors="replace").decode()
 
 
 def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,9 +154,16 @@ def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:
                 "embed the lines as they stand, make them JSON strings: jq -R . FILE > FILE.jsonl)"
             )
         return Kind.JSON_LINES
-    if kind is Kind.TEXT and b"\r" in head[:-1].rstrip(b"\r") and b"\n" not in head:
+    if kind is Kind.TEXT and _ends_lines_in_cr(file):
         raise FileError(f"{name}: its lines end in CR alone: convert it (tr '\\r' '\\n')")
     return kind
+
+
+def _ends_lines_in_cr(file: BinaryIO) -> bool:
+    """As on old Macs: all texts would be one."""
+    file.seek(0)
+    first = file.readline(_SNIFFED_BYTES)
+    return not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r")
 
 
 def _begins_with_object(file: BinaryIO) -> bool:
@@ -206,6 +213,8 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
     for number, raw in enumerate(iter(lambda: source.file.readline(MAX_LINE_BYTES), b""), 1):
         if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
             raise _too_long(source, number)
+        if raw == UTF8_MARK:  # and nothing after it
+            return
         yield number, raw.removeprefix(UTF8_MARK).rstrip(b"\r\n")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
+import re
 import signal
 import stat
 import threading
@@ -51,7 +53,7 @@ def left(folder: Path) -> list[str]:
 
 
 class Interrupting(Hashing):
-    """Ctrl-C comes in its third batch; where FAKE_FULL is set, the disk is full instead."""
+    """A signal comes in its third batch: FAKE_SIGNAL, or that of Ctrl-C."""
 
     batches = 0
 
@@ -141,6 +143,15 @@ def test_a_slash_a_folder_and_capitals_are_understood(
     written = tmp_path / output
     file = written / "part-00000.npy" if written.is_dir() else written
     np.testing.assert_array_equal(np.load(file), expected)
+
+
+def test_names_that_are_not_utf8_are_names(
+    encode: Encode, tmp_path: Path, expected: np.ndarray
+) -> None:
+    (tmp_path / "a.txt").rename(tmp_path / "caf\udce9.txt")
+    assert encode("caf\udce9.txt") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "caf\udce9.npy"), expected)
+    assert encode("caf\udce9.txt", "--resume") == 0
 
 
 def test_the_input_is_never_overwritten(encode: Encode, tmp_path: Path) -> None:
@@ -307,6 +318,19 @@ def test_interrupted_within_a_shard_keeps_the_batches_that_are_done(
     assert left(tmp_path) == ["a.txt", "out.npy", "out.npy.manifest.json"]
 
 
+def test_nohup_is_respected(
+    encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE_SIGNAL", str(int(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = ("a.txt", "--max-batch-tokens", "12")
+        assert encode(*options, runner=interrupting) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "empty", "swap", "garbage"])
 def test_kept_batches_are_believed_only_when_whole(
     encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, harm: str
@@ -328,8 +352,14 @@ def test_kept_batches_are_believed_only_when_whole(
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "jsonl", "parquet"])
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "gone", "other"])
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        *(("npy", harm) for harm in ("truncated", "emptied", "gone", "other")),
+        ("jsonl", "truncated"),
+        ("parquet", "emptied"),
+    ],
+)
 def test_shards_are_believed_only_when_proven(
     encode: Encode, tmp_path: Path, suffix: str, harm: str
 ) -> None:
@@ -568,6 +598,35 @@ def test_progress_moves_with_each_batch(
     monkeypatch.setattr(bulk._Progress, "reach", note)
     assert encode("a.txt", "--max-batch-tokens", "12") == 0
     assert seen[:5] == [2, 4, 6, 8, 10]
+
+
+def test_a_log_tells_how_far_it_is(
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bulk, "_SAY_EVERY_S", 0.0)
+    assert encode("a.txt", "--max-batch-tokens", "12") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 5
+    for line, rows in zip(said, (2, 4, 6, 8, 10), strict=True):
+        assert re.search(rf"{rows} of 10 rows, \d+\.\d rows/s, about \d+ s left$", line), line
+
+
+def test_a_terminal_sees_each_batch_and_earlier_rows_have_no_speed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with bulk._Progress(1000) as progress:
+        progress.skip_to(900)
+        time.sleep(0.2)
+        progress.reach(902)
+    shown = terminal.getvalue().split("\r")[-1]
+    assert "902/1000" in shown
+    assert 0 < float(re.search(r"([\d.]+) rows/s", shown)[1]) <= 10  # type: ignore[index]
 
 
 def test_long_rows_make_short_shards(encode: Encode, tmp_path: Path, monkeypatch: Any) -> None:

@@ -50,6 +50,16 @@ def test_the_same_rows_however_they_are_written(tmp_path: Path, name: str, conte
     assert texts_of(write(tmp_path, name, content)) == TEXTS
 
 
+def test_a_carriage_return_within_a_text_stays(tmp_path: Path) -> None:
+    long = "one\rtwo " + "x" * 5000
+    assert texts_of(write(tmp_path, "a.txt", f"{long}\nb\n".encode())) == [long, "b"]
+
+
+def test_a_mark_alone_is_no_text(tmp_path: Path) -> None:
+    assert texts_of(write(tmp_path, "a.txt", b"\xef\xbb\xbf")) == []
+    assert texts_of(write(tmp_path, "b.jsonl", b"\xef\xbb\xbf\n")) == []
+
+
 def test_half_of_a_surrogate_pair_is_one_replacement_character(tmp_path: Path) -> None:
     raw = (
         b'{"text": "cut \\ud83d"}\n"\\udc00 b"\n{"text": "whole \\ud83d\\ude00", "x": "\\ud83d"}\n'
