@@ -201,9 +201,10 @@ class Supervisor:
             trouble = "its worker took too long to load"
             logger.error("worker %d was not ready after %.0f s: ending it", slot, load_timeout)
         except _UselessWorkerError as error:
-            trouble = "its worker cannot start; see the log"
             logger.error("worker %d %s", slot, error)
-            patience = _STOP_S if isinstance(error, _RefusedError) else 0.0
+            trouble, patience = "its worker sent nonsense; see the log", 0.0
+            if isinstance(error, _RefusedError):
+                trouble, patience = "its worker cannot start; see the log", _STOP_S
         finally:
             writer.transport.abort()  # close would wait for what it does not read
             try:
