@@ -27,6 +27,7 @@ _SAID_SO = (
     "cannot allocate memory",
     "not enough memory",
     "bad_alloc",
+    "failed to map segment",
     "alloc_failed",
 )
 """What torch's CPU allocator, the CUDA libraries, the dynamic loader and C++ say, all of it as a

@@ -21,10 +21,12 @@ from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
     DeviceMemoryError,
+    InternalError,
     NonFiniteVectorError,
     ServerError,
 )
 from server.metrics import Metrics
+from server.pace import Pace
 from server.quarantine import Quarantine
 from server.request_queue import Entry, QueuedRequest, RequestQueue
 from server.supervisor import Worker
@@ -35,8 +37,8 @@ logger = logging.getLogger("nv_embed.batcher")
 
 _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
-_RATE_SMOOTHING = 0.2
-_HANG_FACTOR = 10
+_LATE_S = 1.0
+"""A timer that is so late tells of this process, which was stopped or held up, not of a worker."""
 _OVERDUE = 0.5
 """Of a batch's patience, after which its worker is no sign of readiness any more."""
 
@@ -57,6 +59,10 @@ class Answer:
     def done(self) -> bool:
         return self.future.done()
 
+    def lacks(self, index: int) -> bool:
+        """Whether this row is still awaited."""
+        return not self.done and self.rows[index] is None
+
     def set_row(self, index: int, row: NDArray[np.float32]) -> None:
         assert self.rows[index] is None, index
         self.rows[index] = row
@@ -75,7 +81,7 @@ class _Batch:
     tokens: int
     handed_over: float
     patience: float  # seconds until its worker counts as hung
-    watch: asyncio.TimerHandle  # kills the worker when no answer comes
+    watch: asyncio.TimerHandle | None = None  # kills the worker when no answer comes
 
     @property
     def entries(self) -> list[Entry[Answer]]:
@@ -88,7 +94,7 @@ class Batcher:
     def __init__(
         self, metrics: Metrics, *, hang_timeout: float = 60.0, cache_bytes: int = 0
     ) -> None:
-        """hang_timeout: seconds without an answer, at least, after which a worker is killed.
+        """hang_timeout: seconds that an answer may take, at least, before its worker is killed.
         cache_bytes: how much is kept of what was computed."""
         self.queue: RequestQueue[Answer] = RequestQueue()
         self.workers: list[Worker] = []
@@ -97,8 +103,8 @@ class Batcher:
         self._out: dict[Worker, dict[int, _Batch]] = {}
         self._batch_ids = 0
         self._scheduled = False
-        self._tokens_per_s = 0.0
-        self._hang_timeout = hang_timeout
+        self._pace = Pace(hang_timeout)
+        self._last_answer: dict[Worker, float] = {}
         self._quarantine = Quarantine()
         self._at_work: dict[bytes, _Batch] = {}
 
@@ -168,8 +174,8 @@ class Batcher:
         )
 
     def seconds_of_work(self) -> float:
-        """How long the queue will take at the measured rate; 1 before there is one."""
-        rate = self._tokens_per_s * max(1, len(self.workers))
+        """How long the queue will take at the rate of the ready workers; 1 before it is known."""
+        rate = sum(self._pace.rate(worker.kind) or 0.0 for worker in self.workers)
         return self.queue.num_tokens / rate if rate else 1.0
 
     # Workers
@@ -177,11 +183,14 @@ class Batcher:
     def worker_ready(self, worker: Worker) -> None:
         self.workers.append(worker)
         self._out[worker] = {}
+        if worker.tokens_per_s > 0:
+            self._pace.tell(worker.kind, worker.tokens_per_s)
         self._schedule()
 
     def worker_lost(self, worker: Worker) -> None:
         self.workers.remove(worker)
         self._metrics.worker_deaths.inc()
+        self._last_answer.pop(worker, None)
         batches = list(self._out.pop(worker).values())
         for batch in batches:
             self._end(batch)
@@ -189,7 +198,7 @@ class Batcher:
             self._blame(batches[0])  # the others waited behind it
         # The oldest batch goes back last, so that it comes first.
         for batch in reversed(batches):
-            self.queue.put_back(e for e in batch.entries if not e.request.waiter.done)
+            self.queue.put_back(e for e in batch.entries if e.request.waiter.lacks(e.index))
         self._schedule()
 
     def batch_done(
@@ -199,8 +208,8 @@ class Batcher:
         rows: NDArray[np.float32],
         faults: Mapping[int, Fault],
     ) -> None:
-        batch = self._take_back(worker, batch_id)
-        self._measure(batch)
+        batch = self._out[worker][batch_id]
+        self._measure(worker, batch)
         for index, (row, (key, equal)) in enumerate(zip(rows, batch.rows.items(), strict=True)):
             fault = faults.get(index)
             if fault is None:
@@ -210,6 +219,8 @@ class Batcher:
                     self._fail(entry.request, _fault_error(fault, entry))
                 elif not entry.request.waiter.done:
                     entry.request.waiter.set_row(entry.index, row)
+        # Last, so that a batch whose rows could not be dealt out is still known to be out.
+        self._take_back(worker, batch_id)
         self._schedule()
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
@@ -248,6 +259,16 @@ class Batcher:
         for request in expired:
             self._metrics.expired.inc()
             self._fail(request, DeadlineExceededError("the deadline passed while inputs waited"))
+        try:
+            self._send(worker, taken, now)
+        except Exception:  # a fault of ours: nobody must wait for what will never come
+            logger.exception("a batch could not be handed over")
+            for entry in taken:
+                self._fail(entry.request, InternalError("the server failed on this request"))
+            if self._out[worker]:  # it may be among them, and will not be answered
+                worker.kill()
+
+    def _send(self, worker: Worker, taken: Sequence[Entry[Answer]], now: float) -> None:
         for entry in taken:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)
         rows: dict[bytes, list[Entry[Answer]]] = {}
@@ -261,9 +282,9 @@ class Batcher:
         self._batch_ids = (self._batch_ids + 1) % (1 << 32)
         encodings = [equal[0].encoding for equal in rows.values()]
         tokens = sum(map(len, encodings))
-        patience = self._patience(worker, tokens)
-        watch = asyncio.get_running_loop().call_later(patience, self._hung, worker)
-        batch = _Batch(rows, tokens, now, patience, watch)
+        in_hand = tokens + sum(batch.tokens for batch in self._out[worker].values())
+        batch = _Batch(rows, tokens, now, self._pace.patience(worker.kind, in_hand))
+        self._watch(worker, batch)
         self._out[worker][self._batch_ids] = batch
         self._at_work.update(dict.fromkeys(rows, batch))
         worker.send(self._batch_ids, encodings)
@@ -272,36 +293,38 @@ class Batcher:
 
     def _take_back(self, worker: Worker, batch_id: int) -> _Batch:
         batch = self._out[worker].pop(batch_id)
+        self._last_answer[worker] = time.monotonic()
         self._end(batch)
         return batch
 
     def _end(self, batch: _Batch) -> None:
         """No answer to this batch is awaited any more."""
-        batch.watch.cancel()
+        if batch.watch is not None:
+            batch.watch.cancel()
         for key in batch.rows:
             if self._at_work.get(key) is batch:
                 del self._at_work[key]
 
-    def _patience(self, worker: Worker, tokens: int) -> float:
-        """Seconds that an answer may take: ten times what the measured rate predicts for all
-        that the worker has in hand, and never less than the option. Before anything was measured
-        ten times the option: the first batch may be the longest."""
-        in_hand = tokens + sum(batch.tokens for batch in self._out[worker].values())
-        predicted = in_hand / self._tokens_per_s if self._tokens_per_s else self._hang_timeout
-        return max(self._hang_timeout, _HANG_FACTOR * predicted)
+    def _watch(self, worker: Worker, batch: _Batch) -> None:
+        due = time.monotonic() + batch.patience
+        loop = asyncio.get_running_loop()
+        batch.watch = loop.call_later(batch.patience, self._hung, worker, batch, due)
 
-    def _hung(self, worker: Worker) -> None:
+    def _hung(self, worker: Worker, batch: _Batch, due: float) -> None:
+        if time.monotonic() > due + _LATE_S:
+            self._watch(worker, batch)  # its answer may lie in the socket, unread
+            return
         logger.error("worker %d gave no answer for too long: killing it", worker.slot)
         worker.kill()
 
-    def _measure(self, batch: _Batch) -> None:
-        seconds = time.monotonic() - batch.handed_over
+    def _measure(self, worker: Worker, batch: _Batch) -> None:
+        # It may have waited in the worker's hands for the one before it.
+        begun = max(batch.handed_over, self._last_answer.get(worker, 0.0))
+        seconds = time.monotonic() - begun
         self._metrics.batch_seconds.observe(seconds)
         self._metrics.inputs.inc(len(batch.entries))
         self._metrics.tokens.inc(batch.tokens)
-        rate = batch.tokens / max(seconds, 1e-6)
-        weight = _RATE_SMOOTHING if self._tokens_per_s else 1.0
-        self._tokens_per_s += weight * (rate - self._tokens_per_s)
+        self._pace.measure(worker.kind, batch.tokens, seconds)
 
     def _blame(self, batch: _Batch) -> None:
         """Its worker died while it ran this batch."""

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from model import console
 from model.errors import did_you_mean
-from server import logs, settings
+from server import logs, process, settings
 from server.errors import SettingsError
 from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
 
@@ -32,6 +32,7 @@ _MOST = 10_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
+    process.open_standard_streams()
 
     def command() -> int:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
@@ -170,14 +171,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         logger.warning(warning)
     from model.hub import locate
     from server import lifecycle
-    from server.names import ServedNames
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = locate(options.model, revision=options.revision, offline=options.offline)
-    names = ServedNames(source.model_id, options.served_model_name).names
-    logger.info("clients name the model %s", ", ".join(names))
     return lifecycle.run(options, source)
 
 

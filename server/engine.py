@@ -31,7 +31,7 @@ from server.inputs import InputTokenizer, Tokenization
 from server.metrics import Metrics
 from server.schemas import Input
 from server.settings import MAX_REQUEST_TOKENS, Settings
-from server.supervisor import Supervisor, worker_options
+from server.supervisor import Supervisor, load_timeout_of, worker_options
 
 logger = logging.getLogger("nv_embed.engine")
 
@@ -52,7 +52,7 @@ class EmbeddingEngine:
         self.source = source
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
-        weight_files(source.path)  # their absence is better told now than by a worker
+        weights = weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -79,6 +79,8 @@ class EmbeddingEngine:
             runner=settings.runner,
             log_format=settings.log_format,
             log_level=settings.log_level,
+            width=self.config.hidden_size,
+            load_timeout=load_timeout_of(sum(file.stat().st_size for file in weights)),
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._seen_tokens, self._seen_chars = 250.0, 1000.0
@@ -132,6 +134,11 @@ class EmbeddingEngine:
     @property
     def draining(self) -> bool:
         return self._draining
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were accepted and not answered yet."""
+        return self._in_flight
 
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         """Refuse new requests and wait for the accepted ones; False if some were left."""

@@ -1,6 +1,6 @@
 """One server process from start to end: listen, start the workers, serve, drain, stop.
 
-Owns the signals. The first SIGINT or SIGTERM drains, a second one ends at once.
+Owns the signals. The first SIGINT, SIGTERM or SIGHUP drains, a second one ends at once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from model.hub import ModelSource
 from server.app import create_app
 from server.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
+from server.names import ServedNames
+from server.process import most_connections, raise_file_limit
 from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
 
@@ -58,10 +60,13 @@ def run(settings: Settings, source: ModelSource) -> int:
 
 async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
-    server = _Uvicorn(_uvicorn_config(settings, engine))
+    connections = _most_connections(settings, len(engine.worker_options))
+    server = _Uvicorn(_uvicorn_config(settings, engine, connections))
     listener, address = _listen(settings)
     stop = _Signals()
     logger.info("listening on %s; the model is loading", address)
+    names = ServedNames(source.model_id, settings.served_model_name).names
+    logger.info("clients name the model %s", ", ".join(names))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engine.start()
     failing = asyncio.create_task(engine.failed())
@@ -72,6 +77,11 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
             failing.result()
         if stop.first.is_set():
             await _drain(engine, stop, settings.drain_timeout)
+        if stop.second.is_set() and engine.in_flight:
+            logger.warning(
+                "stopping at once: %d accepted requests get no answer but a 503", engine.in_flight
+            )
+            return 128 + stop.last
         return 0
     except StartError as error:
         logger.error("cannot start: %s", error)
@@ -89,7 +99,24 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         logger.info("stopped")
 
 
-def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Config:
+def _most_connections(settings: Settings, workers: int) -> int:
+    """As many as were asked for, if the files suffice. Raises SettingsError for hardly any."""
+    files, wanted = raise_file_limit(), settings.max_connections
+    fit = most_connections(files, wanted, workers)
+    if fit < wanted:
+        logger.warning(
+            "%d open files are allowed: at most %d connections, not %d (--max-connections); "
+            "raise the hard limit (ulimit -Hn) for more",
+            files,
+            fit,
+            wanted,
+        )
+    return fit
+
+
+def _uvicorn_config(
+    settings: Settings, engine: EmbeddingEngine, connections: int
+) -> uvicorn.Config:
     """Raises SettingsError when the keys or the certificate cannot be used."""
     config = uvicorn.Config(
         create_app(settings, engine),
@@ -97,7 +124,7 @@ def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Conf
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody asks for the client's address
-        http=limited(_protocol_limits(settings), engine.metrics.count_refusal),
+        http=limited(_protocol_limits(settings, connections), engine.metrics.count_refusal),
         ws="none",
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
@@ -113,12 +140,12 @@ def _uvicorn_config(settings: Settings, engine: EmbeddingEngine) -> uvicorn.Conf
     return config
 
 
-def _protocol_limits(settings: Settings) -> ProtocolLimits:
+def _protocol_limits(settings: Settings, connections: int) -> ProtocolLimits:
     return ProtocolLimits(
         header_timeout=settings.header_timeout,
         body_timeout=settings.body_timeout,
         write_timeout=settings.write_timeout,
-        max_connections=settings.max_connections,
+        max_connections=connections,
     )
 
 
@@ -132,15 +159,21 @@ async def _drain(engine: EmbeddingEngine, stop: _Signals, timeout: float) -> Non
 
 
 class _Signals:
-    """SIGINT and SIGTERM as two events."""
+    """The signals that stop, as two events."""
 
     def __init__(self) -> None:
         self.first, self.second = asyncio.Event(), asyncio.Event()
+        self.last = 0
+        """The number of the signal that came last."""
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(signum, self._arrived)
+        signums = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            signums.append(signal.SIGHUP)
+        for signum in signums:
+            loop.add_signal_handler(signum, self._arrived, signum)
 
-    def _arrived(self) -> None:
+    def _arrived(self, signum: int) -> None:
+        self.last = signum
         (self.second if self.first.is_set() else self.first).set()
 
 

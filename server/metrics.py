@@ -49,7 +49,9 @@ class Metrics:
             _LATENCY,
         )
         self.batch_seconds = self._histogram(
-            "nv_embed_batch_duration_seconds", "From handing a batch over to its rows", _LATENCY
+            "nv_embed_batch_duration_seconds",
+            "From when its worker had nothing else to do to a batch's rows",
+            _LATENCY,
         )
         self.batch_tokens = self._histogram("nv_embed_batch_tokens", "Tokens in a batch", _TOKENS)
         self.batch_inputs = self._histogram("nv_embed_batch_inputs", "Inputs in a batch", _SEQS)

@@ -291,7 +291,10 @@ class Settings(EncodeSettings, KeySettings):
     tls_certificate: Path | None = Field(None, description="PEM file: serve https with it")
     tls_key: Path | None = Field(None, description="PEM file with the certificate's private key")
     max_connections: int = Field(
-        4096, ge=1, le=_COUNT, description="open connections; beyond it new ones get a 503"
+        4096,
+        ge=1,
+        le=_COUNT,
+        description="open connections, if the limit on open files allows so many; beyond it a 503",
     )
     header_timeout: float = Field(
         10.0, gt=0, le=_DAY_S, description="seconds in which the headers of a request must arrive"
@@ -316,7 +319,7 @@ class Settings(EncodeSettings, KeySettings):
         30.0,
         ge=0,
         le=_DAY_S,
-        description="seconds to finish accepted requests after SIGTERM or SIGINT",
+        description="seconds to finish accepted requests after SIGTERM, SIGINT or SIGHUP",
     )
     access_log: bool = Field(True, description="one line per request, without its texts")
 

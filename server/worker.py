@@ -1,14 +1,14 @@
 """The engine worker process, and the wire format between it and the front.
 
 Both ends import this module, so it imports torch nowhere: only the runner does, in the child.
-A worker is a fresh interpreter (`python -P -m server.worker FD`) that is joined to the front by
+A worker is a fresh interpreter (`server.start_worker`) that is joined to the front by
 one Unix socket. It does one batch after another and ends when the socket closes.
 
 A frame is a header (kind, batch id, rows, faults, payload bytes; five little-endian uint32) and
 a payload:
 
 START   front → worker  JSON: RunnerOptions, the runner's name, log settings
-HELLO   worker → front  JSON: RunnerInfo; warmed up and ready
+HELLO   worker → front  JSON: RunnerInfo, tokens a second (0: unknown); warmed up and ready
 REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
 BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
@@ -51,6 +51,8 @@ CPU_NICENESS = 5
 """CPU workers yield to the front, which has little to do and must do it at once."""
 _POISONED = 70
 """Exit status after a CUDA fault: the process cannot use its device any more."""
+_MOST_SAID = 2000
+"""Characters of an error's text."""
 _PR_SET_PDEATHSIG = 1
 _LESS_MEMORY = "lower --max-input-tokens or --max-batch-tokens, or take --quantization int8"
 
@@ -104,6 +106,11 @@ def read_rows(
     values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
     pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
     return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
+
+
+def rows_size(rows: int, width: int, faults: int) -> int:
+    """Bytes of the payload of ROWS."""
+    return 4 * rows * width + 8 * faults
 
 
 def start_frame(options: RunnerOptions, runner: str | None, log_format: str, level: str) -> bytes:
@@ -165,8 +172,8 @@ def main(fd: int) -> int:
 
 def _outlive_nobody() -> None:
     """Stop signals are the front's business; when the front dies, so does this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -177,18 +184,24 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         os.nice(CPU_NICENESS)
     try:
         runner = load_factory(start["runner"])(options)
-        runner.warm_up()
+        tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
         final, message = True, f"{error}"
         if is_out_of_memory(error):
-            message = f"{options.device} has too little memory to warm up: {_LESS_MEMORY}"
+            message = f"{options.device} has too little memory to load and run the model: "
+            message += _LESS_MEMORY
+        elif "can't start new thread" in message:
+            final = False
+            message += ", for want of processes or of address space (ulimit -u, ulimit -v)"
         elif not isinstance(error, ModelError):  # those are the same at the next try
-            final, message = False, repr(error)
-            logger.exception("the worker cannot start")
+            final, message = False, repr(error)[:_MOST_SAID]
+            if not isinstance(error, ImportError | OSError):  # whose cause is not in our code
+                logger.exception("the worker cannot start")
         why = {"message": message, "final": final}
         connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
         return None
-    connection.send(frame(Kind.HELLO, orjson.dumps(dataclasses.asdict(runner.info))))
+    hello = {"info": dataclasses.asdict(runner.info), "tokens_per_s": tokens_per_s}
+    connection.send(frame(Kind.HELLO, orjson.dumps(hello)))
     return runner
 
 
@@ -204,7 +217,8 @@ def _serve(connection: _Connection, runner: Runner) -> int:
             logger.exception("a batch of %d inputs failed", count)
             if _poisons_device(error):
                 return _POISONED
-            answer = frame(Kind.FAILED, repr(error).encode(), batch_id=batch_id)
+            said = repr(error)[:_MOST_SAID].encode(errors="replace")
+            answer = frame(Kind.FAILED, said, batch_id=batch_id)
         connection.send(answer)
 
 
@@ -218,7 +232,3 @@ def _faults(rows: NDArray[np.float32], too_large: Sequence[int]) -> dict[int, Fa
 def _poisons_device(error: Exception) -> bool:
     """A CUDA fault (illegal address, device assert …) leaves the process useless for good."""
     return type(error).__name__ == "AcceleratorError"
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))

@@ -44,6 +44,8 @@ MODEL = [
 SERVER = [
     "errors",
     "json_text",
+    "process",
+    "pace",
     "logs",
     "settings",
     "metrics",
@@ -56,6 +58,7 @@ SERVER = [
     "quarantine",
     "vector_cache",
     "worker",
+    "start_worker",
     "supervisor",
     "batcher",
     "engine",

@@ -111,6 +111,43 @@ def test_a_poison_input_among_500_requests(
         assert_answers(server.embed(input=[[1, 315, 2]]), [[1, 315, 2]])
 
 
+def test_a_first_batch_that_hangs_is_ended_as_soon_as_any_other(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Nothing was measured yet. Two workers die over it until it is found to be the cause."""
+    options = ("--runner", RUNNERS + "Hanging", "--hang-timeout", "1")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        started = time.monotonic()
+        assert server.embed(input=marked_ids()).status_code == 500
+        assert 2 <= time.monotonic() - started < 8
+        assert server.metric("nv_embed_worker_deaths_total") == 2
+
+
+def test_stopped_workers_cost_no_answer(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Stopped when idle, at work, and at work while the server drains."""
+    ids = [[[1, 300 + number, 2]] for number in range(12)]
+    options = ("--runner", RUNNERS + "Hashing", "--devices", "cpu,cpu", "--hang-timeout", "0.7")
+    options += ("--max-batch-seqs", "1")
+    env = {"FAKE_SECONDS": "0.1"}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        server.wait_for_metric("nv_embed_workers_ready", 2)
+
+        async def ask(stop_after: float, signum: int = 0) -> None:
+            asking = asyncio.create_task(ask_all(server, list(zip(ids, ids, strict=True))))
+            await asyncio.sleep(stop_after)
+            os.kill(server.worker_pids()[0], signal.SIGSTOP)
+            if signum:
+                server.process.send_signal(signum)
+            for answer, own in zip(await asking, ids, strict=True):
+                assert_answers(answer, own)
+
+        for deaths, stop_after in ((1, 0.0), (2, 0.2)):
+            asyncio.run(ask(stop_after))
+            server.wait_for_metric("nv_embed_workers_ready", 2)
+            assert server.metric("nv_embed_worker_deaths_total") >= deaths
+        asyncio.run(ask(0.2, signal.SIGTERM))
+
+
 def test_an_input_beyond_the_devices_memory_is_a_400(
     golden_checkpoint: Path, tmp_path: Path
 ) -> None:

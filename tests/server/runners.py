@@ -6,6 +6,9 @@ question. What they shall do besides is in the environment, which workers inheri
 FAKE_BATCH_LOG   a file that gets a line of JSON for each batch: pid, and `key_of` of each input
 FAKE_SECONDS     how long a batch takes
 FAKE_RATE        inputs a second (Paced)
+FAKE_ONCE        a folder; whoever makes trouble only once does so while it holds a file with the
+                 name of the options' path, and removes that
+FAKE_SAYS        what to send to the front, in hexadecimal, by the options' path (Rambling)
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -151,3 +155,91 @@ class Refusing(Hashing):
 
     def __init__(self, options: RunnerOptions) -> None:
         raise UnsupportedError("this runner refuses to start")
+
+
+def _once(path: str) -> bool:
+    """Whether the trouble is still to be made."""
+    try:
+        Path(os.environ["FAKE_ONCE"], path).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _ramble(path: str) -> None:
+    """Send something, where the worker's own frames go, and no more."""
+    socket = int(sys.argv[1])
+    os.write(socket, bytes.fromhex(json.loads(os.environ["FAKE_SAYS"])[path]))
+    time.sleep(3600)
+
+
+class StoppedWhileLoading(Hashing):
+    """Once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        if _once(options.path):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        super().__init__(options)
+
+
+class Rambling(Hashing):
+    """It sends FAKE_SAYS in place of its greeting, once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        if _once(options.path):
+            _ramble(options.path)
+        super().__init__(options)
+
+
+class WithoutThreads(Hashing):
+    """Once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        if _once(options.path):
+            raise RuntimeError("can't start new thread")
+        super().__init__(options)
+
+
+class Troubled(Hashing):
+    """The mark makes trouble, once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        self._path = options.path
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        if any(MARK in encoding.ids for encoding in encodings) and _once(self._path):
+            self.trouble()
+        return super().embed(encodings)
+
+    def trouble(self) -> None: ...
+
+
+class RamblingOnMark(Troubled):
+    """It sends FAKE_SAYS in place of an answer."""
+
+    def trouble(self) -> None:
+        _ramble(self._path)
+
+
+class AnswersTwice(Troubled):
+    """From then on."""
+
+    def trouble(self) -> None:
+        from server import worker
+
+        send = worker._Connection.send
+        worker._Connection.send = lambda self, data: send(self, data + data)
+
+
+class HangsOnce(Troubled):
+    def trouble(self) -> None:
+        time.sleep(3600)
+
+
+class Narrow(Hashing):
+    """Its vectors are shorter than the checkpoint's."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", WIDTH // 2)

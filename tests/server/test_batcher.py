@@ -16,11 +16,13 @@ from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
     DeviceMemoryError,
+    InternalError,
     NonFiniteVectorError,
     UnavailableError,
 )
 from server.metrics import Metrics
 from server.supervisor import Worker
+from server.vector_cache import VectorCache
 from server.worker import Fault
 from tests.server.runners import WIDTH, vector_of
 
@@ -29,7 +31,7 @@ class RecordingWorker(Worker):
     """Answers when it is told to."""
 
     def __init__(self, batcher: Batcher, device: str, limits: BatchLimits) -> None:
-        self.slot, self.limits = 0, limits
+        self.slot, self.limits, self.tokens_per_s = 0, limits, 0.0
         self.info = RunnerInfo(device, "fake", "float32", "none", "fake", WIDTH)
         self.batches: dict[int, list[Encoding]] = {}
         self._batcher = batcher
@@ -280,7 +282,7 @@ async def test_a_batch_that_waited_behind_the_fatal_one_is_not_blamed(batcher: B
 
 @in_loop
 async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
-    batcher._hang_timeout = 0.005  # ten times that before anything was measured
+    batcher._pace.hang_timeout = 0.05
     worker = ready(batcher)
     request = batcher.submit(encodings(1))
     await asyncio.sleep(0.2)
@@ -292,6 +294,143 @@ async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
     assert len(await request.waiter.future) == 1
     await asyncio.sleep(0.1)
     assert batcher.workers == [successor], "an answered batch is not watched any more"
+
+
+@in_loop
+async def test_a_batch_behind_another_is_measured_from_the_other_ones_answer(
+    batcher: Batcher,
+) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    assert worker.sizes == [4, 4]
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        await asyncio.sleep(0.1)
+        worker.answer()
+        seconds.append(time.monotonic() - started)
+    first, second = (20 / one for one in seconds)
+    assert batcher._pace.rate(worker.kind) == pytest.approx(0.8 * first + 0.2 * second, rel=0.1)
+    assert batcher._metrics.batch_seconds._sum.get() == pytest.approx(sum(seconds), rel=0.1)
+
+
+@in_loop
+async def test_a_failed_batch_does_not_count_for_the_one_behind_it(batcher: Batcher) -> None:
+    worker = ready(batcher, "cuda:0")
+    batcher.submit(encodings(*range(1, 5)))
+    batcher.submit(encodings(*range(5, 9)))
+    await turn()
+    await asyncio.sleep(0.2)
+    batcher.batch_failed(worker, next(iter(worker.batches)))
+    worker.batches.pop(next(iter(worker.batches)))
+    started = time.monotonic()
+    await asyncio.sleep(0.05)
+    worker.answer()
+    seconds = time.monotonic() - started
+    assert batcher._pace.rate(worker.kind) == pytest.approx(20 / seconds, rel=0.2)
+
+
+@in_loop
+async def test_a_slow_worker_beside_a_fast_one_has_its_own_patience(batcher: Batcher) -> None:
+    batcher._pace.hang_timeout = 0.05
+    fast, slow = ready(batcher, "cuda:0"), ready(batcher, "cpu")
+    batcher._pace.measure(fast.kind, 20, 0.001)
+    batcher._pace.measure(slow.kind, 20, 0.5)
+    request = batcher.submit(encodings(*range(1, 9)))
+    await turn()
+    assert (fast.sizes, slow.sizes) == ([4], [4])
+    fast.answer()
+    await asyncio.sleep(0.3)
+    assert batcher.workers == [fast, slow], "nobody was killed"
+    slow.answer()
+    assert len(await request.waiter.future) == 8
+
+
+@in_loop
+async def test_retry_times_add_up_the_ready_workers_rates(batcher: Batcher) -> None:
+    assert batcher.seconds_of_work() == 1
+    fast, slow = ready(batcher, "cuda:0"), ready(batcher, "cpu")
+    batcher._pace.measure(fast.kind, 90, 1.0)
+    batcher._pace.measure(slow.kind, 10, 1.0)
+    batcher.submit(encodings(*range(1, 30)))
+    await turn()
+    assert batcher.seconds_of_work() == batcher.queue.num_tokens / 100
+    batcher.worker_lost(fast)
+    assert batcher.seconds_of_work() == batcher.queue.num_tokens / 10
+
+
+@in_loop
+async def test_a_workers_own_figure_bounds_the_first_batch(batcher: Batcher) -> None:
+    batcher._pace.hang_timeout = 0.05
+    worker = RecordingWorker(batcher, "cpu", BatchLimits(20, 4))
+    worker.tokens_per_s = 100.0  # 5 tokens: ten times 0.05 s
+    batcher.worker_ready(worker)
+    batcher.submit(encodings(1))
+    await asyncio.sleep(0.2)
+    assert batcher.workers == [worker]
+    await asyncio.sleep(0.6)
+    assert not batcher.workers
+
+
+@in_loop
+async def test_a_batch_that_cannot_be_handed_over_leaves_nobody_waiting(batcher: Batcher) -> None:
+    worker = ready(batcher)
+    send, worker.send = worker.send, lambda batch_id, encodings: b"".join([None])
+    requests = [batcher.submit(encodings(number)) for number in (1, 2)]
+    await turn()
+    for request in requests:
+        with pytest.raises(InternalError):
+            await request.waiter.future
+    assert not batcher.workers, "it was killed, for it may have half of the batch"
+    worker.send = send
+    batcher.worker_ready(worker)
+    other = batcher.submit(encodings(3))
+    await turn()
+    worker.answer()
+    assert len(await other.waiter.future) == 1
+
+
+class FailsAtTheSecond(VectorCache):
+    puts = 0
+
+    def put(self, key: bytes, row: np.ndarray) -> None:
+        self.puts += 1
+        if self.puts == 2:
+            raise KeyError
+
+
+@in_loop
+async def test_rows_that_could_not_be_dealt_out_are_computed_again(batcher: Batcher) -> None:
+    """A fault of ours in between costs the worker, and no request."""
+    first = ready(batcher)
+    requests = [batcher.submit(encodings(number)) for number in (1, 2, 3)]
+    await turn()
+    batcher.cache = FailsAtTheSecond(0)
+    with pytest.raises(KeyError):
+        first.answer()
+    batcher.worker_lost(first)  # as the supervisor does then
+    second = ready(batcher)
+    await turn()
+    assert second.sizes == [2], "the first one's row had arrived"
+    second.answer()
+    for number, request in zip((1, 2, 3), requests, strict=True):
+        (row,) = await request.waiter.future
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+
+
+@in_loop
+async def test_a_worker_is_not_killed_because_this_process_was_held_up(batcher: Batcher) -> None:
+    """Stopped with its container, or by a client: the answer may have come meanwhile."""
+    batcher._pace.hang_timeout = 0.2
+    worker = ready(batcher)
+    batcher.submit(encodings(1))
+    await turn()
+    time.sleep(1.3)  # noqa: ASYNC251
+    await asyncio.sleep(0.05)
+    assert batcher.workers == [worker]
+    await asyncio.sleep(0.3)
+    assert not batcher.workers, "it had its time again, and no answer came"
 
 
 @in_loop
