@@ -57,6 +57,7 @@ class RunnerOptions:
     max_batch_seqs: int = 256
     max_input_tokens: int = 32_768
     cuda_graphs: bool = False
+    fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 
 
 @dataclass(frozen=True, slots=True)

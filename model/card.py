@@ -6,12 +6,16 @@ Torch-free. Reads the card's Python, never executes it.
 from __future__ import annotations
 
 import ast
+import codecs
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from model.errors import CheckpointError
+from model.files import open_regular
 
 PUBLISHED_SCORES = {
     "nv-embed-v1": [[77.9402, 0.4249], [3.7577, 79.6011]],
@@ -20,19 +24,38 @@ PUBLISHED_SCORES = {
 """What the model cards print for their example; used when a card leaves the numbers out."""
 
 
+_MOST_BYTES = 1 << 20
+"""Of a card, its beginning is read. The longest hold tables of scores, some 300 KB."""
+_FRONT_MATTER = re.compile(r"---[^\S\n]*\n(.*?\n)---[^\S\n]*(?:\n|\Z)", re.DOTALL)
+_LICENSE = re.compile(r"""^["']?license["']?[ \t]*:.{,200}""", re.MULTILINE)
+"""Its line alone: those tables in front of it take the YAML parser a second."""
+
+
+def read_card_text(folder: Path) -> str | None:
+    """The beginning of README.md; None where there is none, or it is not a UTF-8 text file. A
+    card is a courtesy: whatever is wrong with it stops nothing."""
+    try:
+        with open_regular(folder / "README.md") as file:
+            raw = file.read(_MOST_BYTES)
+    except (CheckpointError, OSError):
+        return None
+    try:
+        # Not final: the beginning of a large file may end within a character.
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(raw)
+    except UnicodeDecodeError:
+        return None
+
+
 def card_license(folder: Path) -> str | None:
     """The `license` of the card's front matter (README.md), if there is one."""
+    matter = _FRONT_MATTER.match(read_card_text(folder) or "")
+    line = _LICENSE.search(matter[1]) if matter else None
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except OSError:
+        found = yaml.safe_load(line[0]) if line else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # as a date that is none, brackets
         return None
-    matter = re.match(r"\A---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    try:
-        found = yaml.safe_load(matter[1]) if matter else None
-    except yaml.YAMLError:
-        return None
-    license_ = found.get("license") if isinstance(found, dict) else None
-    return license_ if isinstance(license_, str) else None
+    license_ = next(iter(found.values())) if isinstance(found, dict) else None
+    return license_ if isinstance(license_, str) and license_ else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +74,20 @@ def read_card(card: str) -> CardExample | None:
     for block in re.findall(r"```python\s*\n(.*?)```", card, re.DOTALL):
         try:
             tree = ast.parse(block)
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # all of them are its own
             continue
         values: dict[str, Any] = {}
         for node in tree.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 try:
                     values[node.targets[0].id] = _plain_value(node.value, values)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, LookupError, TypeError, RecursionError):
                     continue  # a call or an import: not a plain value
         prefix = values.get("query_prefix")
         queries, passages = _texts(values.get("queries")), _texts(values.get("passages"))
         if isinstance(prefix, str) and queries and passages:
             found = re.findall(r"^\s*#\s*(\[\[[-+\d.eE,\s\[\]]*\]\])", block, re.MULTILINE)
-            scores = ast.literal_eval(found[-1]) if found else None
+            scores = _scores(found[-1]) if found else None
             return CardExample(prefix, queries, passages, scores)
     return None
 
@@ -75,12 +98,26 @@ def _plain_value(node: ast.expr, values: dict[str, Any]) -> Any:
         case ast.Name(id=name):
             return values[name]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return _plain_value(left, values) + _plain_value(right, values)
+            total = _plain_value(left, values) + _plain_value(right, values)
+            if isinstance(total, str | list) and len(total) > _MOST_BYTES:
+                raise ValueError("a sum that doubles itself")
+            return total
         case ast.Subscript(value=value, slice=index):
             return _plain_value(value, values)[_plain_value(index, values)]
         case ast.List(elts=elements):
             return [_plain_value(element, values) for element in elements]
     return ast.literal_eval(node)
+
+
+def _scores(text: str) -> list[list[float]] | None:
+    """A table of numbers, if `text` is one."""
+    try:
+        table = ast.literal_eval(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    rows = [row for row in table if isinstance(row, list) and len(row) == len(table[0])]
+    numbers = all(isinstance(number, int | float) for row in rows for number in row)
+    return table if numbers and len(rows) == len(table) else None
 
 
 def _texts(value: object) -> list[str] | None:

@@ -6,7 +6,6 @@ attention kernel into it. Knows no command line and prints nothing but what it i
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -24,9 +23,10 @@ from torch import Tensor
 from model import cuda_graphs, host
 from model.attention import AttentionKernel, available_kernels, choose_kernel
 from model.batch import Encoding
-from model.card import PUBLISHED_SCORES, read_card
+from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError, UnsupportedError
+from model.files import read_json
 from model.hub import ModelSource
 from model.loader import (
     Checkpoint,
@@ -74,6 +74,7 @@ DTYPE_COSINE = {
 }
 """Against float32."""
 REFEREE_LAYERS = 2
+_MOST_GOLDEN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +151,10 @@ class Loaded:
 
 def check_tensors(subject: Subject) -> Check:
     """The names and shapes of every tensor."""
-    checkpoint = Checkpoint(subject.source.path)
-    count = len(checkpoint.shapes())
+    count = 0
     try:
+        checkpoint = Checkpoint(subject.source.path)
+        count = len(checkpoint.shapes())
         checkpoint.check(subject.config)
     except CheckpointError as error:
         return Check("tensors", "failed", count, "those of the config", note=str(error))
@@ -188,12 +190,12 @@ def check_eos(subject: Subject) -> Check:
 
 def _golden_cases(subject: Subject) -> list[dict[str, Any]]:
     assert subject.golden is not None
+    cases: list[dict[str, Any]] = read_json(subject.golden, _MOST_GOLDEN_BYTES)
     try:
-        cases: list[dict[str, Any]] = json.loads(subject.golden.read_text(encoding="utf-8"))
         wanted = {"instruction", "max_length", "texts", "token_ids", "embeddings"}
         if not all(wanted <= case.keys() for case in cases):
             raise ValueError(f"a case lacks one of {', '.join(sorted(wanted))}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{subject.golden} cannot be read: {error}") from error
     return cases
 
@@ -237,9 +239,8 @@ def check_golden_vectors(subject: Subject, exact: Loaded | None, reason: str | N
 def check_card(subject: Subject, working: Loaded) -> Check:
     """The example in the model card that comes with the weights."""
     name = "model card's example"
-    try:
-        card = (subject.source.path / "README.md").read_text(encoding="utf-8")
-    except OSError:
+    card = read_card_text(subject.source.path)
+    if card is None:
         return _skipped(name, "the folder holds no model card (README.md)")
     example = read_card(card)
     if example is None:

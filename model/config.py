@@ -6,18 +6,37 @@ instead of giving wrong vectors. Knows no tensors.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.errors import CheckpointError
+from model.errors import CheckpointError, MissingFileError
+from model.files import read_json, shown
 
 # The official file's latent_attention_config holds no sizes: these are the published code's
 # defaults (configuration_nvembed.py).
 _DEFAULT_NUM_LATENTS = 512
 _DEFAULT_CROSS_HEADS = 8
 _DEFAULT_CROSS_DIM_HEAD = 4096
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "vocab_size": (3, 2**22),
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 1024),
+    "num_attention_heads": (1, 1024),
+    "num_key_value_heads": (1, 1024),
+    "head_dim": (2, 1024),
+    "intermediate_size": (1, 2**20),
+    # BOS, a short instruction, a few words and EOS.
+    "max_position_embeddings": (32, 2**31),
+    "rope_theta": (1, 1e12),
+    "rms_norm_eps": (1e-12, 0.1),
+    "num_latents_value": (1, 2**16),
+    "num_cross_heads": (1, 1024),
+    "cross_dim_head": (1, 2**16),
+}
+"""What each number may be. A model of this kind with others does not exist, and a wrong number
+would take all memory, or change the vectors without a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +63,12 @@ class NVEmbedConfig:
         """Read `folder/config.json`. Raises CheckpointError with what is wrong and where."""
         path = folder / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+            raw = read_json(path)
+        except MissingFileError:
             raise CheckpointError(
                 f"{folder} has no config.json; a checkpoint folder holds config.json, "
                 "tokenizer.json and *.safetensors"
             ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
         try:
             return cls.from_dict(raw)
         except CheckpointError as error:
@@ -62,7 +79,7 @@ class NVEmbedConfig:
         """Build from the parsed JSON of an official config.json."""
         if not isinstance(raw, dict) or raw.get("model_type") != "nvembed":
             kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise CheckpointError(f"model_type is {kind!r}, this server runs 'nvembed' only")
+            raise CheckpointError(f"model_type is {shown(kind)}, this server runs 'nvembed' only")
         text = _section(raw, "text_config")
         latent = _section(raw, "latent_attention_config")
 
@@ -73,7 +90,9 @@ class NVEmbedConfig:
         _require(text, "attention_bias", False, "the projections have no biases")
         _require(text, "mlp_bias", False, "the projections have no biases")
         _require(text, "rope_scaling", None, "RoPE scaling is not implemented")
-        rope = text.get("rope_parameters") or {}  # how transformers 5 writes it
+        rope: dict[str, Any] = {}
+        if text.get("rope_parameters") is not None:  # how transformers 5 writes it
+            rope = _section(text, "rope_parameters")
         _require(rope, "rope_type", "default", "RoPE scaling is not implemented")
         _require(text, "bos_token_id", 1, "the tokenizer puts BOS = 1 in front")
         _require(text, "eos_token_id", 2, "EOS is id 2")
@@ -90,6 +109,11 @@ class NVEmbedConfig:
         head_dim = _integer(text, "head_dim", hidden // heads)
         if head_dim % 2:
             raise CheckpointError(f"head_dim {head_dim} is odd; RoPE rotates pairs")
+        rope_theta = _number(rope, "rope_theta", _number(text, "rope_theta", 10000.0))
+        if text.get("rope_theta") not in (None, rope_theta):
+            raise CheckpointError(
+                f"rope_theta is {shown(text['rope_theta'])}, and {rope_theta} in rope_parameters"
+            )
         return cls(
             vocab_size=_integer(text, "vocab_size"),
             hidden_size=hidden,
@@ -99,12 +123,12 @@ class NVEmbedConfig:
             head_dim=head_dim,
             intermediate_size=_integer(text, "intermediate_size"),
             max_position_embeddings=_integer(text, "max_position_embeddings"),
-            rope_theta=_number(text, "rope_theta", _number(rope, "rope_theta", 10000.0)),
+            rope_theta=rope_theta,
             rms_norm_eps=_number(text, "rms_norm_eps", 1e-5),
             num_latents=_integer(latent, "num_latents_value", _DEFAULT_NUM_LATENTS),
             num_cross_heads=_integer(latent, "num_cross_heads", _DEFAULT_CROSS_HEADS),
             cross_dim_head=_integer(latent, "cross_dim_head", _DEFAULT_CROSS_DIM_HEAD),
-            name=raw.get("_name_or_path") or None,
+            name=_text(raw, "_name_or_path"),
         )
 
     @property
@@ -123,29 +147,41 @@ class NVEmbedConfig:
 
 def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:
     section = raw.get(key)
-    if not isinstance(section, dict):
+    if section is None:
         raise CheckpointError(f"{key} is missing")
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{key} is {shown(section)}, an object is needed")
     return section
 
 
 def _require(section: dict[str, Any], key: str, value: object, why: str) -> None:
     """Refuse a key that is present with another value; absent and null mean the default."""
     found = section.get(key)
-    if found is not None and found != value:
-        raise CheckpointError(f"{key} is {found!r}, only {value!r} is supported: {why}")
+    if found is not None and (type(found) is not type(value) or found != value):
+        raise CheckpointError(f"{key} is {shown(found)}, only {value!r} is supported: {why}")
 
 
 def _integer(section: dict[str, Any], key: str, default: int | None = None) -> int:
     value = section.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"{key} is {value!r}, a positive integer is needed")
+    least, most = _BOUNDS[key]
+    if type(value) is not int or not least <= value <= most:
+        raise CheckpointError(f"{key} is {shown(value)}, an integer of {least} to {most} is needed")
     return value
 
 
 def _number(section: dict[str, Any], key: str, default: float) -> float:
     value = section.get(key)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"{key} is {value!r}, a positive number is needed")
+    least, most = _BOUNDS[key]
+    # NaN is in no range; an integer may be too large for a float, and is compared as it is.
+    if type(value) not in (int, float) or not least <= value <= most:
+        raise CheckpointError(f"{key} is {shown(value)}, a number of {least} to {most} is needed")
     return float(value)
+
+
+def _text(section: dict[str, Any], key: str) -> str | None:
+    value = section.get(key)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{key} is {shown(value)}, a text is needed")
+    return value or None

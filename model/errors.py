@@ -2,6 +2,7 @@
 
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
+│   └── MissingFileError  a file of the folder is not there
 ├── FileError             a named file is no regular file, or its text is not UTF-8
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
 ├── InputError            one input cannot be embedded; `index` tells which
@@ -27,6 +28,10 @@ class CheckpointError(ModelError):
 
 class FileError(ModelError):
     """What was named cannot be read as a file or as text; the message names it."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that a checkpoint needs does not exist."""
 
 
 class UnsupportedError(ModelError):

@@ -1,25 +1,29 @@
 """Where a checkpoint is: a folder, or a Hugging Face id that is downloaded to the cache.
 
-Torch-free: the front process locates the model before any worker starts. Only safetensors,
-JSON and the card are fetched; code and pickles never are.
+Knows what may be named, and nothing of what the files hold but whose they are. Torch-free: the
+front process locates the model before any worker starts. Only safetensors, JSON and the card are
+fetched; code and pickles never are.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.card import card_license
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+from model.files import shown
+from model.weights import unread_files
 
 logger = logging.getLogger("nv_embed.hub")
 
 _FILES = ["*.json", "*.safetensors", "README.md"]
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 SHIPPED = "nv-embed-small"
 """The model that ships with the package goes by this name, too, as a server shows it."""
 PINNED_REVISIONS = {
@@ -55,17 +59,65 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
     """
     if model is None or (model == SHIPPED and not Path(model).exists()):
         model = str(packaged_checkpoint())
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder := _folder(model):
         if revision:
-            raise CheckpointError(f"--revision is for hub ids, and {model} is a folder")
-        name = NVEmbedConfig.from_dir(folder).name or folder.resolve().name
+            raise CheckpointError(f"--revision is for hub ids, and {_said(model)} is a folder")
+        if _HUB_ID.fullmatch(model):
+            logger.warning(
+                "taking the folder %s, which hides the hub's model of that name: write ./%s if "
+                "the folder is meant, and start elsewhere if the hub's is",
+                folder.resolve(),
+                model,
+            )
+        name = _name(NVEmbedConfig.from_dir(folder).name, folder)
+        if unread := unread_files(folder):
+            logger.warning("not read, for it is no part of the weights: %s", ", ".join(unread))
         return ModelSource(name, folder, None, card_license(folder))
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model} is neither a folder nor a Hugging Face id (owner/name)")
-    path = _download(model, revision or PINNED_REVISIONS.get(model), offline)
+        raise CheckpointError(
+            f"{_said(model)} is neither a folder nor a Hugging Face id (owner/name)"
+        )
+    # The hub finds a model whatever the case of its id; its pin must be found likewise.
+    known = {name.lower(): name for name in PINNED_REVISIONS}.get(model.lower(), model)
+    path = _download(known, revision or PINNED_REVISIONS.get(known), offline)
     # In the cache, a snapshot's folder is named after its commit.
     return ModelSource(model, path, path.name, card_license(path))
+
+
+def _folder(model: str) -> Path | None:
+    """The folder that `model` names; None where there is nothing of that name."""
+    if not model.strip():
+        raise CheckpointError(
+            "--model is empty: name a folder or a Hugging Face id, or leave it out for the small "
+            "model that ships"
+        )
+    try:
+        folder = Path(model).expanduser()
+        mode = folder.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError, ValueError) as error:  # no such user's ~, a NUL, too long
+        raise CheckpointError(f"--model {_said(model)}: {error}") from None
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(
+            f"--model {_said(model)} is a file: name the folder that holds config.json, "
+            "tokenizer.json and *.safetensors"
+        )
+    return folder
+
+
+def _name(said: str | None, folder: Path) -> str:
+    """The id of a folder's model: what its config says, unless that is a path of the machine
+    that it was saved on, or no name at all."""
+    if said and not _NAME.fullmatch(said):
+        said = re.sub(r"[^\w.-]+", "-", re.split(r"[/\\]", said.rstrip("/\\"))[-1]).strip(".-")
+    return (said or "")[:200] or "".join(
+        c if c.isprintable() else "-" for c in folder.resolve().name
+    )
+
+
+def _said(model: str) -> str:
+    return model if model.isprintable() and len(model) <= 200 else shown(model)
 
 
 def packaged_checkpoint() -> Path:
@@ -80,6 +132,7 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -110,28 +163,10 @@ def _download(model: str, revision: str | None, offline: bool) -> Path:
             f"there is no folder {model} here, it is not in the local cache, and {why}; a folder "
             "that was downloaded elsewhere can be named instead"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"downloading {model} failed: {error}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that model.safetensors.index.json names, else model.safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        single = folder / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(
-                f"{folder} has neither model.safetensors.index.json nor model.safetensors "
-                "(other weight formats are not read)"
-            )
-        return [single]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{index} names files outside its folder")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(absent)}; is the download complete?")
-    return [folder / name for name in names]
+    except HFValidationError:
+        raise CheckpointError(
+            f"there is no folder {model}, and no hub model can be named so"
+        ) from None
+    except Exception as error:  # whatever the HTTP client below raises, in several lines
+        words = " ".join(f"{error}".split()) or type(error).__name__
+        raise CheckpointError(f"downloading {model} failed: {words}") from error

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from model import packed_linear, quantization, rotary
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
-from model.hub import weight_files
+from model.files import listed
 from model.latent_attention import (
     FEED_FORWARD_FACTOR,
     LatentAttention,
@@ -34,6 +34,7 @@ from model.latent_attention import (
 from model.mistral import MistralBackbone
 from model.nv_embed import NVEmbed
 from model.packed_linear import PackedLinear
+from model.weights import weight_files
 
 Parameters = list[tuple[str, nn.Parameter]]
 """Parameters of NVEmbed by name."""
@@ -138,31 +139,40 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
-        for path in weight_files(folder):
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for weights in weight_files(folder):
             try:
-                path.open("rb").close()  # safetensors calls a file that it may not read missing
-                shard = safe_open(str(path), framework="pt")
+                shard = safe_open(str(weights.path), framework="pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from error
-            self._files |= dict.fromkeys(shard.keys(), shard)  # type: ignore[no-untyped-call]
+                raise CheckpointError(f"{weights.path} cannot be read: {error}") from error
+            self._files |= dict.fromkeys(weights.tensors, shard)
+            self._shapes |= {name: tensor.shape for name, tensor in weights.tensors.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._files.items()
-        }
+        return dict(self._shapes)
 
     def check(self, config: NVEmbedConfig) -> None:
         """Raise CheckpointError naming what is missing, surplus or of another shape."""
         check_shapes(expected_shapes(config), self.shapes(), "an NV-Embed")
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype."""
+        """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype.
+
+        Raises CheckpointError when one of their numbers is NaN or infinity."""
         if start == 0 and stop is None:
-            return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
-        return self._files[name].get_slice(name)[start:stop]  # type: ignore[no-any-return]
+            return _finite(name, self._files[name].get_tensor(name))
+        return _finite(name, self._files[name].get_slice(name)[start:stop])
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        return self._files[name].get_slice(name)[:, start:stop]  # type: ignore[no-any-return]
+        """As `rows`."""
+        return _finite(name, self._files[name].get_slice(name)[:, start:stop])
+
+
+def _finite(name: str, values: Tensor) -> Tensor:
+    """`values`, of which none is NaN or infinity (either end of their range would be, too)."""
+    if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+        raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+    return values
 
 
 def check_shapes(
@@ -171,9 +181,9 @@ def check_shapes(
     """Raise CheckpointError naming what is missing, surplus or of another shape."""
     problems = []
     if missing := expected.keys() - found.keys():
-        problems.append(f"missing: {_list(missing)}")
+        problems.append(f"missing: {listed(missing)}")
     if surplus := found.keys() - expected.keys():
-        problems.append(f"surplus: {_list(surplus)}")
+        problems.append(f"surplus: {listed(surplus)}")
     problems += [
         f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
@@ -183,12 +193,6 @@ def check_shapes(
         raise CheckpointError(
             f"the tensors are not those of {kind} of this config: " + "; ".join(problems)
         )
-
-
-def _list(names: set[str]) -> str:
-    shown = sorted(names)[:10]
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(shown) + more
 
 
 def load_model(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, host
+from model import cuda_graphs, fingerprint, host
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
@@ -54,6 +54,7 @@ class ModelRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self._options = options
+        fingerprint.require(Path(options.path), options.fingerprint)
         self.config = NVEmbedConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config)
@@ -69,6 +70,8 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
         )
+        # Again: what was exchanged while it was read was read in part.
+        fingerprint.require(Path(options.path), options.fingerprint)
         self.info = RunnerInfo(
             device=str(self.device),
             device_name=device_name(self.device),
@@ -94,22 +97,33 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> float:
         """CUDA: graphs, then the longest sequence, then a full batch, so that memory is claimed
-        and kernels are chosen before the first request. CPU: one short batch."""
+        and kernels are chosen before the first request. CPU: one short batch.
+
+        Raises UnsupportedError when the vectors are not finite."""
         if self.device.type != "cuda":
             return self._timed([_ramp(8)])
         options = self._options
         if options.cuda_graphs:  # first: recording hands free memory back
             self._graphs = cuda_graphs.GraphedForward(self._forward, self.device)
-        self.embed([_ramp(options.max_input_tokens)])
+        self._warm([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
         return self._timed([_ramp(options.max_batch_tokens // seqs)] * seqs)
 
     def _timed(self, encodings: Sequence[Encoding]) -> float:
-        """Tokens a second of a batch, at its second run."""
-        self.embed(encodings)
+        """Tokens a second of a batch, at its second run. Raises UnsupportedError."""
+        self._warm(encodings)
         started = time.perf_counter()
         self.embed(encodings)
         return sum(map(len, encodings)) / (time.perf_counter() - started)
+
+    def _warm(self, encodings: Sequence[Encoding]) -> None:
+        """The weights are finite (the loader looks), but what they give may be too large for the
+        dtype."""
+        if not np.isfinite(self.embed(encodings)).all():
+            raise UnsupportedError(
+                f"this model's vectors are NaN or infinite in {self.info.dtype}: its weights are "
+                "damaged, or too large for that precision (--dtype, --quantization)"
+            )
 
     def close(self) -> None:
         del self.model

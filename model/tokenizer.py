@@ -7,22 +7,33 @@ and the pool leaves out `len(tokenize(instruction))` positions, counted without 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from model.batch import Encoding
 from model.config import NVEmbedConfig
-from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError, MissingFileError
+from model.files import read_text
 
 BOS_ID = 1
 EOS_ID = 2
 _CACHED_CHARS = 2048
 """Instructions up to this length are tokenized once and remembered."""
+_MOST_BYTES = 64 << 20
+"""Of tokenizer.json; the official one has 1.8 MB."""
+_SHORT_CHARS = 1024
+"""Up to this many characters the single call is quicker than waking the library's threads; it
+keeps the interpreter's lock, so that longer texts would hold up whatever else the process does."""
+_MAX_GROWTH = 18
+"""Characters that a normaliser may make of one: what NFKC makes of U+FDFA."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -58,20 +69,28 @@ class NVEmbedTokenizer:
                 f"tokenizer.json has a piece of {longest} characters; the length limit relies on "
                 f"at most {MAX_PIECE_CHARS}, as in NV-Embed's tokenizer"
             )
+        if (growth := _growth(tokenizer.normalizer)) > _MAX_GROWTH:
+            raise CheckpointError(
+                f"tokenizer.json's normalizer can make {growth} characters of one; the length "
+                f"limit relies on at most {_MAX_GROWTH} (NV-Embed's makes one of one)"
+            )
         if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
             raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
-        if tokenizer.encode("x").ids[0] != BOS_ID:
-            raise CheckpointError("tokenizer.json does not put BOS in front")
+        added = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if added != 1 or tokenizer.encode("x").ids[0] != BOS_ID:
+            raise CheckpointError("tokenizer.json does not put BOS, and only that, in front")
         self._pool_start = lru_cache(maxsize=1024)(self._count_pool_start)
 
     @classmethod
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no tokenizer.json")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            text = read_text(path, _MOST_BYTES)
+        except MissingFileError:
+            raise CheckpointError(f"{folder} has no tokenizer.json") from None
+        try:
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         ours = cls(tokenizer)
@@ -92,7 +111,14 @@ class NVEmbedTokenizer:
     def _count_pool_start(self, instruction: str) -> int:
         # BOS is not counted, as in the reference. Because the official prefix ends with a space,
         # whose lone "▁" piece merges into the first word, this is BOS and just the instruction.
-        return len(self._tokenizer.encode(instruction, add_special_tokens=False).ids)
+        return len(self._ids([instruction], add_special_tokens=False)[0])
+
+    def _ids(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        if len(prompts) == 1 and len(prompts[0]) <= _SHORT_CHARS:
+            one = self._tokenizer.encode(prompts[0], add_special_tokens=add_special_tokens)
+            return [one.ids]
+        many = self._tokenizer.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in many]
 
     def encode(
         self,
@@ -107,8 +133,8 @@ class NVEmbedTokenizer:
         Raises InputTooLongError when it has more than `max_tokens` ids and `truncate` is NONE,
         EmptyPoolError when truncation leaves nothing to pool.
         """
-        prompt = self._clip(instruction + text, instruction, max_tokens, truncate)
-        ids = [*self._tokenizer.encode(prompt).ids, EOS_ID]
+        prompt = self._clip(text, instruction, max_tokens, truncate)
+        ids = [*self._ids([prompt])[0], EOS_ID]
         return to_encoding(ids, self.pool_start(instruction), max_tokens, truncate)
 
     def encode_batch(
@@ -124,28 +150,25 @@ class NVEmbedTokenizer:
         prompts: list[str | InputTooLongError] = []
         for text in texts:
             try:
-                prompts.append(self._clip(instruction + text, instruction, max_tokens, truncate))
+                prompts.append(self._clip(text, instruction, max_tokens, truncate))
             except InputTooLongError as error:
                 prompts.append(error)
-        whole = [p for p in prompts if isinstance(p, str)]
-        if len(whole) == 1:  # waking the library's threads takes longer than the text
-            encoded = iter([self._tokenizer.encode(whole[0])])
-        else:
-            encoded = iter(self._tokenizer.encode_batch_fast(whole))
+        encoded = iter(self._ids([p for p in prompts if isinstance(p, str)]))
         start = self.pool_start(instruction) if any(isinstance(p, str) for p in prompts) else 0
         for prompt in prompts:
             try:
                 if isinstance(prompt, InputTooLongError):
                     raise prompt
-                ids = [*next(encoded).ids, EOS_ID]
+                ids = [*next(encoded), EOS_ID]
                 results.append(to_encoding(ids, start, max_tokens, truncate))
             except (InputTooLongError, EmptyPoolError) as error:
                 results.append(error)
         return results
 
     @staticmethod
-    def _clip(prompt: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
-        """Refuse or shorten what cannot fit, by characters: tokenizing 8 MB takes 16 seconds.
+    def _clip(text: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
+        """instruction + text; what cannot fit is refused or shortened by its characters:
+        tokenizing 8 MB takes 16 seconds, and copying them as much memory again.
 
         A cut is made where a run of spaces begins, and no piece reaches across, so the ids that
         truncation keeps are those of the whole text. Where there is no space for long (a wall
@@ -153,21 +176,54 @@ class NVEmbedTokenizer:
         repetitions, whose last ids may then differ under START.
         """
         most = MAX_PIECE_CHARS * max_tokens
-        if len(prompt) <= most:
-            return prompt
+        length = len(instruction) + len(text)
+        if length <= most:
+            return instruction + text
         if truncate is Truncation.NONE or len(instruction) > most:
             raise InputTooLongError(None, max_tokens)
         if truncate is Truncation.END:
+            prompt = instruction + text[: 2 * most + 1]
             end = prompt.find(" ", most)
             return prompt[: end if 0 <= end <= 2 * most else 2 * most]
         # What follows the instruction decides how its last piece merges: the text's first word
-        # stays too.
-        head = prompt.find(" ", len(instruction), len(prompt) - 2 * most)
-        head = len(instruction) if head < 0 else head
-        start = max(prompt.rfind(" ", head, len(prompt) - most), head)
-        start = len(prompt[:start].rstrip(" ▁"))  # "▁" is what spaces become
-        start = max(start, len(prompt) - 2 * most, head)
-        return prompt[:head] + prompt[start:]
+        # stays too, unless it is no word.
+        before_last = max(0, len(text) - most)  # where what truncation keeps may begin
+        head = max(text.find(" ", 0, min(before_last, most)), 0)
+        start = max(text.rfind(" ", head, before_last), head)
+        start = _without_spaces_before(text, start)
+        start = max(start, len(text) - 2 * most, head)
+        return instruction + text[:head] + text[start:]
+
+
+def _without_spaces_before(text: str, end: int) -> int:
+    """Where the run of spaces that ends at `end` begins."""
+    while end and text[end - 1] in " ▁":  # "▁" is what spaces become
+        end -= 1
+    return end
+
+
+def _growth(normalizer: Any) -> int:
+    """How many characters a tokenizer.json's normaliser may make of one, besides what it puts
+    in front or behind just once."""
+    if normalizer is None:
+        return 1
+    return _growth_of(json.loads(normalizer.__getstate__()))
+
+
+def _growth_of(state: dict[str, Any]) -> int:
+    match state.get("type"):
+        case "Sequence":
+            return math.prod(_growth_of(step) for step in state["normalizers"])
+        case "Replace":  # a pattern may match where there is nothing, too
+            return max(1, len(state["content"])) + ("Regex" in state["pattern"])
+        case "Prepend":
+            return max(1, len(state["prepend"]))
+        case "NFKC" | "NFKD" | "Precompiled" | "Nmt":
+            return 18
+        case "NFC" | "NFD":
+            return 4
+        case _:  # those that take away, and lower case
+            return 1
 
 
 def to_encoding(

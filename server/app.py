@@ -11,16 +11,20 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import HTMLResponse
+from starlette.routing import Route
 
 from model.hub import ModelSource
 from server import schemas
 from server.byte_budget import ByteBudget
 from server.engine import EmbeddingEngine
 from server.errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, ServerError
+from server.hints import nearest
 from server.middleware import (
     CLIENT_CLOSED_REQUEST,
     OPEN_PATHS,
@@ -29,7 +33,7 @@ from server.middleware import (
     ShortCut,
     error_response,
 )
-from server.routes import EMBEDDINGS_PATHS, ClientGoneError, create_router
+from server.routes import EMBEDDINGS_PATHS, IGNORED_HEADER, ClientGoneError, create_router
 from server.settings import Settings
 
 TITLE = "NV-Embed server"
@@ -44,10 +48,14 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
     app = FastAPI(
         title=TITLE,
         summary=SUMMARY,
-        root_path=settings.root_path,
+        root_path=_prefix(settings.root_path),
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs else None,
+        docs_url=None,  # both pages are ours: they say what they need
+        redoc_url=None,
     )
+    if settings.docs:
+        _add_pages(app)
     router = create_router(engine, settings)
     app.include_router(router)
     refusals = {
@@ -73,7 +81,7 @@ def create_app(settings: Settings, engine: EmbeddingEngine) -> FastAPI:
             allow_origins=settings.cors_origin,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", IGNORED_HEADER],
         )
     budget = ByteBudget(settings.max_inflight_bytes)
     engine.metrics.gauge(
@@ -94,14 +102,67 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """What the framework itself refuses, in our envelope."""
     assert isinstance(error, HTTPException), error
-    method, path = request.method, request.url.path
+    method, path = request.method, request.scope["path"][:200]
     if error.status_code == HTTPStatus.NOT_FOUND:
-        return error_response(NotFoundError(f"Unknown route {method} {path}"))
+        return error_response(NotFoundError(f"Unknown route {method} {path}{_pointer(request)}"))
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        answer = error_response(MethodNotAllowedError(f"{path} does not take {method}"))
-        answer.headers.update(error.headers or {})
+        headers = dict(error.headers or {})
+        use = f": use {headers['Allow']}" if "Allow" in headers else ""
+        answer = error_response(MethodNotAllowedError(f"{path} does not take {method}{use}"))
+        answer.headers.update(headers)
         return answer
     return error_response(InvalidRequestError(f"{error.detail}"))
+
+
+def _pointer(request: Request) -> str:
+    """What somebody who asked for an unknown route may have wanted."""
+    known = _known_paths(request.app)
+    # A base URL that ends with a slash or with /v1, where the client puts its own.
+    parts = [part for part in request.scope["route_path"][:100].split("/") if part]
+    once = [part for index, part in enumerate(parts) if index == 0 or part != parts[index - 1]]
+    if not once:
+        docs = ", /docs" if "/docs" in known else ""
+        return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
+    close = nearest("/" + "/".join(once), known)
+    return f": did you mean {close}?" if close else ""
+
+
+@functools.cache
+def _known_paths(app: FastAPI) -> frozenset[str]:
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    return frozenset(path for path in paths if "{" not in path)
+
+
+def _prefix(root_path: str) -> str:
+    bare = root_path.strip("/")
+    return f"/{bare}" if bare else ""
+
+
+def _add_pages(app: FastAPI) -> None:
+    async def docs(request: Request) -> Response:
+        schema = f"{app.root_path}/openapi.json"
+        return _explained(get_swagger_ui_html(openapi_url=schema, title=TITLE))
+
+    async def redoc(request: Request) -> Response:
+        schema = f"{app.root_path}/openapi.json"
+        return _explained(get_redoc_html(openapi_url=schema, title=TITLE))
+
+    app.add_route("/docs", docs, include_in_schema=False)
+    app.add_route("/redoc", redoc, include_in_schema=False)
+
+
+def _explained(page: HTMLResponse) -> HTMLResponse:
+    """The framework's page loads its scripts from elsewhere, and is blank without them."""
+    words = (
+        "This page needs scripts from cdn.jsdelivr.net, which did not load. The document itself, "
+        'which needs none, is <a href="openapi.json">openapi.json</a>.'
+    )
+    show = "document.getElementById('no-scripts').hidden = false"
+    html = bytes(page.body).decode()
+    html = html.replace("<body>", f'<body><p id="no-scripts" hidden>{words}</p>', 1)
+    html = html.replace("</body>", f"<noscript><p>{words}</p></noscript></body>", 1)
+    html = html.replace('<script src="https:', f'<script onerror="{show}" src="https:', 1)
+    return HTMLResponse(html)
 
 
 async def _answer_nobody(request: Request, error: Exception) -> Response:

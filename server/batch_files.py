@@ -7,8 +7,9 @@ line that is no request refuses the file.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -19,16 +20,20 @@ from model.batch import Encoding
 from model.errors import did_you_mean
 from server import schemas, serialize
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
+from server.hints import ignored_names
 from server.inputs import InputTokenizer, tokenization_of
 from server.instructions import Defaults
 from server.names import ServedNames
-from server.text_files import HALF_A_PAIR, InputFileError, Source, is_text, read_objects
+from server.text_files import InputFileError, Source, read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
 
+logger = logging.getLogger("nv_embed.encode")
+
 URLS = ("/v1/embeddings", "/embeddings")
 _FIELDS = ("custom_id", "method", "url", "body")
+_SAID_AT_MOST = 10
 _INPUT_BYTES = 2048
 """What an input of a request weighs beside its text: about a vector."""
 
@@ -60,8 +65,6 @@ def read_requests(source: Source) -> Iterator[BatchLine]:
             )
         if not isinstance(line.get("custom_id"), str):
             raise InputFileError(f"{at}: no custom_id")
-        if not is_text(line["custom_id"]):
-            raise InputFileError(f"{at}: custom_id: {HALF_A_PAIR}")
         if line.get("method", "POST") != "POST":
             raise InputFileError(f"{at}: method is {line['method']!r}, only POST is served")
         if line.get("url") not in URLS:
@@ -69,19 +72,12 @@ def read_requests(source: Source) -> Iterator[BatchLine]:
         body = line.get("body")
         inputs = body.get("input") if isinstance(body, dict) else None
         count = len(inputs) if isinstance(inputs, list) and not _is_ids(inputs) else 1
-        yield BatchLine(line["custom_id"], _as_sent(body), count)
+        # Not orjson, which writes NaN as null: over HTTP these are not the same.
+        yield BatchLine(line["custom_id"], json.dumps(body).encode(), count)
 
 
 def _is_ids(inputs: list[Any]) -> bool:
     return bool(inputs) and isinstance(inputs[0], int)
-
-
-def _as_sent(body: object) -> bytes:
-    """The body's JSON, with whatever is wrong in it, which is that request's error alone."""
-    try:
-        return orjson.dumps(body)
-    except TypeError:  # half a surrogate pair, a number without bounds
-        return json.dumps(body).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +89,7 @@ class BatchAnswers:
     names: ServedNames
     defaults: Defaults
     truncated_dimensions: bool
+    _said: set[str] = field(default_factory=set)  # of ignored fields, each once
 
     def tokenize(self, lines: Sequence[BatchLine], first: int) -> _Answers:
         requests = [self._read(line) for line in lines]
@@ -103,7 +100,8 @@ class BatchAnswers:
         self, line: BatchLine
     ) -> tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError:
         try:
-            wire = schemas.parse_body(schemas.EmbeddingsRequest, line.body)
+            wire, unknown = schemas.read_body(schemas.EmbeddingsRequest, line.body)
+            self._say_ignored(unknown)
             how = tokenization_of(wire, wire.model, self.names, self.defaults)
             inputs = schemas.parse_inputs(wire.input)
             width = self.encoder.runner.info.width
@@ -111,6 +109,15 @@ class BatchAnswers:
             return wire, self.tokenizer.tokenize(inputs, how)
         except ServerError as error:
             return error
+
+    def _say_ignored(self, names: Sequence[str]) -> None:
+        """As the header of an answer over HTTP does."""
+        if not names or len(self._said) >= _SAID_AT_MOST:
+            return
+        said = ignored_names(names, schemas.known_fields(schemas.EmbeddingsRequest))
+        if said not in self._said:
+            self._said.add(said)
+            logger.warning("fields of requests that nobody knows are ignored: %s", said)
 
 
 @dataclass(frozen=True, slots=True)

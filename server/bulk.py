@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from model.batch import Encoding, RunnerInfo
 from model.errors import InputError
-from model.hub import ModelSource, weight_files
+from model.fingerprint import fingerprint
+from model.hub import ModelSource
 from model.tokenizer import Truncation
 from server.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
 from server.text_files import InputFileError, Line, Source
@@ -152,6 +153,7 @@ class Run(Generic[Row]):
         self._shards: list[Shard] = []
         self._earlier: dict[str, Any] | None = None
         self._proofs: dict[int, Proof] = {}
+        self._has_begun = self._is_complete = False
         self.rows_kept = 0
 
     @property
@@ -179,7 +181,7 @@ class Run(Generic[Row]):
                 "kind": str(self._source.kind),
             },
             "model": {
-                "id": os.fsencode(model.model_id).decode(errors="replace"),  # of a folder, perhaps
+                "id": _printable(model.model_id),
                 "revision": model.revision,
                 "fingerprint": fingerprint(model.path),
                 **{name: value for name, value in asked.items() if value != "auto"},
@@ -236,6 +238,19 @@ class Run(Generic[Row]):
             return False
         return True
 
+    @contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """A run that fails before anything was kept leaves nothing that a later one trips over."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if self._parts.is_empty and not self._is_complete:
+                    if self._has_begun:  # otherwise the manifest is that of an earlier run
+                        self._job.manifest.unlink(missing_ok=True)
+                    self._parts.clear()
+            raise
+
     def begin(self, info: RunnerInfo) -> None:
         """With the model ready, and how it runs settled: the first thing that is written."""
         self._manifest["model"] |= {
@@ -244,29 +259,24 @@ class Run(Generic[Row]):
             "attention": info.attention,
             "device": info.device.partition(":")[0],
         }
-        if self._earlier is None:
-            self._parts.clear()
-        else:
+        if self._earlier is not None:
             self._refuse_another()
-        self._parts.make()
-        self._parts.sweep()
-        self._write_manifest({})
+        with self._leaving_nothing():
+            if self._earlier is None:
+                self._parts.clear()
+            self._parts.make()
+            self._parts.sweep()
+            self._write_manifest({})
+            self._has_begun = True
 
     def finish(self, encoder: Encoder, tokenize: Tokenize[Row], *, every: float) -> None:
         """Write what is missing of the shards, then put them together.
 
         every: seconds after which finished batches of a shard are kept. Raises InputFileError for
-        a row that cannot be embedded, or when the input is not what it was. Where nothing was
-        kept, nothing is left.
+        a row that cannot be embedded, or when the input is not what it was.
         """
-        try:
+        with self._leaving_nothing():
             self._finish(encoder, tokenize, every)
-        except BaseException:
-            with suppress(OSError):
-                if self._parts.is_empty:
-                    self._job.manifest.unlink(missing_ok=True)
-                    self._parts.clear()
-            raise
 
     def _finish(self, encoder: Encoder, tokenize: Tokenize[Row], every: float) -> None:
         job, parts = self._job, self._parts
@@ -288,16 +298,15 @@ class Run(Generic[Row]):
         if next(again, None) is not None or self._source.sha256() != sha256:
             raise self._changed()
         if job.is_folder:
-            self._write_manifest({"files": self._files(ledger), "complete": True})
+            self._complete(self._files(ledger))
             parts.sweep(finished=True)
             return
         with parts.replacing(job.target) as file:
             paths = [parts.path(shard.number) for shard in self._shards]
             job.format.join(file, paths, self.num_rows)
             proof = Proof.of(file)
-        name = os.fsencode(job.target.name).decode(errors="replace")
-        files = [{"name": name, **asdict(proof)}]
-        self._write_manifest({"files": files, "complete": True})
+        files = [{"name": _printable(job.target.name), **asdict(proof)}]
+        self._complete(files)
         parts.clear()
 
     def _write_shard(
@@ -370,6 +379,10 @@ class Run(Generic[Row]):
             for shard in self._shards
         ]
 
+    def _complete(self, files: list[dict[str, Any]]) -> None:
+        self._write_manifest({"files": files, "complete": True})
+        self._is_complete = True
+
     def _write_manifest(self, more: Mapping[str, Any]) -> None:
         with self._parts.replacing(self._job.manifest) as file:
             document = {**self._manifest, **more}
@@ -381,7 +394,13 @@ class _Progress:
 
     def __init__(self, rows: int) -> None:
         self._bar = tqdm(
-            total=rows, desc="Embedding", unit=" rows", disable=None, smoothing=0, mininterval=0.5
+            total=rows,
+            desc="Embedding",
+            unit=" rows",
+            disable=None if sys.stderr else True,  # None: where there is no terminal
+            smoothing=0,  # rows are not alike: the mean of the run tells more than its last second
+            mininterval=0.5,
+            nrows=24,  # a terminal that does not know its size would get no bar
         )
         self._rows, self._reached, self._skipped = rows, 0, 0
         self._started = self._said = time.monotonic()
@@ -471,16 +490,9 @@ def _windows(lines: Sequence[Line]) -> Iterator[list[Line]]:
     yield window
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's config, tokenizer and tensor tables; not of its gigabytes."""
-    digest = hashlib.sha256()
-    for path in (folder / "config.json", folder / "tokenizer.json"):
-        digest.update(path.read_bytes())
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(path.stat().st_size.to_bytes(8, "little"))
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
-    return digest.hexdigest()
+def _printable(name: str) -> str:
+    """Of a file or a folder, whose name need not be UTF-8."""
+    return name.encode(errors="replace").decode()
 
 
 def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         if is_out_of_memory(error):
             return _failed(f"out of memory ({error or 'MemoryError'}); {_RESUME}")
         if isinstance(error, OSError):
-            return _failed(_why(error))
+            return _failed(_why(error, arguments))
         raise
     print(f"{todo.num_rows} rows in {job.target}{' (complete already)' if done else ''}")
     return 0
@@ -86,18 +86,21 @@ def _failed(message: str) -> int:
     return 1
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, arguments: argparse.Namespace) -> str:
     """One line for what the system refused."""
-    where = f"{error.filename}: " if error.filename is not None else ""
+    output = arguments.output or "the output"
     if error.errno in _FULL:
         full = "the disk is full" if error.errno == errno.ENOSPC else "no more may be written"
-        return f"{where}{full} ({error.strerror}): make room, {_RESUME}"
-    return f"{where}{error.strerror or error}"
+        where = output if error.filename is None else error.filename
+        return f"{where}: {full} ({error.strerror}): make room, {_RESUME}"
+    where = f"{arguments.file} or {output}" if error.filename is None else error.filename
+    return f"{where}: {error.strerror or error}"
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the block, so that finished work is kept."""
+    """SIGTERM and SIGHUP unwind the block, so that finished work is kept. What is ignored stays
+    so: nohup ignores SIGHUP."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise _Stopped(signum)
@@ -105,7 +108,8 @@ def _stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    signums = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, stop) for signum in signums}
     try:
         yield
     finally:
@@ -144,21 +148,18 @@ def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bul
 @contextmanager
 def _opened(name: str) -> Iterator[Source]:
     """The input. Raises SettingsError or FileError where it is not there, or is no file."""
-    try:
-        opening = text_files.opened(name)
-        source = opening.__enter__()
-    except FileNotFoundError:
-        hint = ""
-        if any(sign in name for sign in "*?["):
-            hint = " (patterns are not expanded: cat the files | nv-embed encode - -o OUT)"
-        raise SettingsError(f"there is no file {name}{hint}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = error.strerror if isinstance(error, OSError) else None
-        raise SettingsError(f"{name} cannot be read: {why or error}") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(text_files.opened(name))
+        except FileNotFoundError:
+            hint = ""
+            if any(sign in name for sign in "*?["):
+                hint = " (patterns are not expanded: cat the files | nv-embed encode - -o OUT)"
+            raise SettingsError(f"there is no file {name}{hint}") from None
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            why = error.strerror if isinstance(error, OSError) else None
+            raise SettingsError(f"{name} cannot be read: {why or error}") from None
         yield source
-    finally:
-        opening.__exit__(None, None, None)
 
 
 def _rows(arguments: argparse.Namespace, source: Source) -> bulk.Rows[Any]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,8 +22,10 @@ from numpy.typing import NDArray
 from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
-from model.hub import NVIDIA_NOTICE, ModelSource, weight_files
+from model.fingerprint import fingerprint
+from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
+from model.weights import weight_files
 from server.batcher import Batcher
 from server.errors import (
     OverloadedError,
@@ -36,12 +41,23 @@ from server.supervisor import Supervisor, load_timeout_of, worker_options
 logger = logging.getLogger("nv_embed.engine")
 
 _INLINE_CHARS = 1024
-"""Texts up to this many characters are tokenized on the event loop (about 1.6 ms at most)."""
+"""Up to this many characters and ids are tokenized on the event loop (about 1.6 ms at most)."""
+_LONG_CHARS = 64 * 1024
+"""More than this takes tens of milliseconds: others must not wait behind it."""
 _FORGET = 0.01
 """Part of the tokens and characters seen that each request replaces: long ones weigh more."""
 _MARGIN = 1.25
 """Of the expected tokens over the measured rate, so that few requests prove longer and are refused
 when they have cost a tokenization."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a request brings: characters and ids, and the tokens they will about be."""
+
+    chars: int
+    ids: int
+    tokens: int
 
 
 class EmbeddingEngine:
@@ -50,9 +66,10 @@ class EmbeddingEngine:
     def __init__(self, settings: Settings, source: ModelSource) -> None:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
         self.source = source
+        # First: what changes on disk from here on is another checkpoint, to the workers as well.
+        identity = fingerprint(source.path)
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
-        weights = weight_files(source.path)  # their absence is better told now than by a worker
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -62,6 +79,7 @@ class EmbeddingEngine:
         )
         base = RunnerOptions(
             path=str(source.path),
+            fingerprint=identity,
             dtype=settings.dtype,
             quantization=settings.quantization,
             attention=settings.attention,
@@ -80,9 +98,10 @@ class EmbeddingEngine:
             log_format=settings.log_format,
             log_level=settings.log_level,
             width=self.config.hidden_size,
-            load_timeout=load_timeout_of(sum(file.stat().st_size for file in weights)),
+            load_timeout=load_timeout_of(sum(file.size for file in weight_files(source.path))),
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._long_threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
         self._seen_tokens, self._seen_chars = 250.0, 1000.0
         self._tokenizing = 0  # tokens, about, of requests that are admitted and not yet queued
         self._draining = False
@@ -157,7 +176,8 @@ class EmbeddingEngine:
         self._draining = True
         self._batcher.fail_all(UnavailableError("the server is shutting down", retry_after=1))
         await self._supervisor.stop()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._long_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def runners(self) -> list[RunnerInfo]:
@@ -178,25 +198,43 @@ class EmbeddingEngine:
         deadline: on time.monotonic's clock. Raises ServerErrors; cancelling it frees the queue.
         """
         self._refuse_if_not_ready()
-        expected = self._expected_tokens(inputs, how)
-        self._refuse_if_full(expected)
+        work = self._admit(inputs, how)
+        with self._accepted():
+            encodings = await self._tokenize(inputs, how, work)
+            tokens = sum(len(encoding) for encoding in encodings)
+            self._refuse_if_not_ready()
+            if tokens > work.tokens:
+                self._refuse_if_full(tokens)
+            return await self._run(encodings, deadline), tokens
+
+    async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
+        """Inputs to Encodings, each checked; a refusal names the input: input[17].
+
+        It needs no worker; else it is admitted, counted and cancelled as `embed` is.
+        """
+        if self._draining:
+            self._refuse_if_not_ready()
+        work = self._admit(inputs, how)
+        with self._accepted():
+            return await self._tokenize(inputs, how, work)
+
+    @contextmanager
+    def _accepted(self) -> Iterator[None]:
+        """What a drain waits for."""
         self._in_flight += 1
         self._idle.clear()
         try:
-            self._tokenizing += expected
-            try:
-                encodings = await self.tokenize(inputs, how)
-            finally:
-                self._tokenizing -= expected
-            tokens = sum(len(encoding) for encoding in encodings)
-            self._refuse_if_not_ready()
-            if tokens > expected:
-                self._refuse_if_full(tokens)
-            return await self._run(encodings, deadline), tokens
+            yield
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
+
+    def _admit(self, inputs: Sequence[Input], how: Tokenization) -> _Work:
+        """Raises OverloadedError when there is no room for the tokens that are expected."""
+        work = self._expected_work(inputs, how)
+        self._refuse_if_full(work.tokens)
+        return work
 
     async def _run(self, encodings: list[Encoding], deadline: float) -> list[NDArray[np.float32]]:
         request = self._batcher.submit(encodings, deadline=deadline)
@@ -226,13 +264,13 @@ class EmbeddingEngine:
                 retry_after=self._batcher.seconds_of_work(),
             )
 
-    def _expected_tokens(self, inputs: Sequence[Input], how: Tokenization) -> int:
+    def _expected_work(self, inputs: Sequence[Input], how: Tokenization) -> _Work:
         """How many tokens there will be, rather too many than too few: a full queue must not
         cost a tokenization to say no, and what is being tokenized must count."""
-        ids = sum(len(item) for item in inputs if not isinstance(item, str))
         chars = self._tokenizer.num_chars(inputs, how)
+        ids = sum(len(item) for item in inputs if not isinstance(item, str))
         expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
-        return min(expected, MAX_REQUEST_TOKENS)
+        return _Work(chars, ids, min(expected, MAX_REQUEST_TOKENS))
 
     def _learn_tokens_per_char(self, chars: int, encodings: Sequence[Encoding]) -> None:
         if chars:
@@ -240,13 +278,28 @@ class EmbeddingEngine:
             self._seen_tokens += tokens - _FORGET * self._seen_tokens
             self._seen_chars += chars - _FORGET * self._seen_chars
 
-    async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
-        """Inputs to Encodings, each checked; a refusal names the input: input[17]."""
-        chars = self._tokenizer.num_chars(inputs, how)
-        work = partial(self._tokenizer.tokenize, inputs, how)
-        if chars <= _INLINE_CHARS:
-            encodings = work()
-        else:
-            encodings = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        self._learn_tokens_per_char(chars, encodings)
+    async def _tokenize(
+        self, inputs: Sequence[Input], how: Tokenization, work: _Work
+    ) -> list[Encoding]:
+        self._tokenizing += work.tokens
+        try:
+            if work.chars + work.ids <= _INLINE_CHARS:
+                encodings = self._tokenizer.tokenize(inputs, how)
+            else:
+                encodings = await self._tokenize_on_thread(inputs, how, work)
+        finally:
+            self._tokenizing -= work.tokens
+        self._learn_tokens_per_char(work.chars, encodings)
         return encodings
+
+    async def _tokenize_on_thread(
+        self, inputs: Sequence[Input], how: Tokenization, work: _Work
+    ) -> list[Encoding]:
+        abandoned = threading.Event()
+        threads = self._long_threads if work.chars + work.ids > _LONG_CHARS else self._threads
+        call = partial(self._tokenizer.tokenize, inputs, how, abandoned=abandoned.is_set)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(threads, call)
+        except asyncio.CancelledError:
+            abandoned.set()
+            raise

@@ -5,7 +5,7 @@ Owns every refusal of an input, with its place in the request. Runs on any threa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from model.batch import Encoding
@@ -23,6 +23,13 @@ from server.instructions import Defaults, choose_prefix
 from server.names import ServedNames
 from server.schemas import Input, InstructedInput
 from server.settings import MAX_REQUEST_TOKENS
+
+_CHARS_AT_ONCE = 256 * 1024
+"""About a tenth of a second of one core."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for these inputs any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,16 @@ class InputTokenizer:
         prefix = len(how.prefix or "")
         return sum(prefix + len(text) for text in inputs if isinstance(text, str))
 
-    def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
-        """Inputs to Encodings, each checked. Raises InvalidRequestErrors naming the input."""
+    def tokenize(
+        self,
+        inputs: Sequence[Input],
+        how: Tokenization,
+        abandoned: Callable[[], bool] = lambda: False,
+    ) -> list[Encoding]:
+        """Inputs to Encodings, each checked. Raises InvalidRequestErrors naming the input.
+
+        abandoned: asked now and then whether nobody waits for it any more; raises AbandonedError.
+        """
         truncate = self._truncate if how.truncate is None else how.truncate
         max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
         prefix = how.prefix or ""
@@ -83,20 +98,40 @@ class InputTokenizer:
                 param="input",
             )
         self._refuse_if_hopeless(texts, prefix, max_tokens)
-        encoded = iter(
-            self.tokenizer.encode_batch(texts, prefix, max_tokens=max_tokens, truncate=truncate)
-        )
+        encoded = self._encoded(texts, prefix, max_tokens, truncate, abandoned)
         encodings = []
+        total = 0
         for index, item in enumerate(inputs):
             param = "input" if len(inputs) == 1 else f"input[{index}]"
             if isinstance(item, str):
                 encodings.append(self._checked(next(encoded), param))
             else:
                 encodings.append(self._from_ids(item, param, max_tokens, truncate))
-        total = sum(len(encoding) for encoding in encodings)
-        if total > MAX_REQUEST_TOKENS:
-            raise _too_many_tokens(f"{total}")
+            total += len(encodings[-1])
+            if total > MAX_REQUEST_TOKENS:
+                raise _too_many_tokens()
         return encodings
+
+    def _encoded(
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        max_tokens: int,
+        truncate: Truncation,
+        abandoned: Callable[[], bool],
+    ) -> Iterator[Encoding | ModelError]:
+        """Some texts at a time, so that the work ends early when it can."""
+        first = chars = 0
+        for last, text in enumerate(texts):
+            chars += len(prefix) + len(text)
+            if chars < _CHARS_AT_ONCE and last + 1 < len(texts):
+                continue
+            if abandoned():
+                raise AbandonedError
+            yield from self.tokenizer.encode_batch(
+                texts[first : last + 1], prefix, max_tokens=max_tokens, truncate=truncate
+            )
+            first, chars = last + 1, 0
 
     @staticmethod
     def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
@@ -108,7 +143,7 @@ class InputTokenizer:
             )
         least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
         if sum(least) > MAX_REQUEST_TOKENS:
-            raise _too_many_tokens(f"more than {MAX_REQUEST_TOKENS}")
+            raise _too_many_tokens()
 
     @staticmethod
     def _checked(result: Encoding | ModelError, param: str) -> Encoding:
@@ -156,9 +191,9 @@ def _too_long(num_tokens: int | None, max_tokens: int, param: str) -> ContextLen
     )
 
 
-def _too_many_tokens(shown: str) -> InvalidRequestError:
+def _too_many_tokens() -> InvalidRequestError:
     return InvalidRequestError(
-        f"the inputs have {shown} tokens together, the limit of one request is "
-        f"{MAX_REQUEST_TOKENS}: send fewer inputs at once",
+        f"the inputs have more than {MAX_REQUEST_TOKENS} tokens together, the limit of one "
+        "request: send fewer inputs at once",
         param="input",
     )

@@ -26,7 +26,7 @@ class JSONTextError(ValueError):
     """These bytes are not JSON; the message says where and quotes nothing of them."""
 
 
-def loads(data: bytes) -> Any:
+def loads(data: bytes | bytearray) -> Any:
     """The one value that `data` holds. Raises JSONTextError."""
     try:
         return orjson.loads(data)
@@ -45,6 +45,6 @@ def loads(data: bytes) -> Any:
         raise JSONTextError("a number has too many digits") from None
 
 
-def mend_surrogates(data: bytes) -> bytes:
+def mend_surrogates(data: bytes | bytearray) -> bytes:
     """Escaped halves of surrogate pairs become U+FFFD."""
     return _ESCAPE.sub(lambda match: match[1] or rb"\ufffd", data)

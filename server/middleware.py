@@ -34,6 +34,8 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
     "/v1/embeddings": "embeddings",
+    "/models": "models",
+    "/v1/models": "models",
     "/embeddings": "embeddings",
     "/v1/instructions": "instructions",
     "/livez": "health",
@@ -59,6 +61,7 @@ class RequestRecord:
     `scope["log"]` is a dictionary that inner layers add to the log line; on `scope["bytes"]` they
     count what they keep in memory. `scope["headers_by_name"]` is a dictionary, made once because
     each search of the list would take as long; of equal names the last one counts.
+    `scope["route_path"]` is the path without the prefix that a proxy may have left in front.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RequestRecord:
             return
         started, status = time.monotonic(), 0
         scope["headers_by_name"] = header = dict(scope["headers"])
+        scope["route_path"] = _route_path(scope)
         request_id = _request_id(header.get(b"x-request-id", b""))
         details: dict[str, Any] = {}
         scope["log"], scope["request_id"] = details, request_id
@@ -93,13 +97,15 @@ class RequestRecord:
                 await self._app(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started
-            self._count(scope["path"], status or CLIENT_CLOSED_REQUEST, seconds)
+            self._count(scope["route_path"], status or CLIENT_CLOSED_REQUEST, seconds)
             if self._access_log:
                 details = {"ms": round(seconds * 1000, 1), **details, "request_id": request_id}
                 _log(scope, status or CLIENT_CLOSED_REQUEST, details)
 
     def _count(self, path: str, status: int, seconds: float) -> None:
-        label = "models" if path.startswith("/v1/models") else _LABELS.get(path, "other")
+        label = _LABELS.get(path, "other")
+        if path.startswith(("/v1/models/", "/models/")):
+            label = "models"
         assert label in ROUTES, label
         metrics, key = self._engine.metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count
@@ -112,7 +118,7 @@ class RequestRecord:
 
 
 class Gate:
-    """Inside the others: asks for a key, and answers what nobody foresaw."""
+    """Asks for a key, and answers what nobody foresaw."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], open_paths: frozenset[str]) -> None:
         self._app, self._open_paths = app, open_paths
@@ -142,7 +148,7 @@ class Gate:
                 await error_response(error)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> InvalidKeyError | None:
-        if not self._keys or scope["path"] in self._open_paths:
+        if not self._keys or scope["route_path"] in self._open_paths:
             return None
         given = scope["headers_by_name"].get(b"authorization")
         if given is None:
@@ -175,7 +181,7 @@ class ShortCut:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = None
         if scope["type"] == "http":
-            endpoint = self._endpoints.get((scope["method"], scope["path"]))
+            endpoint = self._endpoints.get((scope["method"], scope["route_path"]))
         if endpoint is None:
             await self._app(scope, receive, send)
             return
@@ -188,6 +194,15 @@ class ShortCut:
         await response(scope, receive, send)
 
 
+def _route_path(scope: Scope) -> str:
+    """As the framework's router sees it, so that what needs no key is what is then served."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    if prefix and path.startswith(f"{prefix}/"):
+        return path[len(prefix) :]
+    return path
+
+
 def _request_id(given: bytes) -> str:
     text = given.decode("latin-1")
     return text if _REQUEST_ID.fullmatch(text) else os.urandom(16).hex()
@@ -195,7 +210,7 @@ def _request_id(given: bytes) -> str:
 
 def _log(scope: Scope, status: int, details: dict[str, Any]) -> None:
     path = scope["path"]
-    routine = path in OPEN_PATHS and status == HTTPStatus.OK
+    routine = scope["route_path"] in OPEN_PATHS and status == HTTPStatus.OK
     shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
     level = logging.DEBUG if routine else logging.INFO
     logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details)

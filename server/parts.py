@@ -109,7 +109,8 @@ class Parts:
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.folder)
         try:
             with os.fdopen(descriptor, "w+b") as file:
-                os.fchmod(file.fileno(), self.mode)
+                with suppress(PermissionError):  # file systems without modes; it is 0600 till here
+                    os.fchmod(file.fileno(), self.mode)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -272,7 +273,6 @@ class Keeper:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(self._path, flags, self._mode), "ab") as file:
             if not file.tell():
-                os.fchmod(file.fileno(), self._mode)
                 file.write(self._header)
             for indices, rows in self._waiting:
                 body = np.asarray(indices, dtype="<i4").tobytes() + rows.astype("<f4").tobytes()

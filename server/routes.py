@@ -1,12 +1,18 @@
-"""The HTTP endpoints: bytes to wire types, wire types to the engine, answers to bytes."""
+"""The HTTP endpoints: bytes to wire types, wire types to the engine, answers to bytes.
+
+Owns how much work is done between two turns of the event loop: large bodies are read on a thread,
+large answers are written piece by piece.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from model.tasks import TASKS
-from server import instructions, schemas, serialize
+from server import instructions, json_fields, schemas, serialize
 from server.byte_budget import ByteBudgetError
 from server.engine import EmbeddingEngine
 from server.errors import (
@@ -26,19 +32,30 @@ from server.errors import (
     UnavailableError,
     UnsupportedMediaTypeError,
 )
+from server.hints import ignored_names
 from server.inputs import Tokenization, tokenization_of
 from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
+IGNORED_HEADER = "x-ignored-fields"
+"""Names the fields of a body that nobody knows; most of them are a misspelt one."""
 EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 DEADLINE_HEADERS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
 """Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
 
+_SHORT_ANSWER = serialize.PIECE_VALUES
+"""Values of an answer that is written at once."""
+_WHOLE_ANSWER = 256 * 1024
+"""Values of an answer that is sent at once, with its length in front: larger ones are sent as they
+are written, and never in memory as a whole."""
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
+_ID_BYTES = 4 + 6
 _DISCARD_FACTOR = 4
 """Bodies up to so many times the limit are read to their end and dropped before the 413: a client
 that is still sending would see a broken connection instead."""
+
+_JSON = "application/json"
 
 _Responses = dict[int | str, dict[str, Any]]
 _ERRORS: _Responses = {
@@ -72,8 +89,34 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
     defaults = instructions.Defaults.of(settings.query_instruction, settings.default_input_type)
     created = int(time.time())
 
-    async def read(request: Request, wire: type[schemas.W]) -> schemas.W:
-        return schemas.parse_body(wire, await _read_body(request, settings.max_body_bytes))
+    # One thread, so that large bodies that are read compete with the event loop once, not twice.
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+    turn = asyncio.Lock()  # one piece of one large answer is written between two turns of the loop
+
+    async def read(request: Request, wire: type[schemas.W]) -> tuple[schemas.W, dict[str, str]]:
+        """-> (the body, headers for its answer)."""
+        body = await _read_body(request, settings.max_body_bytes)
+        if len(body) <= json_fields.STEP:
+            fields, unknown = schemas.read_body(wire, body)
+        else:
+            work = partial(schemas.read_body, wire, body)
+            with _cancelled_on_disconnect(request):
+                fields, unknown = await asyncio.get_running_loop().run_in_executor(reader, work)
+        if not unknown:
+            return fields, {}
+        request.scope["log"]["ignored_fields"] = len(unknown)
+        return fields, {IGNORED_HEADER: ignored_names(unknown, schemas.known_fields(wire))}
+
+    async def written(
+        request: Request, pieces: Iterator[bytes], values: int, headers: dict[str, str]
+    ) -> Response:
+        if values <= _SHORT_ANSWER:
+            return _DrainedResponse(b"".join(pieces), headers=headers, media_type=_JSON)
+        paced = _paced(pieces, turn)
+        if values <= _WHOLE_ANSWER or request.scope["http_version"] == "1.0":  # has no pieces
+            whole = b"".join([piece async for piece in paced])
+            return _DrainedResponse(whole, headers=headers, media_type=_JSON)
+        return _AnswerInPieces(paced, headers)
 
     def tokenization(wire: schemas.InstructedInput, model: str | None) -> Tokenization:
         return tokenization_of(wire, model, names, defaults)
@@ -81,7 +124,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
     async def create_embeddings(request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
         arrived = time.monotonic()
-        wire = await read(request, schemas.EmbeddingsRequest)
+        wire, headers = await read(request, schemas.EmbeddingsRequest)
         how = tokenization(wire, wire.model)
         inputs = schemas.parse_inputs(wire.input)
         serialize.check_dimensions(
@@ -93,14 +136,14 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         with _cancelled_on_disconnect(request):
             vectors, tokens = await engine.embed(inputs, how, deadline=arrived + _patience(request))
         request.scope["log"].update(inputs=len(inputs), tokens=tokens)
-        body = serialize.embeddings_body(
+        pieces = serialize.embeddings_pieces(
             vectors,
             model=wire.model,
             tokens=tokens,
             base64=as_base64,
             dimensions=wire.dimensions,
         )
-        return _DrainedResponse(body, media_type="application/json")
+        return await written(request, pieces, values, headers)
 
     for path in EMBEDDINGS_PATHS:
         router.add_api_route(
@@ -121,35 +164,26 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         openapi_extra=_body_schema("TokenizeRequest"),
         responses={
             200: {"model": schemas.TokenizeResponse},
-            **{status: _ERRORS[status] for status in (400, 401, 404, 405, 408, 413, 415, 431, 500)},
+            **{status: _ERRORS[status] for status in _ERRORS if status != 504},
         },
     )
     async def tokenize(request: Request) -> Response:
         """The ids that would run for the same inputs and fields, and what the prefix adds."""
-        wire = await read(request, schemas.TokenizeRequest)
+        wire, headers = await read(request, schemas.TokenizeRequest)
         how = tokenization(wire, wire.model)
-        encodings = await engine.tokenize(schemas.parse_inputs(wire.input), how)
-        data = [
-            {
-                "index": index,
-                "ids": encoding.ids.tolist(),
-                "count": len(encoding),
-                "instruction_tokens": encoding.pool_start,
-            }
-            for index, encoding in enumerate(encodings)
-        ]
-        return _json(
-            {
-                "object": "list",
-                "prefix": how.prefix or "",
-                "data": data,
-                "max_input_tokens": engine.max_input_tokens,
-            }
-        )
+        inputs = schemas.parse_inputs(wire.input)
+        with _cancelled_on_disconnect(request):
+            encodings = await engine.tokenize(inputs, how)
+        tokens = sum(map(len, encodings))
+        request.scope["log"].update(inputs=len(inputs), tokens=tokens)
+        _hold(request, tokens * _ID_BYTES)
+        pieces = serialize.tokens_pieces(encodings, how.prefix or "", engine.max_input_tokens)
+        return await written(request, pieces, tokens, headers)
 
     def card(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "nv-embed-server"}
 
+    @router.get("/models", include_in_schema=False)
     @router.get(
         "/v1/models",
         tags=["models"],
@@ -160,6 +194,7 @@ def create_router(engine: EmbeddingEngine, settings: Settings) -> APIRouter:
         """The model, and its -query and -passage aliases."""
         return _json({"object": "list", "data": [card(name) for name in names.listed()]})
 
+    @router.get("/models/{model_id:path}", include_in_schema=False)
     @router.get(
         "/v1/models/{model_id:path}",
         tags=["models"],
@@ -281,33 +316,56 @@ def _body_schema(name: str) -> dict[str, Any]:
 
 
 def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
+    return Response(orjson.dumps(content), media_type=_JSON)
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def _read_body(request: Request, limit: int) -> bytes | bytearray:
     """The whole body. Raises UnsupportedMediaTypeError or BodyTooLargeError."""
     header = request.scope["headers_by_name"]
-    content_type = header.get(b"content-type", b"application/json")
-    media_type = content_type.partition(b";")[0].strip().lower()
-    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+    _check_media_type(header.get(b"content-type", b"application/json"))
+    coding = header.get(b"content-encoding", b"").strip().lower()
+    if coding not in (b"", b"identity"):
         raise UnsupportedMediaTypeError(
-            "The body must be JSON: send the header Content-Type: application/json"
+            f"The body came with Content-Encoding: {_shown(coding)}, which this server does not "
+            "decode: send it as it is, without that header"
         )
     too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
     length = header.get(b"content-length", b"0")
     if length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
         raise too_large
-    parts, size = [], 0
+    body: bytes | bytearray = b""
+    size = 0
     async for part in request.stream():
         size += len(part)
         if size <= limit:
             _hold(request, len(part))
-            parts.append(part)
+            if not body:
+                body = part
+            elif part:
+                body = bytearray(body) if isinstance(body, bytes) else body
+                body += part
         elif size > _DISCARD_FACTOR * limit:
             raise too_large
+        else:
+            body = b""
     if size > limit:
         raise too_large
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+    return body
+
+
+def _check_media_type(given: bytes) -> None:
+    media_type = given.partition(b";")[0].strip().lower()
+    if media_type == b"application/json" or media_type.endswith(b"+json"):
+        return
+    came = f", and it came as {_shown(given)}" if given else ""
+    raise UnsupportedMediaTypeError(
+        f"The body must be JSON{came}: send the header Content-Type: application/json"
+    )
+
+
+def _shown(value: bytes) -> str:
+    """A header's value in a message."""
+    return ascii(value[:100].decode("latin-1"))
 
 
 def _hold(request: Request, size: int) -> None:
@@ -331,6 +389,36 @@ class _DrainedResponse(Response):
         await send({"type": "http.response.body", "body": self.body, "more_body": large})
         if large:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _AnswerInPieces(Response):
+    """Sends each piece when it is made, waiting while the client is slow to read; ends early when
+    the client has gone."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(headers=headers, media_type=_JSON)
+        del self.headers["content-length"]  # nobody knows it yet
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone: asyncio.Future[None] | None = scope.get("disconnected")
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for piece in self._pieces:
+            if gone is not None and gone.done():
+                return
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _paced(pieces: Iterator[bytes], turn: asyncio.Lock) -> AsyncIterator[bytes]:
+    """Each piece is made in a turn of the event loop in which no other such piece is made."""
+    while True:
+        async with turn:
+            piece = next(pieces, None)
+            await asyncio.sleep(0)
+        if piece is None:
+            return
+        yield piece
 
 
 def _patience(request: Request) -> float:

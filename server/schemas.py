@@ -1,12 +1,14 @@
 """Wire types only: what comes in over HTTP, and what goes out, for the OpenAPI document.
 
 Answers are written by `serialize`; their models here document them. Null means absent in every
-optional field, and unknown fields are ignored: clients send many.
+optional field, and unknown fields are ignored: clients send many. (`/tokenize` knows those of
+`/v1/embeddings`, too, so that one body serves for both.)
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+import functools
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     AliasChoices,
@@ -22,7 +24,9 @@ from pydantic import (
 )
 
 from model.tokenizer import Truncation
+from server import json_fields
 from server.errors import InvalidRequestError
+from server.json_text import JSONTextError, loads
 from server.settings import MAX_REQUEST_INPUTS
 
 Input = str | list[int]
@@ -70,6 +74,8 @@ class _Wire(BaseModel):
 
 
 W = TypeVar("W", bound="_Wire")
+_UNUSED = frozenset({"user"})
+"""Known, and ignored whatever they are."""
 
 
 class InstructedInput(_Wire):
@@ -245,22 +251,48 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
-def parse_body(wire: type[W], body: bytes) -> W:
+def parse_body(wire: type[W], body: bytes | bytearray) -> W:
     """JSON bytes as `wire`. Raises InvalidRequestError naming the field."""
+    return read_body(wire, body)[0]
+
+
+def read_body(wire: type[W], body: bytes | bytearray) -> tuple[W, list[str]]:
+    """The same, and the names of the fields that nobody knows."""
+    known = known_fields(wire)
     try:
-        return wire.model_validate_json(body)
+        if len(body) <= json_fields.STEP:
+            fields = loads(body)
+            if not isinstance(fields, dict):
+                raise InvalidRequestError("The body must be a JSON object")
+            unknown = [] if known.issuperset(fields) else [n for n in fields if n not in known]
+        else:
+            fields, others = json_fields.read_fields(body, known - _UNUSED)
+            unknown = [name for name in others if name not in known]
+    except JSONTextError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
+    return parse_fields(wire, fields), unknown
+
+
+def parse_fields(wire: type[W], fields: dict[str, Any]) -> W:
+    """What a JSON object holds as `wire`. Raises InvalidRequestError naming the field."""
+    try:
+        return wire.model_validate(fields)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-    except RecursionError:
-        raise InvalidRequestError("The body is nested too deeply") from None
-    if problem["type"] == "json_invalid":
-        raise InvalidRequestError(f"The body is not valid JSON: {problem['ctx']['error']}")
-    if not problem["loc"]:
-        raise InvalidRequestError("The body must be a JSON object")
     name = str(problem["loc"][0])
     if problem["type"] == "missing":
         raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
     raise InvalidRequestError(f"{name}: {problem['msg']}", param=name)
+
+
+@functools.cache
+def known_fields(wire: type[_Wire]) -> frozenset[str]:
+    """All names that a body may have, aliases included."""
+    names: set[str] = set()
+    for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
+        alias = field.validation_alias
+        names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
+    return frozenset(names)
 
 
 def parse_inputs(value: object) -> list[Input]:

@@ -7,7 +7,6 @@ Knows nothing of models or outputs.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import orjson
-
 from model.errors import FileError
 from model.extras import how_to_install
 from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
+from server import json_text
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""
@@ -156,9 +154,16 @@ def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:
                 "embed the lines as they stand, make them JSON strings: jq -R . FILE > FILE.jsonl)"
             )
         return Kind.JSON_LINES
-    if kind is Kind.TEXT and b"\r" in head[:-1].rstrip(b"\r") and b"\n" not in head:
+    if kind is Kind.TEXT and _ends_lines_in_cr(file):
         raise FileError(f"{name}: its lines end in CR alone: convert it (tr '\\r' '\\n')")
     return kind
+
+
+def _ends_lines_in_cr(file: BinaryIO) -> bool:
+    """As on old Macs: all texts would be one."""
+    file.seek(0)
+    first = file.readline(_SNIFFED_BYTES)
+    return not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r")
 
 
 def _begins_with_object(file: BinaryIO) -> bool:
@@ -166,34 +171,10 @@ def _begins_with_object(file: BinaryIO) -> bool:
     while line := file.readline(_SNIFFED_BYTES):
         if text := line.removeprefix(UTF8_MARK).strip():
             try:
-                return text.startswith(b"{") and isinstance(parse_json(text), dict)
+                return text.startswith(b"{") and isinstance(json_text.loads(text), dict)
             except ValueError:
                 return False
     return False
-
-
-def parse_json(raw: bytes) -> Any:
-    """One JSON value. NaN is read, as over HTTP, and half a surrogate pair stays one. Raises
-    ValueError."""
-    try:
-        return orjson.loads(raw)
-    except ValueError:
-        try:  # slower, and laxer
-            return json.loads(raw.decode())
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-
-
-HALF_A_PAIR = "half of a surrogate pair (an emoji that was cut in two), which is no text"
-
-
-def is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: JSON's escapes can hold half a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_texts(source: Source, field: str) -> Iterator[Line]:
@@ -213,8 +194,6 @@ def read_texts(source: Source, field: str) -> Iterator[Line]:
             )
         if not text:
             raise InputFileError(f"{source.at(number)}: the text is empty")
-        if not is_text(text):
-            raise InputFileError(f"{source.at(number)}: {HALF_A_PAIR}")
         if len(text) > MAX_LINE_BYTES:  # of a Parquet file: lines were measured before
             raise _too_long(source, number)
         yield Line(number, text)
@@ -234,6 +213,8 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
     for number, raw in enumerate(iter(lambda: source.file.readline(MAX_LINE_BYTES), b""), 1):
         if len(raw) == MAX_LINE_BYTES and not raw.endswith(b"\n"):
             raise _too_long(source, number)
+        if raw == UTF8_MARK:  # and nothing after it
+            return
         yield number, raw.removeprefix(UTF8_MARK).rstrip(b"\r\n")
 
 
@@ -270,7 +251,7 @@ def _json_values(source: Source) -> Iterator[tuple[int, Any]]:
             continue
         text = _decoded(source, number, raw)
         try:
-            yield number, parse_json(raw)
+            yield number, json_text.loads(raw)
         except ValueError as error:
             if text.lstrip().startswith("[") and number == 1:
                 raise InputFileError(

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.hub import weight_files
 from model.training.gradient_cache import rng_state, set_rng_state
 from model.training.settings import TrainingSettings, TrainingSettingsError
+from model.weights import weight_files
 
 logger = logging.getLogger("nv_embed.training")
 _KEPT_STATES = 2
@@ -141,7 +141,11 @@ class RunFolder:
 def input_files(settings: TrainingSettings) -> list[Path]:
     """Every file that decides what a run computes: the start, the examples, the teacher's."""
     start = Path(settings.model)
-    files = [start / "config.json", start / "tokenizer.json", *weight_files(start)]
+    files = [
+        start / "config.json",
+        start / "tokenizer.json",
+        *(f.path for f in weight_files(start)),
+    ]
     files += [Path(name) for name in settings.data]
     files += [Path(name) for name in (settings.texts, settings.projection) if name]
     if settings.vectors:

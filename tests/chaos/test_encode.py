@@ -1,4 +1,5 @@
-"""`nv-embed encode` killed at random moments and resumed; a million lines in constant memory."""
+"""`nv-embed encode` killed at random moments, its files harmed, and resumed; two at once; a million
+lines in constant memory."""
 
 from __future__ import annotations
 
@@ -11,18 +12,25 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.chaos.test_faults import FULL
 from tests.server.processes import ROOT
 
-KILLS = 20 if FULL else 4
+KILLS = 50 if FULL else 2
+PAIRS = 50 if FULL else 3
 LINES = 1_000_000 if FULL else 30_000
 
 
-def start(model: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server.cli", "encode", *options, "--model", str(model)]
+# Batches are kept ten times a second instead of twice a minute: runs are short here.
+PROGRAM = "import sys; from server import bulk, cli; bulk.KEEP_EVERY_S = 0.1; sys.exit(cli.main())"
+
+
+def start(model: Path, *options: str, seconds: float = 0) -> subprocess.Popen[bytes]:
+    """seconds: of a batch of the runners that take any."""
+    command = [sys.executable, "-c", PROGRAM, "encode", *options, "--model", str(model)]
     command += ["--device", "cpu", "--dtype", "float32", "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FAKE_SECONDS": str(seconds)}
     return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
 
 
@@ -31,29 +39,87 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def test_killed_and_resumed_gives_the_same_bytes(golden_checkpoint: Path, tmp_path: Path) -> None:
+def harm(folder: Path, dice: random.Random) -> int:
+    """Truncate or empty some of the files there; returns how many."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in (chosen := dice.sample(files, k=min(len(files), 3))):
+        os.truncate(path, dice.choice([0, dice.randint(0, path.stat().st_size)]))
+    return len(chosen)
+
+
+@pytest.mark.parametrize("harmed", [False, True], ids=["killed", "killed and harmed"])
+def test_killed_and_resumed_gives_the_same_bytes(
+    golden_checkpoint: Path, tmp_path: Path, harmed: bool
+) -> None:
     dice = random.Random(21)
     source = tmp_path / "texts.txt"
     words = ["a", "text", "of", "several", "words", "that", "goes", "on", "and", "on"]
     source.write_text(
-        "".join(" ".join(dice.choices(words, k=dice.randint(1, 60))) + "\n" for _ in range(3000))
+        "".join(" ".join(dice.choices(words, k=dice.randint(1, 60))) + "\n" for _ in range(1500))
     )
     options = (str(source), "--shard-size", "100", "-o")
-    started = time.monotonic()
     finish(start(golden_checkpoint, *options, str(tmp_path / "whole.npy")))
-    whole_run = time.monotonic() - started
-    killed = 0
+    whole, target = (tmp_path / "whole.npy").read_bytes(), tmp_path / "resumed.npy"
+    parts, killed, harms = tmp_path / "resumed.npy.parts", 0, 0
     for _ in range(KILLS):
-        process = start(golden_checkpoint, *options, str(tmp_path / "resumed.npy"), "--resume")
-        time.sleep(dice.uniform(0.2, 1.0) * whole_run)
+        process = start(golden_checkpoint, *options, str(target), "--resume")
+        wanted = len(list(parts.glob("part-*"))) + dice.randint(1, 8)
+        while process.poll() is None and len(list(parts.glob("part-*"))) < wanted:
+            time.sleep(0.002)
+        time.sleep(dice.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-    finish(start(golden_checkpoint, *options, str(tmp_path / "resumed.npy"), "--resume"))
+        if process.returncode == 0:  # it was quicker: once more from the beginning
+            assert target.read_bytes() == whole
+            target.unlink()
+            (tmp_path / "resumed.npy.manifest.json").unlink()
+        elif harmed:
+            harms += harm(parts, dice)
+    finish(start(golden_checkpoint, *options, str(target), "--resume"))
     assert killed >= 1
-    assert (tmp_path / "resumed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert not harmed or harms >= 1
+    assert target.read_bytes() == whole
     assert not list(tmp_path.glob("*.parts"))
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*"))  # no lock, no temporary file
+
+
+def test_two_at_once_never_mix(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Of the same and of other inputs, begun at random offsets, with and without --resume."""
+    dice = random.Random(34)
+    runner = ("--runner", "tests.server.runners:Hashing", "--shard-size", "40")
+    sources, wholes = [], []
+    for name in ("first", "second"):
+        source = tmp_path / f"{name}.txt"
+        source.write_text("".join(f"{name} line {number}\n" for number in range(400)))
+        whole = tmp_path / f"{name}.npy"
+        finish(start(golden_checkpoint, str(source), "-o", str(whole), *runner))
+        sources.append(str(source))
+        wholes.append(whole.read_bytes())
+    refusals = 0
+    for pair in range(PAIRS):
+        target = tmp_path / f"pair{pair}.npy"
+        which = (0, dice.randint(0, 1))
+        processes = []
+        for number in which:
+            resume = ["--resume"] * dice.randint(0, 1)
+            options = (sources[number], "-o", str(target), *runner, *resume)
+            processes.append(start(golden_checkpoint, *options, seconds=0.05))
+            time.sleep(dice.uniform(0, 1.5))
+        errors = [process.communicate(timeout=60)[1].decode() for process in processes]
+        codes = [process.returncode for process in processes]
+        assert 0 in codes, errors
+        written = {wholes[which[place]] for place, code in enumerate(codes) if code == 0}
+        assert target.read_bytes() in written
+        for code, error in zip(codes, errors, strict=True):
+            assert code in (0, 1), error
+            assert "Traceback" not in error
+            if code:
+                refusals += 1
+                assert error.count("\n") == 1, error
+    assert refusals >= 1
+    assert not list(tmp_path.glob("*.parts"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_many_lines_take_constant_memory(golden_checkpoint: Path, tmp_path: Path) -> None:

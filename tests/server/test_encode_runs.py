@@ -51,7 +51,7 @@ def left(folder: Path) -> list[str]:
 
 
 class Interrupting(Hashing):
-    """Ctrl-C comes in its third batch; where FAKE_FULL is set, the disk is full instead."""
+    """A signal comes in its third batch: FAKE_SIGNAL, or that of Ctrl-C."""
 
     batches = 0
 
@@ -141,6 +141,15 @@ def test_a_slash_a_folder_and_capitals_are_understood(
     written = tmp_path / output
     file = written / "part-00000.npy" if written.is_dir() else written
     np.testing.assert_array_equal(np.load(file), expected)
+
+
+def test_names_that_are_not_utf8_are_names(
+    encode: Encode, tmp_path: Path, expected: np.ndarray
+) -> None:
+    (tmp_path / "a.txt").rename(tmp_path / "caf\udce9.txt")
+    assert encode("caf\udce9.txt") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "caf\udce9.npy"), expected)
+    assert encode("caf\udce9.txt", "--resume") == 0
 
 
 def test_the_input_is_never_overwritten(encode: Encode, tmp_path: Path) -> None:
@@ -307,6 +316,19 @@ def test_interrupted_within_a_shard_keeps_the_batches_that_are_done(
     assert left(tmp_path) == ["a.txt", "out.npy", "out.npy.manifest.json"]
 
 
+def test_nohup_is_respected(
+    encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FAKE_SIGNAL", str(int(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        options = ("a.txt", "--max-batch-tokens", "12")
+        assert encode(*options, runner=interrupting) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), expected)
+
+
 @pytest.mark.parametrize("harm", ["truncate", "empty", "swap", "garbage"])
 def test_kept_batches_are_believed_only_when_whole(
     encode: Encode, tmp_path: Path, expected: np.ndarray, interrupting: str, harm: str
@@ -328,8 +350,14 @@ def test_kept_batches_are_believed_only_when_whole(
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
 
 
-@pytest.mark.parametrize("suffix", ["npy", "jsonl", "parquet"])
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "gone", "other"])
+@pytest.mark.parametrize(
+    ("suffix", "harm"),
+    [
+        *(("npy", harm) for harm in ("truncated", "emptied", "gone", "other")),
+        ("jsonl", "truncated"),
+        ("parquet", "emptied"),
+    ],
+)
 def test_shards_are_believed_only_when_proven(
     encode: Encode, tmp_path: Path, suffix: str, harm: str
 ) -> None:
@@ -466,7 +494,7 @@ def test_a_full_disk_is_one_line_and_resume_is_right(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "File too large" in said
+    assert "out.npy: no more may be written (File too large): make room" in said
     assert "--resume goes on" in said
     assert left(tmp_path) == ["a.txt", "out.npy.manifest.json", "out.npy.parts"]
     assert not list((tmp_path / "out.npy.parts").glob(".nv-embed-*"))
@@ -475,6 +503,22 @@ def test_a_full_disk_is_one_line_and_resume_is_right(
     assert encode(*options, "--resume") == 0
     assert not log.exists()  # nothing was computed again
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_no_room_at_all_leaves_nothing(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for output in ("out.npy", "shards/"):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+            assert encode("a.txt", "-o", output) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "no more may be written" in capsys.readouterr().err
+        assert left(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("output", ["/proc/x.npy", "/proc/x/", "/sys/x.npy", "y" * 252 + ".npy"])
@@ -612,7 +656,8 @@ def test_dimensions_in_a_batch_file_are_refused_in_the_words_of_http(
 def test_one_bad_request_of_a_batch_file_is_its_own_error(
     encode: Encode, tmp_path: Path, expected: np.ndarray
 ) -> None:
-    """Half a surrogate pair, no JSON object, NaN in a field that is not read, no memory."""
+    """No JSON object, NaN in a field that is not read and in one that is, no memory; half of a
+    surrogate pair is none."""
     bodies = [
         json.dumps(batch_line("a")),
         json.dumps(batch_line("b", input="cut \ud83d")),
@@ -621,16 +666,28 @@ def test_one_bad_request_of_a_batch_file_is_its_own_error(
         json.dumps(batch_line("e", user=float("nan"))),
         json.dumps(batch_line("f", input=["line 1", "word " * 100])),
         json.dumps(batch_line("g", input=["line 2", "line 3"])),
+        json.dumps(batch_line("h", dimensions=float("nan"))),
     ]
     (tmp_path / "b.jsonl").write_text("\ufeff" + "\n".join(bodies) + "\n\n", encoding="utf-8")
     runner = "tests.server.runners:Cramped"
     assert encode("b.jsonl", "--openai-batch", "-o", "out.jsonl", runner=runner) == 0
     got = answers(tmp_path / "out.jsonl")
-    assert [answer["status_code"] for answer in got] == [200, 400, 400, 400, 200, 400, 200]
+    assert [answer["status_code"] for answer in got] == [200, 200, 400, 400, 200, 400, 200, 400]
     assert got[5]["body"]["error"]["param"] == "input[1]"
     assert got[5]["body"]["error"]["code"] == "input_too_large"
     vectors = [item["embedding"] for item in got[6]["body"]["data"]]
     np.testing.assert_allclose(vectors, expected[2:4], atol=1e-7)
+
+
+def test_ignored_fields_of_requests_are_said_once(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [batch_line("a", inputtype="query"), batch_line("b", inputtype="query", user="u")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert encode("b.jsonl", "--openai-batch") == 0
+    said = capsys.readouterr().err
+    assert said.count("nobody knows are ignored: inputtype (input_type?)") == 1
+    assert said.count("\n") == 1
 
 
 def test_a_vector_that_is_not_finite_is_that_requests_error(
@@ -652,7 +709,6 @@ def test_a_vector_that_is_not_finite_is_that_requests_error(
         ({"costom_id": "x"}, "line 1: unknown field 'costom_id'; did you mean custom_id?; known: "),
         ({"metadata": {}}, "line 1: unknown field 'metadata'"),
         ({"method": "GET"}, "line 1: method is 'GET', only POST is served"),
-        ({"custom_id": "\ud83d"}, "line 1: custom_id: half of a surrogate pair"),
         ({"custom_id": 7}, "line 1: no custom_id"),
     ],
 )

@@ -1,0 +1,123 @@
+"""What a run keeps on disk, and what it believes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server.parts import Ledger, Parts, Proof, Shard
+
+SHARD = Shard(2, 20, 10, "ab" * 32)
+ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    parts = Parts(tmp_path / "out.npy.parts", ".npy", 0o600)
+    parts.make()
+    return parts
+
+
+def test_batches_are_kept_when_it_is_time(parts: Parts) -> None:
+    file = parts.folder / ".part-00002.kept"
+    at_once, later = parts.keeper(SHARD, 4, every=0), parts.keeper(SHARD, 4, every=1000)
+    later.add([0], ROWS[:1])
+    assert not file.exists()
+    at_once.add([7, 3], ROWS[[7, 3]])
+    assert file.exists()
+    assert (at_once.rows, later.rows) == (2, 0)
+    vectors = np.zeros_like(ROWS)
+    assert parts.keeper(SHARD, 4, every=0).recall(vectors) == {3, 7}
+    np.testing.assert_array_equal(vectors[[3, 7]], ROWS[[3, 7]])
+    assert not vectors[[0, 1, 2, 4, 5, 6, 8, 9]].any()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
+def test_what_is_done_is_kept_on_the_way_out(parts: Parts, error: type[BaseException]) -> None:
+    keeper = parts.keeper(SHARD, 4, every=1000)
+    keeper.add([1], ROWS[1:2])
+    with pytest.raises(error), keeper:
+        raise error
+    assert keeper.rows == 1
+    assert parts.keeper(SHARD, 4, every=0).recall(np.zeros_like(ROWS)) == {1}
+
+
+def test_kept_rows_of_something_else_are_forgotten(parts: Parts) -> None:
+    for other in (
+        parts.keeper(dataclasses.replace(SHARD, digest="cd" * 32), 4, every=0),  # other rows
+        parts.keeper(SHARD, 5, every=0),  # another width
+    ):
+        parts.keeper(SHARD, 4, every=0).add([1], ROWS[1:2])
+        assert other.recall(np.zeros((10, other._width), dtype=np.float32)) == set()
+        assert not (parts.folder / ".part-00002.kept").exists()
+
+
+def test_a_record_that_was_cut_off_costs_itself_alone(parts: Parts) -> None:
+    file = parts.folder / ".part-00002.kept"
+    keeper = parts.keeper(SHARD, 4, every=0)
+    keeper.add([1], ROWS[1:2])
+    whole = file.stat().st_size
+    keeper.add([2], ROWS[2:3])
+    for cut in range(whole, file.stat().st_size):
+        raw = file.read_bytes()
+        os.truncate(file, cut)
+        again = parts.keeper(SHARD, 4, every=0)
+        assert again.recall(np.zeros_like(ROWS)) == {1}
+        again.add([5], ROWS[5:6])  # where the broken one was
+        assert parts.keeper(SHARD, 4, every=0).recall(np.zeros_like(ROWS)) == {1, 5}
+        file.write_bytes(raw)
+
+
+def test_a_ledger_remembers_what_was_noted(parts: Parts) -> None:
+    path = parts.path(2)
+    with parts.replacing(path) as file:
+        file.write(b"rows")
+        proof = Proof.of(file, SHARD.digest)
+    Ledger(parts).note(2, proof)
+    assert Ledger(parts).has(SHARD, path)
+    assert not Ledger(parts).has(dataclasses.replace(SHARD, digest="cd" * 32), path)
+    ledger = parts.folder / ".ledger.jsonl"
+    for broken in (b"", ledger.read_bytes()[:-9], b"[]\n5\nnull\n{}\n", os.urandom(50)):
+        ledger.write_bytes(broken)
+        assert not Ledger(parts).has(SHARD, path)
+        Ledger(parts).note(2, proof)  # on a line of its own
+        assert Ledger(parts).has(SHARD, path)
+
+
+def test_proof_needs_a_regular_file_of_these_bytes(parts: Parts, tmp_path: Path) -> None:
+    path = parts.path(0)
+    with parts.replacing(path) as file:
+        file.write(b"rows")
+        proof = Proof.of(file)
+    assert proof.holds(path)
+    for raw in (b"row", b"rowz", b"rows!", b""):
+        path.write_bytes(raw)
+        assert not proof.holds(path)
+    (tmp_path / "elsewhere").write_bytes(b"rows")
+    path.unlink()
+    assert not proof.holds(path)
+    path.symlink_to(tmp_path / "elsewhere")
+    assert not proof.holds(path)
+    path.unlink()
+    os.mkfifo(path)  # nobody writes to it
+    assert not proof.holds(path)
+
+
+def test_a_file_takes_its_name_whole_or_never(parts: Parts) -> None:
+    target = parts.path(0)
+    names = set()
+    for word in (b"first", b"second"):
+        with parts.replacing(target) as file:
+            file.write(word)
+            names |= {path.name for path in parts.folder.iterdir()} - {target.name}
+        assert target.read_bytes() == word
+        assert target.stat().st_mode & 0o777 == 0o600
+    assert len(names) == 2  # none that can be guessed
+    with pytest.raises(ZeroDivisionError), parts.replacing(target) as file:
+        file.write(b"%d" % (1 // 0))
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in parts.folder.iterdir()] == [target.name]
