@@ -122,7 +122,7 @@ class ModelRunner:
         return self._timed([_ramp(options.max_batch_tokens // seqs)] * seqs)
 
     def _timed(self, encodings: Sequence[Encoding]) -> float:
-        """Tokens a second of a batch, at its second run."""
+        """Tokens a second of a batch, at its second run. Raises UnsupportedError."""
         self._warm(encodings)
         started = time.perf_counter()
         self.embed(encodings)

@@ -172,14 +172,11 @@ def _serve(arguments: argparse.Namespace) -> int:
         logger.warning(warning)
     from model.hub import locate
     from server import lifecycle
-    from server.names import ServedNames
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     source = locate(options.model, revision=options.revision, offline=options.offline)
-    names = ServedNames(source.model_id, options.served_model_name).names
-    logger.info("clients name the model %s", ", ".join(names))
     return lifecycle.run(options, source)
 
 

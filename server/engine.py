@@ -70,7 +70,6 @@ class EmbeddingEngine:
         identity = fingerprint(source.path)
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
-        weights = weight_files(source.path)
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -100,7 +99,7 @@ class EmbeddingEngine:
             log_format=settings.log_format,
             log_level=settings.log_level,
             width=self.config.hidden_size,
-            load_timeout=load_timeout_of(sum(file.size for file in weights)),
+            load_timeout=load_timeout_of(sum(file.size for file in weight_files(source.path))),
         )
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         self._long_threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")

@@ -24,6 +24,7 @@ from server.app import create_app
 from server.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
 from server.handshake import with_tls
+from server.names import ServedNames
 from server.process import most_connections, raise_file_limit
 from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
@@ -62,6 +63,8 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     listener, address = _listen(settings)
     stop = _Signals()
     logger.info("listening on %s; the model is loading", address)
+    names = ServedNames(source.model_id, settings.served_model_name).names
+    logger.info("clients name the model %s", ", ".join(names))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engine.start()
     failing = asyncio.create_task(engine.failed())

@@ -118,7 +118,7 @@ class RequestRecord:
 
 
 class Gate:
-    """Inside the others: asks for a key, and answers what nobody foresaw."""
+    """Asks for a key, and answers what nobody foresaw."""
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], open_paths: frozenset[str]) -> None:
         self._app, self._open_paths = app, open_paths

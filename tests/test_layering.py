@@ -49,9 +49,9 @@ MODEL = [
 SERVER = [
     "errors",
     "json_text",
-    "hints",
     "process",
     "pace",
+    "hints",
     "logs",
     "settings",
     "metrics",
