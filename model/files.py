@@ -34,7 +34,7 @@ def open_regular(path: Path, most_bytes: int | None = None) -> BufferedReader:
         if path.is_symlink():
             to = path.readlink()
             raise CheckpointError(f"{path} leads to {to}, which does not exist") from None
-        raise MissingFileError(f"{path} does not exist") from None
+        raise MissingFileError(f"{path} cannot be read: it does not exist") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from model.card import card_license
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+from model.files import read_json
 from model.training.adapters import merged_weight
 from model.training.network import TrainedNVEmbed, sources
 
@@ -107,7 +108,7 @@ def write_papers(source: Path, folder: Path, how: str) -> None:
 
     how: what was done to it, a sentence.
     """
-    name = json.loads((source / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    name = read_json(source / "config.json").get("_name_or_path")
     name = name or source.resolve().name
     if name.count("/") != 1 or name.startswith("/"):  # no hub id: a path, maybe a private one
         name = Path(name).name

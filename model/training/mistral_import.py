@@ -7,7 +7,6 @@ the backbone does not compute is refused.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
+from model.files import read_json
 from model.loader import Checkpoint, check_shapes, tensor_table
 from model.training.network import TrainedNVEmbed, assemble, initialise_weights, stacked
 
@@ -52,7 +52,7 @@ def mistral_config(
         "cross_dim_head": cross_dim_head or width,
     }
     # Saved by an older transformers, it has a hub id or a path of another machine in it.
-    name = f"{Path(raw.get('_name_or_path') or folder.resolve()).name}-embed"
+    name = f"{Path(str(raw.get('_name_or_path') or folder.resolve())).name}-embed"
     parts: dict[str, Any] = {"text_config": _DEFAULTS | raw, "latent_attention_config": pooler}
     try:
         config = NVEmbedConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)
@@ -110,9 +110,5 @@ def _theirs(name: str, prefix: str) -> str:
 
 
 def _raw(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    raw = read_json(folder / "config.json")
     return raw if isinstance(raw, dict) else {}

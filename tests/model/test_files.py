@@ -82,7 +82,7 @@ def test_what_is_no_file_is_not_opened(
 
 
 def test_a_missing_file_is_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"x\.json does not exist"):
+    with pytest.raises(MissingFileError, match=r"x\.json cannot be read: it does not exist"):
         read_json(tmp_path / "x.json")
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be read"):
