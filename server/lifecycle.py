@@ -150,7 +150,7 @@ class _Signals:
 
 
 def _listen(settings: Settings) -> tuple[socket.socket, str]:
-    """A bound socket and how to reach it. Raises SettingsError when the address is taken."""
+    """A socket that listens, and how to reach it. Raises SettingsError when the address is taken."""
     if settings.uds:
         listener = socket.socket(socket.AF_UNIX)
         address = f"unix:{settings.uds}"
@@ -164,6 +164,7 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         if settings.uds and not _is_served(settings.uds):
             _unlink_socket(settings.uds)
         listener.bind(target)
+        listener.listen(_BACKLOG)  # now, for the log is about to say so
     except OSError as error:
         listener.close()
         where, option = f"{settings.host}:{settings.port}", "--host or --port"
