@@ -150,7 +150,7 @@ class _Signals:
 
 
 def _listen(settings: Settings) -> tuple[socket.socket, str]:
-    """A socket that listens, and how to reach it. Raises SettingsError when the address is taken."""
+    """A socket that listens, and how to reach it. Raises SettingsError when it cannot."""
     if settings.uds:
         listener = socket.socket(socket.AF_UNIX)
         address = f"unix:{settings.uds}"
@@ -170,7 +170,8 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         where, option = f"{settings.host}:{settings.port}", "--host or --port"
         if settings.uds:
             where, option = settings.uds, "--uds"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror} ({option})") from None
+        why = error.strerror or error  # too long a path has no number, so no strerror
+        raise SettingsError(f"cannot listen on {where}: {why} ({option})") from None
     if not settings.uds:
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"
