@@ -183,7 +183,7 @@ class _Signals:
 
 
 def _listen(settings: Settings) -> tuple[socket.socket, str]:
-    """A bound socket and how to reach it. Raises SettingsError when the address is taken."""
+    """A socket that listens, and how to reach it. Raises SettingsError when it cannot."""
     if settings.uds:
         listener = socket.socket(socket.AF_UNIX)
         address = f"unix:{settings.uds}"
@@ -197,12 +197,14 @@ def _listen(settings: Settings) -> tuple[socket.socket, str]:
         if settings.uds and not _is_served(settings.uds):
             _unlink_socket(settings.uds)
         listener.bind(target)
+        listener.listen(_BACKLOG)  # now, for the log is about to say so
     except OSError as error:
         listener.close()
         where, option = f"{settings.host}:{settings.port}", "--host or --port"
         if settings.uds:
             where, option = settings.uds, "--uds"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror} ({option})") from None
+        why = error.strerror or error  # too long a path has no number, so no strerror
+        raise SettingsError(f"cannot listen on {where}: {why} ({option})") from None
     if not settings.uds:
         host, port = listener.getsockname()[:2]
         scheme = "https" if settings.tls_certificate else "http"

@@ -9,7 +9,7 @@ request runs exactly one timer is armed:
     ┌──▶ IDLE ────────────▶ HEAD ──────────▶ BODY ───────────▶ ANSWER ───────────────┐
     │                                         │ last byte, answered before            │
     └─────────────────────────────────────────┴───────────────────────────────────────┘
-       any of them ── refused, or answered for the last time ──▶ LINGER ──▶ CLOSING ──▶ gone
+       any of them ── refused, or answered for the last time ──▶ LINGER ──▶ CLOSING ──▶ GONE
 
     state     time limit                                              when it has passed
     IDLE      keep_alive_timeout; before the first: header_timeout    close
@@ -219,9 +219,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _next_turn(self) -> None:
         self._later = False
-        if self._state in _READING:
-            self._parse()
-            self._settle()
+        self._parse()
+        self._settle()
 
     # The state
 
@@ -296,8 +295,9 @@ class LimitedProtocol(HttpToolsProtocol):
             piece = held[:size]
             del held[:size]
             self._show(piece)
-        self._later = True
-        self.loop.call_soon(self._next_turn)
+        if not self._later:
+            self._later = True
+            self.loop.call_soon(self._next_turn)
 
     def _size_of_piece(self) -> int:
         """Where the parser has to stop for now: each head and each chunked body ends in a blank
@@ -347,10 +347,10 @@ class LimitedProtocol(HttpToolsProtocol):
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
         self.headers.append((name, value))
-
-    def on_headers_complete(self) -> None:
         if len(self.headers) > self.limits.max_headers:
             self._stop(self._headers_too_large())
+
+    def on_headers_complete(self) -> None:
         header = dict(self.headers)
         if problem := self._problem(header):
             self._stop(InvalidRequestError(problem))
