@@ -130,6 +130,11 @@ class Products:
         return self.dtype != torch.float32 or not _has_mkl()
 
     @property
+    def steps(self) -> str:
+        """What is to be said of a quantization whose activations have fewer steps than it names."""
+        return " (7-bit activations)" if self.eight_bit is UnsignedInt7Linear else ""
+
+    @property
     def names(self) -> dict[str, str]:
         """Kind -> the product that was taken, for `/info`."""
         return {probe.kind: probe.best.name for probe in self.probes}

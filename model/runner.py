@@ -87,7 +87,7 @@ class ModelRunner:
             device=str(self.device),
             device_name=device_name(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            quantization=options.quantization,
+            quantization=options.quantization + layers.steps,
             attention=kernel,
             width=self.config.hidden_size,
             cuda_graphs=options.cuda_graphs,

@@ -301,7 +301,8 @@ int8 = Encoder(
     cpu_products="allow-slow",
 )
 cosines = (exact.encode(texts) * int8.encode(texts)).sum(1)
-print(json.dumps([str(found), int8.runner.info.products["int8"], worst, float(cosines.min())]))
+info = int8.runner.info
+print(json.dumps([str(found), info.products["int8"], info.quantization, worst, float(cosines.min())]))
 """
 TEXTS = [
     "The committee met twice, in May and in June, and agreed on nothing.",
@@ -325,9 +326,10 @@ def test_int8_is_exact_under_every_instruction_set(isa: str, capability: str) ->
         environment["ATEN_CPU_CAPABILITY"] = capability
     command = [sys.executable, "-c", MASKED, json.dumps(TEXTS)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    found, name, worst, cosine = json.loads(done.stdout)
+    found, name, quantization, worst, cosine = json.loads(done.stdout)
     print(found, worst, cosine)
     assert name in found
+    assert ("7-bit" in quantization) == (name == "onednn-u7")
     assert worst < 1e-6, found
     assert cosine >= 0.998, found
 
