@@ -32,7 +32,7 @@ LIMITS = ProtocolLimits(
     body_timeout=0.4,
     write_timeout=0.4,
     keep_alive_timeout=0.4,
-    linger_timeout=0.2,
+    linger_timeout=0.1,
     max_header_bytes=20_000,
 )
 LONGEST_S = 2.0
