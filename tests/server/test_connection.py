@@ -75,6 +75,7 @@ class Server:
         self.released = asyncio.Event()
         self.connections: list[weakref.ref[LimitedProtocol]] = []
         self.timers: list[Timers] = []
+        self.clients: list[Client] = []
         self.requests = 0
         config = uvicorn.Config(
             self.app, log_config=None, access_log=False, ws="none", interface="asgi3"
@@ -138,6 +139,8 @@ class Server:
                     await asyncio.sleep(0.01)
         finally:
             server.close()
+            for client in self.clients:
+                client.socket.close()
             for connection in self.state.connections:
                 connection.transport.abort()
             await asyncio.sleep(0.01)
@@ -151,7 +154,8 @@ class Client:
     @classmethod
     async def to(cls, server: Server, receive_buffer: int | None = None) -> Client:
         client, loop = cls(), asyncio.get_running_loop()
-        client.server, client.socket = server, socket.socket()
+        client.socket = socket.socket()
+        server.clients.append(client)
         if receive_buffer:
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -160,7 +164,6 @@ class Client:
         client.rest = b""
         return client
 
-    server: Server
     socket: socket.socket
     rest: bytes
 
