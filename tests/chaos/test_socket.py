@@ -28,7 +28,7 @@ from tests.server.processes import serving
 from tests.server.questions import RUNNERS, Questions
 from tests.server.runners import vector_of
 
-CASES = 10_000 if FULL else 500
+CASES = 10_000 if FULL else 400
 AT_ONCE = 150
 LIMIT_S = 3.0
 """The time limit of heads and of bodies."""
@@ -324,7 +324,7 @@ def test_smuggling_shapes(golden_checkpoint: Path, tmp_path: Path, offered: bool
     cases = []
     for name, raw in SMUGGLED.items():
         shape = raw.replace(b"host: x", offer)
-        for cut in range(0, len(shape), 1 if FULL else 13):
+        for cut in range(0, len(shape), 1 if FULL else 31):
             pieces = [piece for piece in (shape[:cut], shape[cut:]) if piece]
             cases.append(Case(name, pieces, [refusal(400)], True))
     with serving(golden_checkpoint, *OPTIONS, log=tmp_path / "log") as server:

@@ -28,14 +28,14 @@ from server.protocol import LimitedProtocol, ProtocolLimits, limited
 from tests.server.processes import ROOT
 
 LIMITS = ProtocolLimits(
-    header_timeout=0.4,
-    body_timeout=0.4,
-    write_timeout=0.4,
-    keep_alive_timeout=0.4,
-    linger_timeout=0.2,
+    header_timeout=0.7,
+    body_timeout=0.7,
+    write_timeout=0.7,
+    keep_alive_timeout=0.7,
+    linger_timeout=0.1,
     max_header_bytes=20_000,
 )
-LONGEST_S = 2.0
+LONGEST_S = 3.0
 """Two of the time limits, and what a busy machine adds."""
 
 
@@ -75,6 +75,7 @@ class Server:
         self.released = asyncio.Event()
         self.connections: list[weakref.ref[LimitedProtocol]] = []
         self.timers: list[Timers] = []
+        self.clients: list[Client] = []
         self.requests = 0
         config = uvicorn.Config(
             self.app, log_config=None, access_log=False, ws="none", interface="asgi3"
@@ -100,6 +101,9 @@ class Server:
             await asyncio.sleep(0.005)
             accepted = [one.loop for one in self.state.connections if one.client == name]
         return accepted[0]
+
+    def has_lost(self, timers: Timers) -> bool:
+        return all(one.loop is not timers for one in self.state.connections)
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         self.requests += 1
@@ -138,6 +142,8 @@ class Server:
                     await asyncio.sleep(0.01)
         finally:
             server.close()
+            for client in self.clients:
+                client.socket.close()
             for connection in self.state.connections:
                 connection.transport.abort()
             await asyncio.sleep(0.01)
@@ -151,7 +157,8 @@ class Client:
     @classmethod
     async def to(cls, server: Server, receive_buffer: int | None = None) -> Client:
         client, loop = cls(), asyncio.get_running_loop()
-        client.server, client.socket = server, socket.socket()
+        client.socket = socket.socket()
+        server.clients.append(client)
         if receive_buffer:
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -160,7 +167,6 @@ class Client:
         client.rest = b""
         return client
 
-    server: Server
     socket: socket.socket
     rest: bytes
 
@@ -271,7 +277,8 @@ def test_no_connection_outlives_its_time_limits() -> None:
         for piece in pieces:
             await client.send(piece)
             await asyncio.sleep(0.05)
-            assert timers.armed == 1, name
+            # At once, but for the app's own moment; and some are closed soon.
+            await until(lambda: timers.armed == 1 or server.has_lost(timers))
         started = time.monotonic()
         assert [(await client.answer())[0] for _ in statuses] == statuses, name
         await client.closed()
@@ -309,7 +316,7 @@ def test_the_server_s_own_time_is_not_the_client_s() -> None:
     async def test(server: Server) -> None:
         client = await Client.to(server)
         await client.send(get("/wait") + ANSWERED[:9])
-        await asyncio.sleep(3 * LIMITS.header_timeout)
+        await asyncio.sleep(1.5 * LIMITS.header_timeout)
         assert (await server.timers_of(client)).armed == 0
         server.released.set()
         await client.seen()
