@@ -123,7 +123,7 @@ def test_other_safetensors_files_are_told(folder: Path) -> None:
 
 
 def test_links_are_followed(folder: Path) -> None:
-    """The hub's cache is made of them: where a link leads is its owner's choice, not the index's."""
+    """The hub's cache is made of them: where a link leads, its owner chose, not the index."""
     blobs = folder.parent / "blobs"
     blobs.mkdir()
     for number, shard in enumerate((FIRST, SECOND)):
