@@ -31,6 +31,7 @@ PINNED_REVISIONS = {
     "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",
 }
 """What runs when no revision is asked for: the commits that the published MTEB scores name."""
+_PINNED = {name.lower(): name for name in PINNED_REVISIONS}
 NVIDIA_NOTICE = (
     "These are NVIDIA's NV-Embed weights, licensed CC-BY-NC-4.0: non-commercial use only "
     "(https://creativecommons.org/licenses/by-nc/4.0/)."
@@ -63,10 +64,11 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
         if revision:
             raise CheckpointError(f"--revision is for hub ids, and {_said(model)} is a folder")
         if _HUB_ID.fullmatch(model):
-            logger.warning(
-                "taking the folder %s, which hides the hub's model of that name: write ./%s if "
-                "the folder is meant, and start elsewhere if the hub's is",
+            logger.log(
+                logging.WARNING if model.lower() in _PINNED else logging.INFO,
+                "the model is the folder %s, not the hub's %s (write ./%s to mean the folder)",
                 folder.resolve(),
+                model,
                 model,
             )
         name = _name(NVEmbedConfig.from_dir(folder).name, folder)
@@ -78,7 +80,7 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
             f"{_said(model)} is neither a folder nor a Hugging Face id (owner/name)"
         )
     # The hub finds a model whatever the case of its id; its pin must be found likewise.
-    known = {name.lower(): name for name in PINNED_REVISIONS}.get(model.lower(), model)
+    known = _PINNED.get(model.lower(), model)
     path = _download(known, revision or PINNED_REVISIONS.get(known), offline)
     # In the cache, a snapshot's folder is named after its commit.
     return ModelSource(model, path, path.name, card_license(path))

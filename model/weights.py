@@ -140,13 +140,10 @@ def _read_header(path: Path) -> WeightFile:
             start = file.read(512)
             length = int.from_bytes(start[:8], "little")
             size = path.stat().st_size
-            if what := impostor(start):
-                raise CheckpointError(f"{path} cannot be read: it is {what}")
             if not 2 <= length <= _MOST_BYTES or start[8:9] != b"{":
-                raise CheckpointError(
-                    f"{path} cannot be read: it is not a safetensors file "
-                    f"(it begins with {start[:16]!r})"
-                )
+                # Only then: the length of a header may look like another kind's first bytes.
+                what = impostor(start) or f"no safetensors file (it begins with {start[:16]!r})"
+                raise CheckpointError(f"{path} cannot be read: it is {what}")
             file.seek(0)
             header = file.read(8 + length)
         except OSError as error:

@@ -67,7 +67,8 @@ def test_a_folder_that_hides_a_hub_id_is_told(
     shutil.copytree(golden_checkpoint, "nvidia/nv-embed-v2")
     source = locate("nvidia/nv-embed-v2")
     assert source.revision is None
-    assert f"taking the folder {cache / 'nvidia/nv-embed-v2'}" in caplog.text
+    folder = cache / "nvidia/nv-embed-v2"
+    assert f"the model is the folder {folder}, not the hub's nvidia/nv-embed-v2" in caplog.text
     caplog.clear()
     for plain in ("./nvidia/nv-embed-v2", str(cache / "nvidia/nv-embed-v2"), "nvidia/nv-embed-v2/"):
         assert locate(plain).revision is None

@@ -122,6 +122,18 @@ def test_other_safetensors_files_are_told(folder: Path) -> None:
     assert unread_files(folder) == ["adapter_model.safetensors", "consolidated.safetensors"]
 
 
+def test_links_are_followed(folder: Path) -> None:
+    """The hub's cache is made of them: where a link leads, its owner chose, not the index."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, shard in enumerate((FIRST, SECOND)):
+        (folder / shard).rename(blobs / f"{number}")
+        (folder / shard).symlink_to(Path("../blobs") / f"{number}")
+    assert [sorted(file.tensors) for file in weight_files(folder)] == [["a", "b"], ["c", "d"]]
+    (blobs / "1").unlink()
+    assert f"lacks {SECOND}" in refused(folder)
+
+
 def test_an_index_may_name_the_single_file(folder: Path) -> None:
     shutil.copyfile(folder / FIRST, folder / "model.safetensors")
     for shard in (FIRST, SECOND):
@@ -207,8 +219,8 @@ def write_header(file: Path, header: Any, data: bytes) -> None:
         ({"a": "abc"}, bytes(8), "no place"),
         (b'{"a": 1, "a": 2}', b"", "twice"),
         (b'{"a": [' + b"[" * 20_000, b"", "nested too deeply"),
-        (b"{", b"", "not a safetensors file"),
-        (b"[1]", b"", "not a safetensors file"),
+        (b"{", b"", "no safetensors file"),
+        (b"[1]", b"", "no safetensors file"),
         (b'{"a', b"", "Unterminated"),
     ],
 )
@@ -217,6 +229,16 @@ def test_a_header_that_does_not_describe_its_file(
 ) -> None:
     write_header(folder / FIRST, header, data)
     assert message in refused(folder)
+
+
+@pytest.mark.parametrize("magic", [b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff"])
+def test_a_length_that_looks_like_another_kind(folder: Path, magic: bytes) -> None:
+    """A header of 35,615 bytes begins as gzip does."""
+    header = json.dumps({name: entry("F16", [4], i * 8, i * 8 + 8) for i, name in enumerate("ab")})
+    padded = header.encode().ljust(int.from_bytes(magic, "little"))
+    write_header(folder / FIRST, padded, bytes(16))
+    assert (folder / FIRST).read_bytes().startswith(magic)
+    assert [sorted(file.tensors) for file in weight_files(folder)] == [["a", "b"], ["c", "d"]]
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**20, 2**62, 2**64 - 1])
