@@ -100,8 +100,9 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """x [T, D], all rows in, all rows out."""
         q_heads, k_heads, v_heads = self.heads
-        qk, v = torch.split(self._by_head(self.qkv_proj(x)), [q_heads + k_heads, v_heads], dim=1)
-        q, k = torch.split(rotary.rotate(qk), [q_heads, k_heads], dim=1)
+        qkv = self._by_head(self.qkv_proj(x))
+        qk, v = qkv.split_with_sizes([q_heads + k_heads, v_heads], dim=1)
+        q, k = rotary.rotate(qk).split_with_sizes([q_heads, k_heads], dim=1)
         out = attend(q, k, v, batch.seqs, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
