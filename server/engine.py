@@ -63,6 +63,7 @@ class EmbeddingEngine:
 
     def __init__(self, settings: Settings, source: ModelSource) -> None:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
+        host.return_freed_memory()
         self.source = source
         self.config = NVEmbedConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
