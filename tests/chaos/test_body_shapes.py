@@ -83,8 +83,8 @@ def shapes(draw: st.DrawFn) -> Shape:
     units = CHARACTERS if kind == "text" else ITEMS
     if kind == "deep":
         units = [b"[", b'{"a":', b"[[],", b'[{"":']
-    sizes = st.sampled_from([LIMIT - 2**12, LIMIT // 8, 2**16, 2**16 + 1, 2**12]) | st.integers(
-        1, LIMIT - 2**12
+    sizes = st.sampled_from([LIMIT - 2**16, LIMIT // 8, 2**16, 2**16 + 1, 2**12]) | st.integers(
+        1, LIMIT - 2**16
     )
     extras = [b"", b'"truncate":"END",', b'"truncate":"START",', b'"encoding_format":"base64",']
     return Shape(
