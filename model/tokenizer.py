@@ -27,6 +27,8 @@ _CACHED_CHARS = 2048
 _SHORT_CHARS = 1024
 """Up to this many characters the single call is quicker than waking the library's threads; it
 keeps the interpreter's lock, so that longer texts would hold up whatever else the process does."""
+_MARGIN_CHARS = 64 * 1024
+"""Of a text without spaces so many characters more are tokenized than could be kept."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 
@@ -134,17 +136,20 @@ class NVEmbedTokenizer:
             try:
                 prompts.append(self._clip(text, instruction, max_tokens, truncate))
             except InputTooLongError as error:
-                prompts.append(error)
+                # Its traceback holds this frame, which holds it: the texts would stay until the
+                # next collection of cycles.
+                prompts.append(error.with_traceback(None))
         encoded = iter(self._ids([p for p in prompts if isinstance(p, str)]))
         start = self.pool_start(instruction) if any(isinstance(p, str) for p in prompts) else 0
         for prompt in prompts:
+            if isinstance(prompt, InputTooLongError):
+                results.append(prompt)
+                continue
             try:
-                if isinstance(prompt, InputTooLongError):
-                    raise prompt
                 ids = [*next(encoded), EOS_ID]
                 results.append(to_encoding(ids, start, max_tokens, truncate))
             except (InputTooLongError, EmptyPoolError) as error:
-                results.append(error)
+                results.append(error.with_traceback(None))
         return results
 
     @staticmethod
@@ -158,22 +163,23 @@ class NVEmbedTokenizer:
         repetitions, whose last ids may then differ under START.
         """
         most = MAX_PIECE_CHARS * max_tokens
+        wall = most + min(most, _MARGIN_CHARS)
         length = len(instruction) + len(text)
         if length <= most:
             return instruction + text
         if truncate is Truncation.NONE or len(instruction) > most:
             raise InputTooLongError(None, max_tokens)
         if truncate is Truncation.END:
-            prompt = instruction + text[: 2 * most + 1]
+            prompt = instruction + text[: wall + 1]
             end = prompt.find(" ", most)
-            return prompt[: end if 0 <= end <= 2 * most else 2 * most]
+            return prompt[: end if 0 <= end <= wall else wall]
         # What follows the instruction decides how its last piece merges: the text's first word
         # stays too, unless it is no word.
         before_last = max(0, len(text) - most)  # where what truncation keeps may begin
         head = max(text.find(" ", 0, min(before_last, most)), 0)
         start = max(text.rfind(" ", head, before_last), head)
         start = _without_spaces_before(text, start)
-        start = max(start, len(text) - 2 * most, head)
+        start = max(start, len(text) - wall, head)
         return instruction + text[:head] + text[start:]
 
 

@@ -65,6 +65,7 @@ class EmbeddingEngine:
 
     def __init__(self, settings: Settings, source: ModelSource) -> None:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
+        host.return_freed_memory()
         self.source = source
         # First: what changes on disk from here on is another checkpoint, to the workers as well.
         identity = fingerprint(source.path)

@@ -27,10 +27,13 @@ from tests.checkpoints import claim_width
 from tests.server.processes import ROOT, ServerProcess, serving
 
 LIMIT = 32 * 2**20 if FULL else 2**20  # bytes of the largest body
-EXAMPLES = 300 if FULL else 40
+EXAMPLES = 300 if FULL else 100
 MAX_LIVEZ_S = 0.1
 FRONT_BYTES = 100e6  # beyond what it has when idle
 BYTES_FOR_BYTES = 5
+TOKENIZER_BYTES = 100e6
+"""What the library takes at most for the one long text that is tokenized at a time: 590,000
+characters (of 32,768 tokens, and a margin) of which each becomes three pieces."""
 
 ITEMS = [
     *(b'""', b'"a"', b"0", b"12345", b"-1.5e3", b"null", b"true", b"NaN", b"[]", b"[0]", b"{}"),
@@ -80,8 +83,8 @@ def shapes(draw: st.DrawFn) -> Shape:
     units = CHARACTERS if kind == "text" else ITEMS
     if kind == "deep":
         units = [b"[", b'{"a":', b"[[],", b'[{"":']
-    sizes = st.sampled_from([LIMIT - 2**12, LIMIT // 8, 2**16, 2**16 + 1, 2**12]) | st.integers(
-        1, LIMIT - 2**12
+    sizes = st.sampled_from([LIMIT - 2**16, LIMIT // 8, 2**16, 2**16 + 1, 2**12]) | st.integers(
+        1, LIMIT - 2**16
     )
     extras = [b"", b'"truncate":"END",', b'"truncate":"START",', b'"encoding_format":"base64",']
     return Shape(
@@ -201,6 +204,7 @@ def test_no_shape_stops_the_others(
         assert len(content) < 1000
     peak = peak_bytes(server)
     allowed = idle_bytes + FRONT_BYTES + BYTES_FOR_BYTES * len(body)
+    allowed += TOKENIZER_BYTES * (status == 200)
     assert peak <= allowed, f"{shape}: {peak / 1e6:.0f} MB for {len(body) / 1e6:.1f}"
     count, worst = prober.worst()
     if FULL:

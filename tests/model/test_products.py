@@ -301,8 +301,8 @@ int8 = Encoder(
     cpu_products="allow-slow",
 )
 cosines = (exact.encode(texts) * int8.encode(texts)).sum(1)
-info = int8.runner.info
-print(json.dumps([str(found), info.products["int8"], info.quantization, worst, float(cosines.min())]))
+info, cosine = int8.runner.info, float(cosines.min())
+print(json.dumps([str(found), info.products["int8"], info.quantization, worst, cosine]))
 """
 TEXTS = [
     "The committee met twice, in May and in June, and agreed on nothing.",
