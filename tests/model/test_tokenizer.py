@@ -367,22 +367,6 @@ def test_a_normaliser_that_makes_much_of_little_is_refused(
         NVEmbedTokenizer.from_dir(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        None,
-        normalizers.Lowercase(),
-        normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(), normalizers.Lowercase()]),
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-    ],
-    ids=["none", "lower case", "NFKC", "official"],
-)
-def test_usual_normalisers_are_not(normalizer: normalizers.Normalizer | None) -> None:
-    raw = official_tokenizer()
-    raw.normalizer = normalizer
-    assert len(NVEmbedTokenizer(raw).encode("some text", max_tokens=99)) > 2
-
-
 def test_refused_texts_are_not_kept(tokenizer: NVEmbedTokenizer) -> None:
     """They would be, until cycles are collected, if an error kept the frame that keeps it."""
 
