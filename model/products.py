@@ -39,7 +39,7 @@ _FEW, _MANY = 16, 256
 """Rows of the timed products: about those of a query and of a batch."""
 _LARGEST = 1024
 """Inputs and outputs of a timed product at most: a larger one would take too long to try."""
-_ROUNDS, _LEAST_S = 3, 0.006
+_ROUNDS, _LEAST_S = 3, 0.003
 """How many times each is timed at least, and for how many seconds all together."""
 _DROPPED = 3.0
 """A candidate that takes so many times the best is not timed on a larger product."""
@@ -207,11 +207,11 @@ def _probe(kind: str, dtype: str, inputs: int, outputs: int, threads: int) -> Pr
     attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in CANDIDATES[kind]]
     with torch.inference_mode():
         for attempt in attempts:
-            attempt.prove(1, 5)
+            attempt.prove(3)
         _time(attempts, *_TINY)  # so that a reference kernel is gone before it costs seconds
         for attempt in attempts:
             attempt.seconds.clear()
-            attempt.prove(64, 257, 520)
+            attempt.prove(1, 64, 300)
         for rows in (_FEW, _MANY):
             _time(attempts, rows, inputs, outputs)
     best = _fastest([attempt for attempt in attempts if not attempt.trouble])

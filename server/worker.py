@@ -47,7 +47,7 @@ logger = logging.getLogger("nv_embed.worker")
 
 HEADER = struct.Struct("<5I")
 MODEL_RUNNER = "model.runner:ModelRunner"
-CPU_NICENESS = 5
+CPU_NICENESS = 3
 """CPU workers yield to the front, which has little to do and must do it at once."""
 _POISONED = 70
 """Exit status after a CUDA fault: the process cannot use its device any more."""

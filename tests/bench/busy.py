@@ -35,6 +35,7 @@ class Variant:
         self.name = name
         self._environment = {**os.environ, "PYTHONPATH": str(checkout)}
         self._environment |= dict(setting.split("=", 1) for setting in settings)
+        self._runs = 0
         self._cli = [sys.executable, "-P", "-m", "server.cli"]
 
     @contextmanager
@@ -78,9 +79,8 @@ class Variant:
         return time.perf_counter() - started
 
     def encode(self, file: Path) -> float:
-        output = file.with_suffix(".npy")
-        output.unlink(missing_ok=True)
-        output.with_name(output.name + ".manifest.json").unlink(missing_ok=True)
+        self._runs += 1
+        output = file.with_name(f"{self.name}-{self._runs}.npy")
         started = time.perf_counter()
         subprocess.run(
             [*self._cli, "encode", str(file), "-o", str(output)],
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default="default",
         help="environments, one comma apart: default,OMP_WAIT_POLICY=PASSIVE,GOMP_SPINCOUNT=1000",
     )
-    parser.add_argument("--against", type=Path, help="another checkout, run with its defaults")
+    parser.add_argument("--against", help="another checkout, run with its defaults")
     options = parser.parse_args(arguments)
     out = report.Report("busy", __doc__ or "", report.settings_of(options))
     out.start()
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.variants.split(",")
     ]
     if options.against:
-        variants.append(Variant(str(options.against), options.against.resolve(), []))
+        variants.append(Variant("against", Path(options.against).resolve(), []))
     seconds: dict[tuple[str, str, str], list[float]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
