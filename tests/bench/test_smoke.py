@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import forward, front, load, report, serve
+from tests.bench import busy, forward, front, load, report, serve
 
 
 def report_of(
@@ -83,6 +83,15 @@ def test_load(golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     summary = report_of(load.main, options, tmp_path, capsys)
     assert [row["variant"] for row in summary["rows"]] == ["float32:none", "float32:int8-dynamic"]
     assert summary["rows"][1]["kept_gb"] < summary["rows"][0]["kept_gb"]
+
+
+def test_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = report_of(busy.main, ["--rounds", "1", "--busy", "1"], tmp_path, capsys)
+    assert [(row["how"], row["variant"]) for row in summary["rows"]] == [
+        ("serve", "default"),
+        ("encode", "default"),
+    ]
+    assert all(row["times"] > 0 for row in summary["rows"])
 
 
 def test_percentiles() -> None:
