@@ -56,6 +56,7 @@ class Variant:
             self._wait_ready(log)
             yield self
         finally:
+            self._client.close()
             process.terminate()
             process.wait(60)
 
