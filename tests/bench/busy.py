@@ -50,24 +50,21 @@ class Variant:
                 env=self._environment,
                 cwd=folder,
             )
-        transport = httpx.HTTPTransport(uds=str(socket), retries=200)
+        transport = httpx.HTTPTransport(uds=str(socket))
         self._client = httpx.Client(base_url="http://server", transport=transport, timeout=600)
         try:
-            self._wait_ready(log)
+            self._wait_ready(socket, log)
             yield self
         finally:
             self._client.close()
             process.terminate()
             process.wait(60)
 
-    def _wait_ready(self, log: Path) -> None:
+    def _wait_ready(self, socket: Path, log: Path) -> None:
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            try:
-                if self._client.get("/readyz").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            if socket.exists() and self._client.get("/readyz").status_code == 200:
+                return
             time.sleep(0.1)
         raise AssertionError(log.read_text())
 
