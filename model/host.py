@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -61,6 +64,20 @@ def let_waiting_threads_sleep() -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "20000"
+
+
+@contextmanager
+def for_good() -> Iterator[None]:
+    """For imports: what they make stays, so nothing is collected meanwhile, nor is it looked at in
+    later collections. Importing torch takes 0.83 in place of 0.95 s."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def has_bfloat16() -> bool:

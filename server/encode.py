@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from model import host
 from model.batch import BatchLimits, RunnerOptions
 from model.hub import locate
 from model.memory import is_out_of_memory
@@ -265,7 +266,8 @@ def _check(arguments: argparse.Namespace, job: bulk.Job, source: Source) -> None
 
 
 def _encoder(arguments: argparse.Namespace) -> Encoder:
-    from model.encoder import Encoder
+    with host.for_good():
+        from model.encoder import Encoder
 
     if arguments.runner:
         return _encoder_around(arguments)

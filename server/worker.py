@@ -35,6 +35,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model import host
 from model.batch import Encoding, RunnerOptions
 from model.errors import ModelError
 from model.memory import FittingRunner, is_out_of_memory
@@ -183,7 +184,9 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
     if options.device == "cpu":
         os.nice(CPU_NICENESS)
     try:
-        runner = load_factory(start["runner"])(options)
+        with host.for_good():
+            factory = load_factory(start["runner"])
+        runner = factory(options)
         tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
         final, message = True, f"{error}"

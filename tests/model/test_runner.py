@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -149,6 +150,35 @@ def test_the_peak_of_anonymous_memory_is_seen() -> None:
         time.sleep(0.05)
         del block
     assert 120e6 < peak.bytes - before < 200e6
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_what_is_made_for_good_is_not_collected(collecting: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    frozen = gc.get_freeze_count()
+    try:
+        with host.for_good():
+            assert not gc.isenabled()
+        assert gc.isenabled() == collecting
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("name", [None, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_what_the_user_sets_about_waiting_stands(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "7")
+    host.let_waiting_threads_sleep()
+    seen = {n: os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    unset = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}
+    assert seen == unset | ({name: "7"} if name else {"GOMP_SPINCOUNT": "20000"})
 
 
 def test_this_machine() -> None:
