@@ -24,13 +24,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from tests.bench import report
 from tests.bench.runners import WIDTH
 from tests.checkpoints import official_tokenizer
 from tests.model.test_config import OFFICIAL
 from tests.server.processes import ServerProcess
 
-KEY = "bench-key"
+KEY = "a-key-of-the-bench"
 TEXT = "how does a search engine find the passages that answer a question"
 _SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -134,7 +137,8 @@ def _nv_embed(folder: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**OFFICIAL, "_name_or_path": "front"}))
     official_tokenizer().save(str(model / "tokenizer.json"))
-    (model / "model.safetensors").write_bytes(b"")  # the runner reads none
+    nothing = {"nothing": np.zeros(1, np.float32)}  # the runner reads no weights
+    save_file(nothing, model / "model.safetensors")
     runner = ("--runner", "tests.bench.runners:Null")
     server = ServerProcess(model, *runner, "--api-key", KEY, log=folder / "log")
     try:

@@ -115,7 +115,7 @@ def _plot(
     rows = [row for row in rows if row.get(value) is not None]
     groups = list(dict.fromkeys(str(row[group]) for row in rows))
     labels = list(dict.fromkeys(str(row[label]) for row in rows))
-    figure = Figure(figsize=(max(6, 2 * len(groups)), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(6, 2 * len(groups)) + 3, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(labels)

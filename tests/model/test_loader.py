@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from model import products
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.loader import Checkpoint, expected_shapes, load_model
@@ -184,10 +185,12 @@ def test_a_single_number_that_is_none_is_refused(folder: Path, name: str, value:
 @pytest.mark.parametrize("quantize", ["none", "int8-dynamic"])
 def test_infinity_is_found_before_it_is_quantized(folder: Path, quantize: str) -> None:
     edit(folder, lambda tensors: tensors[K_PROJ].__setitem__((3, 5), np.inf))
-    config = NVEmbedConfig.from_dir(folder)
+    config, device = NVEmbedConfig.from_dir(folder), torch.device("cpu")
+    shape = config.widest_product
+    layers = products.choose(device, torch.float32, quantize, shape, "allow-slow")
     with pytest.raises(CheckpointError, match=r"k_proj\.weight holds NaN or infinity"):
         load_model(
-            folder, config, device=torch.device("cpu"), dtype=torch.float32, quantize=quantize
+            folder, config, device=device, dtype=torch.float32, quantize=quantize, layers=layers
         )
 
 

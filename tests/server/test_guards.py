@@ -112,7 +112,7 @@ def test_a_proxy_that_strips_a_prefix(golden_checkpoint: Path, tmp_path: Path) -
 
 def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path, tmp_path: Path) -> None:
     """Probes are open, keys are asked for, and all is counted, with the prefix and without."""
-    options = (*FAKE, "--root-path", "/nv/", "--api-key", "secret")
+    options = (*FAKE, "--root-path", "/nv", "--api-key", "secret")
     key = {"authorization": "Bearer secret"}
     body = {"model": "golden-embed", "input": "a"}
     with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
