@@ -47,6 +47,8 @@ _MARGIN = 1.05
 """A candidate has to be so many times as fast as those before it: they are simpler."""
 _PREFERRED = 1.2
 """bfloat16 has to be so many times as fast as float32 for `--dtype auto` to take it."""
+_WORTHWHILE = 1.1
+"""int8 has to be so many times as fast as float32 not to be refused."""
 _TINY = (16, 64, 64)  # T, I, O: a reference kernel takes 1 ms for it, a good one some 0.02
 _NOTHING = 2e-4
 """Seconds below which a time is that of the calls, and drops nobody."""
@@ -149,7 +151,7 @@ def choose(
 ) -> Products:
     """The layers for a model whose widest product is `shape` [I, O].
 
-    Raises UnsupportedError when `quantize` cannot be had, or when it is int8-dynamic and slower
+    Raises UnsupportedError when `quantize` cannot be had, or when it is int8-dynamic and no faster
     than float32 (unless `mode` allows it).
     """
     quantization.check(quantize, device, dtype)
@@ -172,14 +174,15 @@ def choose(
 
 
 def _refuse_slow(eight: Probe, exact: Probe) -> None:
-    if eight.faster_than(exact) >= 1:
+    """By the many rows of a batch: with few, the calls take longer than the products."""
+    if eight.seconds[1] * _WORTHWHILE <= exact.seconds[1]:
         return
     times = ", ".join(
         f"{1e3 * slow:.2f} in place of {1e3 * fast:.2f} ms with {rows} rows"
         for rows, slow, fast in zip((_FEW, _MANY), eight.seconds, exact.seconds, strict=True)
     )
     raise UnsupportedError(
-        f"int8-dynamic is slower than float32 on this processor ({times}): leave --quantization "
+        f"int8-dynamic is no faster than float32 on this processor ({times}): leave --quantization "
         "out, or take it for its memory with --cpu-products allow-slow"
     )
 

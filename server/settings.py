@@ -161,14 +161,14 @@ class ModelSettings(MachineSettings):
     quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
         "none",
         description="8-bit weights. int8-dynamic: 8-bit products on the CPU, smaller and faster "
-        "(refused where they are slower than float32); float8: the same on GPUs (Ada, Hopper); "
+        "(refused where they are no faster than float32); float8: the same on GPUs (Ada, Hopper); "
         "int8: LLM.int8 through bitsandbytes, saves memory, not time",
     )
     cpu_products: Literal["auto", "plain", "allow-slow"] = Field(
         "auto",
         description="matrix products on a CPU. auto: the fastest that prove right on this "
         "processor; plain: torch's own, nothing is tried; allow-slow: as auto, and int8-dynamic "
-        "even where it is slower than float32",
+        "even where it is no faster than float32",
     )
     attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
         "auto", description="attention kernel; auto: the best that runs on the device"

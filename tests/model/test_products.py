@@ -193,7 +193,9 @@ def test_int8_that_is_slower_than_float32_is_refused(
             return super().forward(x)
 
     only(monkeypatch, float32=nn.Linear, int8=SlowInt8)
-    refusal = r"slower than float32 on this processor \([\d.]+ in place of [\d.]+ ms with 16 rows, "
+    refusal = (
+        r"no faster than float32 on this processor \([\d.]+ in place of [\d.]+ ms with 16 rows, "
+    )
     with pytest.raises(UnsupportedError, match=refusal + r".*--cpu-products allow-slow"):
         choose(CPU, dtype, "int8-dynamic", SHAPE)
     assert choose(CPU, dtype, "int8-dynamic", SHAPE, "allow-slow").eight_bit is SlowInt8
