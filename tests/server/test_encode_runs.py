@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -73,6 +74,12 @@ def interrupting(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 # ---- what the output may be called
+
+
+def flush_logs() -> None:
+    """A thread of its own writes them."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 @pytest.mark.parametrize(
@@ -387,7 +394,7 @@ def test_shards_are_believed_only_when_proven(
 
 
 def test_an_output_that_was_changed_is_made_anew(
-    encode: Encode, tmp_path: Path, expected: np.ndarray, capsys: pytest.CaptureFixture[str]
+    encode: Encode, tmp_path: Path, expected: np.ndarray, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert encode("a.txt") == 0
     output = tmp_path / "a.npy"
@@ -396,12 +403,15 @@ def test_an_output_that_was_changed_is_made_anew(
         output.write_bytes(raw)
         assert encode("a.txt", "--resume") == 0
         assert output.read_bytes() == whole
-    capsys.readouterr()
+    flush_logs()
+    capfd.readouterr()
     assert encode("a.txt", "--resume") == 0
-    assert "10 rows in a.npy (complete already)" in capsys.readouterr().out
+    flush_logs()
+    assert "10 rows in a.npy (complete already)" in capfd.readouterr().out
     output.unlink()
     assert encode("a.txt", "--resume") == 0
-    assert "was complete and is gone; to make it anew, remove" in capsys.readouterr().err
+    flush_logs()
+    assert "was complete and is gone; to make it anew, remove" in capfd.readouterr().err
 
 
 def test_shards_without_their_manifest_are_not_mixed_in(encode: Encode, tmp_path: Path) -> None:
@@ -601,11 +611,12 @@ def test_progress_moves_with_each_batch(
 
 
 def test_a_log_tells_how_far_it_is(
-    encode: Encode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encode: Encode, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bulk, "_SAY_EVERY_S", 0.0)
     assert encode("a.txt", "--max-batch-tokens", "12") == 0
-    said = capsys.readouterr().err.splitlines()
+    flush_logs()
+    said = capfd.readouterr().err.splitlines()
     assert len(said) == 5
     for line, rows in zip(said, (2, 4, 6, 8, 10), strict=True):
         assert re.search(rf"{rows} of 10 rows, \d+\.\d rows/s, about \d+ s left$", line), line
@@ -711,12 +722,13 @@ def test_one_bad_request_of_a_batch_file_is_its_own_error(
 
 
 def test_ignored_fields_of_requests_are_said_once(
-    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    encode: Encode, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lines = [batch_line("a", inputtype="query"), batch_line("b", inputtype="query", user="u")]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert encode("b.jsonl", "--openai-batch") == 0
-    said = capsys.readouterr().err
+    flush_logs()
+    said = capfd.readouterr().err
     assert said.count("nobody knows are ignored: inputtype (input_type?)") == 1
     assert said.count("\n") == 1
 
