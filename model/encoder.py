@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.errors import NoMemoryError, NonFiniteError
-from model.hub import locate
+from model.hub import ModelSource, locate
 from model.memory import FittingRunner
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
@@ -42,7 +42,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | ModelSource | None = None,
         *,
         revision: str | None = None,
         offline: bool = False,
@@ -55,14 +55,18 @@ class Encoder:
         max_batch_tokens: int | None = None,
         max_batch_seqs: int = 256,
     ) -> None:
-        """Load `model`, a folder or a hub id; by default the small model that ships.
+        """Load `model`, a folder, a hub id or what `locate` found; by default the small model
+        that ships.
 
         The options are the server's (README.md).
 
         Raises CheckpointError or UnsupportedError.
         """
-        name = None if model is None else str(model)
-        source = locate(name, revision=revision, offline=offline)
+        if isinstance(model, ModelSource):
+            source = model
+        else:
+            name = None if model is None else str(model)
+            source = locate(name, revision=revision, offline=offline)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
         runner = ModelRunner(
             RunnerOptions(

@@ -64,14 +64,15 @@ def read_json(path: Path, most_bytes: int = 1 << 20) -> Any:
 def parse_json(text: str | bytes, path: Path) -> Any:
     """The value of JSON that was found in `path`. Raises CheckpointError."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repetition)
+        return json.loads(text, object_pairs_hook=without_repetition)
     except RecursionError:
         raise CheckpointError(f"{path} cannot be read: it is nested too deeply") from None
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a name that stands twice: which was meant?"""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from model import host
 from model.batch import BatchLimits, RunnerOptions
-from model.hub import locate
+from model.hub import ModelSource, locate
 from model.memory import is_out_of_memory
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import kind_of
@@ -130,7 +130,7 @@ def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bul
         todo.describe(model, asked, defaults)
         if todo.is_done(resume=arguments.resume):
             return True
-        encoder = _encoder(arguments)
+        encoder = _encoder(arguments, model)
         encoder.max_tokens = min(encoder.max_tokens, arguments.max_input_tokens or sys.maxsize)
         todo.begin(encoder.runner.info)
         tokenize: bulk.Tokenize[Any] = bulk.texts(job, source, encoder)
@@ -265,16 +265,14 @@ def _check(arguments: argparse.Namespace, job: bulk.Job, source: Source) -> None
             raise SettingsError(f"--output {path} is the input file")
 
 
-def _encoder(arguments: argparse.Namespace) -> Encoder:
+def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
     with host.for_good():
         from model.encoder import Encoder
 
     if arguments.runner:
-        return _encoder_around(arguments)
+        return _encoder_around(arguments, model.path)
     return Encoder(
-        arguments.model,
-        revision=arguments.revision,
-        offline=arguments.offline,
+        model,
         device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
@@ -285,11 +283,10 @@ def _encoder(arguments: argparse.Namespace) -> Encoder:
     )
 
 
-def _encoder_around(arguments: argparse.Namespace) -> Encoder:
+def _encoder_around(arguments: argparse.Namespace, path: Path) -> Encoder:
     """With another runner than the model, for tests and benchmarks."""
     from model.encoder import Encoder
 
-    path = locate(arguments.model, revision=arguments.revision, offline=arguments.offline).path
     runner = load_factory(arguments.runner)(RunnerOptions(path=str(path)))
     limits = BatchLimits(arguments.max_batch_tokens or 1024, max_seqs=256)
     return Encoder.of(NVEmbedTokenizer.from_dir(path), runner, limits, max_tokens=32_768)

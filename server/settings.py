@@ -528,11 +528,24 @@ def _read_keys(path: Path) -> list[str]:
     return list(found.values())
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses an option that stands twice, as TOML does: which one was meant?"""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{key.value} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(path: Path) -> dict[str, Any]:
     try:
         text = read_text(path)
         is_toml = path.suffix.lower() == ".toml"
-        raw = tomllib.loads(text) if is_toml else yaml.safe_load(text)
+        raw = tomllib.loads(text) if is_toml else yaml.load(text, _Loader)  # noqa: S506
     except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a key
         where = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
         problem = re.sub(r"'[^']{2,}'", "a word", str(error.problem))

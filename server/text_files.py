@@ -54,7 +54,7 @@ _FOREIGN = (
     (b"\x93NUMPY", "a NumPy file, not text"),
     (b"%PDF-", "a PDF, not text"),
 )
-_STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/(\d+)|/proc/self/fd/(\d+)")
+_STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/(\d{1,9})|/proc/self/fd/(\d{1,9})")
 
 
 class InputFileError(Exception):

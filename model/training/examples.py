@@ -21,6 +21,7 @@ from typing import Any
 
 from model import user_files
 from model.errors import FileError, ModelError, did_you_mean
+from model.files import without_repetition
 from model.tasks import prefix_of
 
 
@@ -84,10 +85,16 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
-    """The lines of a text file, without their ends. Raises DataError naming the file."""
-    text = read_text(path, encoding).replace("\r\n", "\n").removesuffix("\n")
+    """The lines of a text file, without their ends, and without blank ones behind the last.
+
+    Raises DataError naming the file.
+    """
+    text = read_text(path, encoding).replace("\r\n", "\n")
     # Not splitlines(): it also cuts at U+2028 and the like, which JSON leaves in texts.
-    return text.split("\n") if text else []
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> int:
@@ -123,7 +130,13 @@ def read_rows(path: Path, known: Sequence[str]) -> Iterator[tuple[int, dict[str,
     """
     for number, line in enumerate(read_lines(path), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=without_repetition)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{path}, line {number}: half of a surrogate pair, as of an emoji that was cut"
+            ) from None
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
         except RecursionError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import FileError, ModelError, did_you_mean
+from model.files import without_repetition
 from model.hub import packaged_checkpoint
 from model.user_files import read_text
 
@@ -173,7 +174,7 @@ class TrainingSettings:
     def read(cls, path: Path, base: Path | None = None, **changes: Any) -> TrainingSettings:
         """From a JSON file; its relative paths start at `base`, by default the file's folder."""
         try:
-            raw = json.loads(read_text(path))
+            raw = json.loads(read_text(path), object_pairs_hook=without_repetition)
         except (OSError, ValueError, FileError) as error:
             raise TrainingSettingsError(f"{path} cannot be read: {error}") from error
         except RecursionError:

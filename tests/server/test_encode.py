@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,22 @@ def test_resume_goes_on_with_the_same_only(
     output.unlink()  # complete: nothing is computed again, not even the model is loaded
     assert encode(golden_checkpoint, *options, "--resume") == 0
     assert not output.exists()
+
+
+def test_a_model_is_looked_for_once(
+    golden_checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").symlink_to(golden_checkpoint)
+    (tmp_path / "a.txt").write_text("one\n")
+    monkeypatch.chdir(tmp_path)
+    assert encode(Path("owner/name"), "a.txt", "-o", "a.npy") == 0
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    assert capfd.readouterr().err.count("not the hub's owner/name") == 1
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,8 @@ def test_mistakes_in_a_file(tmp_path: Path) -> None:
         ("port: x", f"{file} (port): must be a whole number, not 'x'"),
         ("- port", "must hold options"),
         ("port: [", "o.yaml, line 1: "),
+        ("port: 1\nport: 2", "o.yaml, line 2: port stands there twice"),
+        ('{"port": 1, "port": 2}', "port stands there twice"),
     ):
         file.write_text(text)
         with pytest.raises(SettingsError) as caught:

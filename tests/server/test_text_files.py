@@ -171,6 +171,11 @@ def test_a_pipe_is_read_again_from_a_copy(name: str, content: bytes) -> None:
     assert run.stdout.decode().splitlines() == ["|".join(TEXTS)] * 2
 
 
+def test_a_descriptor_that_cannot_be_is_no_file() -> None:
+    with pytest.raises(FileNotFoundError):
+        texts_of(f"/dev/fd/{10**20}")
+
+
 def test_parquet_comes_through_a_pipe(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": TEXTS}), buffer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -54,13 +55,35 @@ def test_instructions() -> None:
         (json.dumps({**GOOD, "negatives": ""}), "negatives is not a list of texts"),
         (json.dumps({**GOOD, "task": []}), "task is not a text"),
         ("[" * 100_000, "nested too deeply"),
+        ('{"query": "q", "query": "r", "positive": "p"}', "not JSON (it has 'query' twice)"),
+        (json.dumps({**GOOD, "query": "\ud83d"}), "half of a surrogate pair"),
+        (json.dumps({**GOOD, "negatives": ["n", "\udc00"]}), "half of a surrogate pair"),
+        (json.dumps({**GOOD, "meta": {"\ud800": 1}}), "half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + line + "\n" + json.dumps(GOOD) + "\n")
-    with pytest.raises(DataError, match=f"x.jsonl, line 2: {reason}"):
+    with pytest.raises(DataError, match=re.escape(f"x.jsonl, line 2: {reason}")):
         read_examples(file)
+
+
+def test_blank_lines_at_the_end_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    for end in ("", "\n", "\n\n", "\r\n\r\n", "\n \n", "\n\t"):
+        file.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}{end}", newline="")
+        assert read_examples(file) == [Example("q", "p")] * 2
+    file.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_examples(file)
+    file.write_text("\n\n")
+    assert read_examples(file) == []
+
+
+def test_a_whole_emoji_is_no_half(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({**GOOD, "query": "\U0001f600"}) + "\n")
+    assert read_examples(file)[0].query == "\U0001f600"
 
 
 def test_what_a_line_says_of_itself_is_ignored(tmp_path: Path) -> None:

@@ -477,6 +477,9 @@ def test_settings_come_from_a_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({"model": "m", "stepps": 5}))
     with pytest.raises(TrainingSettingsError, match=r"unknown stepps; did you mean steps\?"):
         TrainingSettings.read(file)
+    file.write_text('{"model": "m", "steps": 5, "steps": 6, "data": {"d.jsonl": 1}}')
+    with pytest.raises(TrainingSettingsError, match="it has 'steps' twice"):
+        TrainingSettings.read(file)
     file.write_text("\ufeff" + json.dumps({"model": "m", "steps": 5, "data": {"d.jsonl": 1}}))
     assert TrainingSettings.read(file).steps == 5
 
