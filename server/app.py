@@ -122,7 +122,7 @@ def _pointer(request: Request) -> str:
     # A base URL that ends with a slash or with /v1, where the client puts its own.
     parts = [part for part in request.scope["route_path"][:100].split("/") if part]
     once = [part for index, part in enumerate(parts) if index == 0 or part != parts[index - 1]]
-    if not once:
+    if once in ([], ["v1"]):  # a base URL by itself
         docs = ", /docs" if "/docs" in known else ""
         return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
     close = nearest("/" + "/".join(once), known)

@@ -228,9 +228,10 @@ def test_a_route_that_is_nearly_one(server: ServerProcess, path: str, meant: str
 
 
 def test_other_unknown_routes(server: ServerProcess) -> None:
-    root = error_of(server.client.get("/"))["message"]
-    for pointer in ("POST /v1/embeddings", "/v1/models", "/docs"):
-        assert pointer in root
+    for base in ("/", "/v1", "/v1/"):
+        root = error_of(server.client.get(base))["message"]
+        for pointer in ("POST /v1/embeddings", "/v1/models", "/docs"):
+            assert pointer in root
     far = error_of(server.client.get("/v1/chat/completions"))["message"]
     assert far == "Unknown route GET /v1/chat/completions"
     assert len(error_of(server.client.get("/" + "x" * 5000))["message"]) < 300
