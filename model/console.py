@@ -52,7 +52,10 @@ def run(
 
 
 def _fail(name: str, message: str, status: int) -> int:
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.flush()  # what was logged before comes before; a thread may write it
+    if sys.stderr is not None:
+        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")  # whole: no line gets into it
     return status
 
 
