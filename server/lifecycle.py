@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -62,6 +63,8 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     server = _Uvicorn(_uvicorn_config(settings, engine, connections))
     listener, address = _listen(settings)
     stop = _Signals()
+    gc.collect()
+    gc.freeze()  # what has been made by now stays: no collection need look at it again
     logger.info("listening on %s; the model is loading", address)
     names = ServedNames(source.model_id, settings.served_model_name).names
     logger.info("clients name the model %s", ", ".join(names))
