@@ -307,9 +307,10 @@ def check_backbone(subject: Subject) -> Check:
     ours, tensors = load_backbone(
         subject.source.path,
         subject.config,
-        layers=layers,
+        depth=layers,
         device=subject.device,
         dtype=torch.float32,
+        layers=layers_of(subject, torch.float32, "none"),
     )
     theirs = _mistral_model(subject.config, layers, tensors, subject.device)
     differences = []

@@ -391,16 +391,22 @@ def _fold(
 
 
 def load_backbone(
-    folder: Path, config: NVEmbedConfig, *, layers: int, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: NVEmbedConfig,
+    *,
+    depth: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Products,
 ) -> tuple[MistralBackbone, dict[str, Tensor]]:
-    """The first `layers` layers and the final norm, laid out as they serve; and the same tensors
+    """The first `depth` layers and the final norm, of the products that serve; and the same tensors
     as they are on disk, in the names of transformers' MistralModel, for a referee."""
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    config = replace(config, num_hidden_layers=layers)
+    config = replace(config, num_hidden_layers=depth)
     with torch.device("meta"):
         backbone = MistralBackbone(config)
-    _suit(backbone, backbone, device, products.choose(device, dtype, "none", config.widest_product))
+    _suit(backbone, backbone, device, layers)
     read = _reader(checkpoint, config, backbone)
     theirs = {}
     for parameter, sources in tensor_table(config).items():

@@ -158,7 +158,7 @@ def choose(
     if mode not in MODES:
         raise UnsupportedError(f"unknown products {mode!r}; known: {', '.join(MODES)}")
     if device.type != "cpu":
-        return Products(dtype, nn.Linear, quantization.layer_of(quantize))
+        return Products(dtype, nn.Linear, quantization.usual_layer(quantize))
     if mode == "plain":
         return Products(dtype, nn.Linear, PlainInt8Linear if quantize == "int8-dynamic" else None)
     kind = _name(dtype)

@@ -55,6 +55,7 @@ class ScaledLinear(nn.Module):
 
     store: torch.dtype
     most: float  # the largest value of a weight
+    activations_most: float
     compiles_rows = False
     """Whether the kernels keep code and memory for each number of rows that they meet."""
 
@@ -68,7 +69,7 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> [T, O] in x's dtype."""
-        values, scales = quantize_rows(x, self.store, self.most)
+        values, scales = quantize_rows(x, self.store, self.activations_most)
         return self._product(values, scales, x.dtype)
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,7 +84,8 @@ class ScaledLinear(nn.Module):
 class PlainInt8Linear(ScaledLinear):
     """Products of the 8-bit values in float32: right on every processor, and slow."""
 
-    store, most = torch.int8, _INT8_MAX
+    store = torch.int8
+    most = activations_most = _INT8_MAX
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         outputs = torch.split(self.weight, max(1, _CHUNK // self.in_features), dim=1)
@@ -100,15 +102,10 @@ class _OneDNNInt8Linear(ScaledLinear):
     (`torch._int_mm` takes 1.2 to 2.3 times as long, before its int32 result has been scaled.)
     """
 
-    store, most = torch.int8, _INT8_MAX
+    store = torch.int8
+    most = activations_most = _INT8_MAX
     compiles_rows = True
-    activations_most = _INT8_MAX
     zero_point = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [T, I] -> [T, O] in x's dtype."""
-        values, scales = quantize_rows(x, self.store, self.activations_most)
-        return self._product(self._shifted(values), scales, x.dtype)
 
     def _shifted(self, values: Tensor) -> Tensor:
         """int8 values as the kernel takes them."""
@@ -116,10 +113,10 @@ class _OneDNNInt8Linear(ScaledLinear):
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         if values.device.type == "meta":  # shapes and FLOPs only
-            return torch._int_mm(values.to(torch.int8), self.weight).to(dtype)
+            return torch._int_mm(values, self.weight).to(dtype)
         zeros = torch.zeros(self.out_features, dtype=torch.int64)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            values,
+            self._shifted(values),
             1.0,
             self.zero_point,
             self.weight,
@@ -168,7 +165,8 @@ class UnsignedInt7Linear(_OneDNNInt8Linear):
 class Float8Linear(ScaledLinear):
     """Products by cuBLAS or CUTLASS with a scale for each row and each column."""
 
-    store, most = torch.float8_e4m3fn, _FLOAT8_MAX
+    store = torch.float8_e4m3fn
+    most = activations_most = _FLOAT8_MAX
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return torch._scaled_mm(
@@ -182,7 +180,7 @@ _LAYERS: dict[str, type[ScaledLinear]] = {
 }
 
 
-def layer_of(quantization: str) -> type[ScaledLinear] | None:
+def usual_layer(quantization: str) -> type[ScaledLinear] | None:
     """Its layer, where it has one of ours; on a CPU model.products may take another."""
     return _LAYERS.get(quantization)
 
@@ -225,7 +223,7 @@ def replace_linears(
 
     The backbone's have no bias, and neither have these.
     """
-    kind = kind or layer_of(quantization)
+    kind = kind or usual_layer(quantization)
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear):
