@@ -171,7 +171,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     for warning in settings.exposed(options, config):
         logger.warning(warning)
     from model.hub import locate
-    from server import lifecycle
+    from server.http import lifecycle
 
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
@@ -223,7 +223,7 @@ def _add_encode_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _encode(arguments: argparse.Namespace) -> int:
     arguments.device = _settle(arguments, EncodeSettings).one_device()
-    from server import encode
+    from server.offline import encode
 
     return encode.run(arguments)
 
@@ -393,7 +393,7 @@ def _openapi(arguments: argparse.Namespace) -> int:
     import orjson
     import yaml
 
-    from server.app import openapi_document
+    from server.http.app import openapi_document
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # it is a file, whatever the terminal

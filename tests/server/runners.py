@@ -260,7 +260,7 @@ class AnswersTwice(Troubled):
     """From then on."""
 
     def trouble(self) -> None:
-        from server import worker
+        from server.engine import worker
 
         send = worker._Connection.send
         worker._Connection.send = lambda self, data: send(self, data + data)

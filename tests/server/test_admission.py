@@ -20,10 +20,10 @@ import pytest
 
 from model.batch import Encoding
 from model.tokenizer import NVEmbedTokenizer, Truncation
+from server.api.hints import ignored_names, nearest
+from server.api.serialize import PIECE_VALUES, embeddings_body, embeddings_pieces, tokens_pieces
+from server.engine.inputs import AbandonedError, InputTokenizer, Tokenization
 from server.errors import InvalidRequestError
-from server.hints import ignored_names, nearest
-from server.inputs import AbandonedError, InputTokenizer, Tokenization
-from server.serialize import PIECE_VALUES, embeddings_body, embeddings_pieces, tokens_pieces
 from server.settings import MAX_REQUEST_TOKENS
 from tests.checkpoints import claim_width
 from tests.server.processes import ServerProcess, serving

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 from model.batch import BatchLimits, Encoding, RunnerInfo
-from server.batcher import Batcher
+from server.engine.batcher import Batcher
+from server.engine.metrics import Metrics
+from server.engine.supervisor import Worker
+from server.engine.vector_cache import VectorCache
+from server.engine.worker import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -20,10 +24,6 @@ from server.errors import (
     NonFiniteVectorError,
     UnavailableError,
 )
-from server.metrics import Metrics
-from server.supervisor import Worker
-from server.vector_cache import VectorCache
-from server.worker import Fault
 from tests.server.runners import WIDTH, vector_of
 
 

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from server.protocol import LimitedProtocol, ProtocolLimits, limited
+from server.http.connection import LimitedProtocol, ProtocolLimits, limited
 from tests.server.processes import ROOT
 
 LIMITS = ProtocolLimits(

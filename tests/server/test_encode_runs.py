@@ -22,7 +22,8 @@ import pytest
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
-from server import bulk, cli
+from server import cli
+from server.offline import bulk
 from tests.server.runners import Hashing, vector_of
 
 LINES = [f"line {number}" for number in range(10)]

@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from model.batch import BatchLimits, Encoding
-from server.batcher import Answer, Batcher
+from server.engine.batcher import Answer, Batcher
+from server.engine.metrics import Metrics
+from server.engine.request_queue import QueuedRequest
+from server.engine.worker import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -27,9 +30,6 @@ from server.errors import (
     NonFiniteVectorError,
     ServerError,
 )
-from server.metrics import Metrics
-from server.request_queue import QueuedRequest
-from server.worker import Fault
 from tests.server.runners import vector_of
 from tests.server.test_batcher import RecordingWorker, turn
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.byte_budget import ByteBudget, ByteBudgetError
+from server.api.byte_budget import ByteBudget, ByteBudgetError
 from tests.server.processes import ServerProcess, serving
 
 FAKE = ("--runner", "tests.server.runners:Hashing")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.api.json_fields import KEPT_CHARS, read_fields
+from server.api.json_text import JSONTextError, loads
 from server.errors import InvalidRequestError
-from server.json_fields import KEPT_CHARS, read_fields
-from server.json_text import JSONTextError, loads
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS
 
 WANTED = ("input", "model", "prompt", "dimensions")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.pace import Pace
+from server.engine.pace import Pace
 
 SECONDS = st.floats(1e-4, 1e4)
 TOKENS = st.integers(1, 100_000)

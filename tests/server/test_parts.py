@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.parts import Ledger, Parts, Proof, Shard
+from server.offline.parts import Ledger, Parts, Proof, Shard
 
 SHARD = Shard(2, 20, 10, "ab" * 32)
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from model.batch import Encoding
-from server.quarantine import REMEMBERED_MOST, REMEMBERED_S, Quarantine
-from server.request_queue import Entry, QueuedRequest
+from server.engine.quarantine import REMEMBERED_MOST, REMEMBERED_S, Quarantine
+from server.engine.request_queue import Entry, QueuedRequest
 
 
 def entries(*numbers: int) -> list[Entry[None]]:

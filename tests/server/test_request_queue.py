@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import BatchLimits, Encoding
-from server.request_queue import QueuedRequest, RequestQueue
+from server.engine.request_queue import QueuedRequest, RequestQueue
 
 LIMITS = BatchLimits(max_tokens=10, max_seqs=4)
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from model.batch import Encoding, RunnerOptions
+from server.engine.supervisor import Supervisor, Worker, load_timeout_of
+from server.engine.worker import HEADER, Fault, Kind, frame
 from server.errors import StartError
-from server.supervisor import Supervisor, Worker, load_timeout_of
-from server.worker import HEADER, Fault, Kind, frame
 from tests.server.processes import ROOT
 from tests.server.questions import RUNNERS, marked_ids
 from tests.server.runners import WIDTH, vector_of
@@ -183,7 +183,7 @@ def test_a_worker_that_cannot_be_loaded_says_so_in_a_line(
 
 
 def test_without_files_or_processes_it_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server import supervisor as module
+    from server.engine import supervisor as module
 
     spawn, refusals = module._spawn, [BlockingIOError(11, "Resource temporarily unavailable")]
 

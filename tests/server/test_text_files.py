@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from model.errors import FileError
-from server import text_files
-from server.text_files import InputFileError, Kind, opened, read_objects, read_texts
+from server.offline import text_files
+from server.offline.text_files import InputFileError, Kind, opened, read_objects, read_texts
 from tests.server.processes import ROOT
 
 OBJECTS = b'{"text": "alpha beta"}\n{"text": "gamma"}\n'

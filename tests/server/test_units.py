@@ -10,16 +10,17 @@ import pytest
 
 from model.batch import Encoding
 from model.tasks import TASKS, prefix_of
-from server import schemas, serialize, worker
+from server.api import schemas, serialize
+from server.api.instructions import Defaults, choose_prefix
+from server.api.names import ServedNames
+from server.engine import worker
+from server.engine.worker import Fault
 from server.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
     ServerError,
 )
-from server.instructions import Defaults, choose_prefix
-from server.names import ServedNames
-from server.worker import Fault
 
 # The worker's frames
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.batch import Encoding
-from server.vector_cache import VectorCache
+from server.engine.vector_cache import VectorCache
 
 
 def row(value: float) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.instructions import INPUT_TYPES, TASKS
+from server.api.instructions import INPUT_TYPES, TASKS
 from tests.server.processes import ServerProcess, serving
 from tests.server.runners import WIDTH
 

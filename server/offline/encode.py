@@ -23,16 +23,17 @@ from model.hub import ModelSource, locate
 from model.memory import is_out_of_memory
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import kind_of
-from server import batch_files, bulk, instructions, text_files
-from server.batch_files import BatchAnswers
+from server.api import instructions
+from server.api.instructions import Defaults
+from server.api.names import ServedNames
+from server.engine.inputs import InputTokenizer
+from server.engine.worker import load_factory
 from server.errors import InvalidRequestError, SettingsError
-from server.inputs import InputTokenizer
-from server.instructions import Defaults
-from server.names import ServedNames
-from server.parts import OutputError
-from server.text_files import InputFileError, Kind, Source, import_parquet
-from server.vector_files import FORMATS
-from server.worker import load_factory
+from server.offline import batch_files, bulk, text_files
+from server.offline.batch_files import BatchAnswers
+from server.offline.parts import OutputError
+from server.offline.text_files import InputFileError, Kind, Source, import_parquet
+from server.offline.vector_files import FORMATS
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

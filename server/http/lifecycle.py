@@ -21,13 +21,13 @@ import uvicorn
 import uvloop
 
 from model.hub import ModelSource
-from server.app import create_app
-from server.engine import EmbeddingEngine
+from server.api.names import ServedNames
+from server.engine.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
-from server.handshake import with_tls
-from server.names import ServedNames
+from server.http.app import create_app
+from server.http.connection import ProtocolLimits, limited
+from server.http.tls import with_tls
 from server.process import most_connections, raise_file_limit
-from server.protocol import ProtocolLimits, limited
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 from model.errors import FileError
 from model.extras import how_to_install
 from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
-from server import json_text
+from server.api import json_text
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""

@@ -1,7 +1,7 @@
 """The engine worker process, and the wire format between it and the front.
 
 Both ends import this module, so it imports torch nowhere: only the runner does, in the child.
-A worker is a fresh interpreter (`server.start_worker`) that is joined to the front by
+A worker is a fresh interpreter (`server.engine.start_worker`) that is joined to the front by
 one Unix socket. It does one batch after another and ends when the socket closes.
 
 A frame is a header (kind, batch id, rows, faults, payload bytes; five little-endian uint32) and

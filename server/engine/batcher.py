@@ -17,6 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding
+from server.engine.metrics import Metrics
+from server.engine.pace import Pace
+from server.engine.quarantine import Quarantine
+from server.engine.request_queue import Entry, QueuedRequest, RequestQueue
+from server.engine.supervisor import Worker
+from server.engine.vector_cache import VectorCache
+from server.engine.worker import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -25,13 +32,6 @@ from server.errors import (
     NonFiniteVectorError,
     ServerError,
 )
-from server.metrics import Metrics
-from server.pace import Pace
-from server.quarantine import Quarantine
-from server.request_queue import Entry, QueuedRequest, RequestQueue
-from server.supervisor import Worker
-from server.vector_cache import VectorCache
-from server.worker import Fault
 
 logger = logging.getLogger("nv_embed.batcher")
 

@@ -29,9 +29,9 @@ from model.errors import InputError
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.tokenizer import Truncation
-from server.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
-from server.text_files import InputFileError, Line, Source
-from server.vector_files import VectorFormat
+from server.offline.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
+from server.offline.text_files import InputFileError, Line, Source
+from server.offline.vector_files import VectorFormat
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

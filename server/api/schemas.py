@@ -24,9 +24,9 @@ from pydantic import (
 )
 
 from model.tokenizer import Truncation
-from server import json_fields
+from server.api import json_fields
+from server.api.json_text import JSONTextError, loads
 from server.errors import InvalidRequestError
-from server.json_text import JSONTextError, loads
 from server.settings import MAX_REQUEST_INPUTS
 
 Input = str | list[int]

@@ -23,8 +23,8 @@ import orjson
 from numpy.typing import NDArray
 
 from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
+from server.engine.worker import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
 from server.errors import StartError
-from server.worker import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
 
 logger = logging.getLogger("nv_embed.supervisor")
 
@@ -319,7 +319,7 @@ async def _text(reader: asyncio.StreamReader, size: int) -> bytes:
 
 def _spawn(fd: int) -> subprocess.Popen[bytes]:
     # -P: a server.py or model.py in the working directory is not what we mean.
-    command = [sys.executable, "-P", "-m", "server.start_worker", str(fd)]
+    command = [sys.executable, "-P", "-m", "server.engine.start_worker", str(fd)]
     return subprocess.Popen(  # noqa: S603
         command,
         pass_fds=[fd],

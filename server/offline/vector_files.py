@@ -1,6 +1,6 @@
 """How vectors are written: a shard of them, and one file made of shards.
 
-Knows nothing of models or inputs, nor when a file takes its name (server/parts.py).
+Knows nothing of models or inputs, nor when a file takes its name (server/offline/parts.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from server.text_files import import_parquet
+from server.offline.text_files import import_parquet
 
 
 class VectorFormat(ABC):

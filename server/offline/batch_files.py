@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.errors import did_you_mean
-from server import schemas, serialize
+from server.api import schemas, serialize
+from server.api.hints import ignored_names
+from server.api.instructions import Defaults
+from server.api.names import ServedNames
+from server.engine.inputs import InputTokenizer, tokenization_of
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
-from server.hints import ignored_names
-from server.inputs import InputTokenizer, tokenization_of
-from server.instructions import Defaults
-from server.names import ServedNames
-from server.text_files import InputFileError, Source, read_objects
+from server.offline.text_files import InputFileError, Source, read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Callable
 from typing import cast
 
-from server.protocol import LimitedProtocol
+from server.http.connection import LimitedProtocol
 
 
 class Handshake(asyncio.Protocol):

@@ -23,18 +23,18 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from model.tasks import TASKS
-from server import instructions, json_fields, schemas, serialize
-from server.byte_budget import ByteBudgetError
-from server.engine import EmbeddingEngine
+from server.api import instructions, json_fields, schemas, serialize
+from server.api.byte_budget import ByteBudgetError
+from server.api.hints import ignored_names
+from server.api.names import ServedNames
+from server.engine.engine import EmbeddingEngine
+from server.engine.inputs import Tokenization, tokenization_of
 from server.errors import (
     BodyTooLargeError,
     OverloadedError,
     UnavailableError,
     UnsupportedMediaTypeError,
 )
-from server.hints import ignored_names
-from server.inputs import Tokenization, tokenization_of
-from server.names import ServedNames
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
 IGNORED_HEADER = "x-ignored-fields"
@@ -441,7 +441,7 @@ def _patience(request: Request) -> float:
 def _cancelled_on_disconnect(request: Request) -> Iterator[None]:
     """Cancel the block when the client goes away, and raise ClientGoneError in its place.
 
-    Only `server.protocol` tells of that; under another HTTP server the block runs to its end.
+    Only `server.http.connection` tells of that; under another HTTP server the block runs to its end.
     """
     task = asyncio.current_task()
     assert task is not None

@@ -21,10 +21,10 @@ from fastapi import Request, Response
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.byte_budget import ByteBudget
-from server.engine import EmbeddingEngine
+from server.api.byte_budget import ByteBudget
+from server.engine.engine import EmbeddingEngine
+from server.engine.metrics import ROUTES
 from server.errors import InternalError, InvalidKeyError, ServerError
-from server.metrics import ROUTES
 
 logger = logging.getLogger("nv_embed.access")
 

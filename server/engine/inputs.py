@@ -18,10 +18,10 @@ from model.tokenizer import (
     Truncation,
     to_encoding,
 )
+from server.api.instructions import Defaults, choose_prefix
+from server.api.names import ServedNames
+from server.api.schemas import Input, InstructedInput
 from server.errors import ContextLengthExceededError, InvalidRequestError
-from server.instructions import Defaults, choose_prefix
-from server.names import ServedNames
-from server.schemas import Input, InstructedInput
 from server.settings import MAX_REQUEST_TOKENS
 
 _CHARS_AT_ONCE = 256 * 1024

@@ -14,7 +14,7 @@ _NOT_LOADED = 71
 def main(fd: int) -> int:
     """A worker's whole life; returns the exit status."""
     try:
-        from server import worker
+        from server.engine import worker
     except (ImportError, OSError, MemoryError) as error:
         root: BaseException = error
         while cause := root.__cause__ or root.__context__:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.batch import Encoding
-from server.request_queue import Entry
+from server.engine.request_queue import Entry
 
 SUSPECT_AFTER = 2
 """Deaths over a batch after which its inputs run one to a batch."""

@@ -20,12 +20,13 @@ from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
 from model.hub import ModelSource
-from server import schemas
-from server.byte_budget import ByteBudget
-from server.engine import EmbeddingEngine
+from server.api import schemas
+from server.api.byte_budget import ByteBudget
+from server.api.hints import nearest
+from server.api.openai import EMBEDDINGS_PATHS, IGNORED_HEADER, ClientGoneError, create_router
+from server.engine.engine import EmbeddingEngine
 from server.errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, ServerError
-from server.hints import nearest
-from server.middleware import (
+from server.http.middleware import (
     CLIENT_CLOSED_REQUEST,
     OPEN_PATHS,
     Gate,
@@ -33,7 +34,6 @@ from server.middleware import (
     ShortCut,
     error_response,
 )
-from server.routes import EMBEDDINGS_PATHS, IGNORED_HEADER, ClientGoneError, create_router
 from server.settings import Settings
 
 TITLE = "NV-Embed server"

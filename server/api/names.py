@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from server.api.instructions import Side
 from server.errors import ModelNotFoundError
-from server.instructions import Side
 
 _SIDES: tuple[Side, ...] = ("query", "passage")
 

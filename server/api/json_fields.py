@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Collection
 from typing import Any
 
+from server.api.json_text import JSONTextError, loads
 from server.errors import InvalidRequestError
-from server.json_text import JSONTextError, loads
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS
 
 STEP = 64 * 1024

@@ -26,17 +26,17 @@ from model.fingerprint import fingerprint
 from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
-from server.batcher import Batcher
+from server.api.schemas import Input
+from server.engine.batcher import Batcher
+from server.engine.inputs import InputTokenizer, Tokenization
+from server.engine.metrics import Metrics
+from server.engine.supervisor import Supervisor, load_timeout_of, worker_options
 from server.errors import (
     OverloadedError,
     SettingsError,
     UnavailableError,
 )
-from server.inputs import InputTokenizer, Tokenization
-from server.metrics import Metrics
-from server.schemas import Input
 from server.settings import MAX_REQUEST_TOKENS, Settings
-from server.supervisor import Supervisor, load_timeout_of, worker_options
 
 logger = logging.getLogger("nv_embed.engine")
 
