@@ -393,7 +393,7 @@ def _openapi(arguments: argparse.Namespace) -> int:
     import orjson
     import yaml
 
-    from server.http.app import openapi_document
+    from server.api.openapi import openapi_document
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # it is a file, whatever the terminal

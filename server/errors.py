@@ -1,4 +1,6 @@
-"""One error tree: each class knows its HTTP status and OpenAI's type and code.
+"""One error tree: each class knows its HTTP status, and its type and code in OpenAI's words.
+
+The envelope around them is each dialect's own.
 
 ServerError                        500 server_error
 ├── InvalidRequestError            400 invalid_request_error; `param` names the field: input[17]
@@ -25,7 +27,7 @@ SettingsError and StartError are no answers to a client: they end the start.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class SettingsError(Exception):
@@ -37,7 +39,7 @@ class StartError(Exception):
 
 
 class ServerError(Exception):
-    """Base of everything that is answered with an error envelope."""
+    """Base of everything that is answered with an error."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -50,16 +52,6 @@ class ServerError(Exception):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.retry_after = message, param, retry_after
-
-    def body(self) -> dict[str, Any]:
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
 
     def headers(self) -> dict[str, str]:
         headers = {}

@@ -1,123 +1,16 @@
-"""Imports point one way: server to model, and in each package down the lists below."""
+"""Imports point one way: server to model, and in each package down the table of tests/layers.py."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.layers import ROOT, WINGS, imports, layers, modules, uses, wing_of
 
-# Lowest first: a module may import those before it. A new module gets its place here.
-MODEL = [
-    "errors",
-    "console",
-    "extras",
-    "user_files",
-    "batch",
-    "host",
-    "files",
-    "config",
-    "card",
-    "weights",
-    "fingerprint",
-    "hub",
-    "tokenizer_file",
-    "tokenizer",
-    "tasks",
-    "packing",
-    "attention",
-    "rotary",
-    "packed_linear",
-    "quantization",
-    "products",
-    "mistral",
-    "latent_attention",
-    "nv_embed",
-    "loader",
-    "cuda_graphs",
-    "runner",
-    "memory",
-    "encoder",
-    "checks",
-    "verify",
-]
-SERVER = [
-    "errors",
-    "json_text",
-    "process",
-    "pace",
-    "hints",
-    "logs",
-    "settings",
-    "metrics",
-    "instructions",
-    "names",
-    "json_fields",
-    "schemas",
-    "inputs",
-    "byte_budget",
-    "request_queue",
-    "quarantine",
-    "vector_cache",
-    "worker",
-    "start_worker",
-    "supervisor",
-    "batcher",
-    "engine",
-    "serialize",
-    "middleware",
-    "routes",
-    "app",
-    "protocol",
-    "handshake",
-    "lifecycle",
-    "text_files",
-    "vector_files",
-    "parts",
-    "bulk",
-    "batch_files",
-    "encode",
-    "cli",
-]
-TRAINING = [
-    "examples",
-    "settings",
-    "losses",
-    "attention",
-    "network",
-    "adapters",
-    "mistral_import",
-    "export",
-    "average",
-    "deepen",
-    "teacher",
-    "initialise",
-    "corpus",
-    "gradient_cache",
-    "states",
-    "trainer",
-    "sources",
-    "validation_sets",
-    "mining",
-    "remote",
-    "stages",
-    "baseline",
-    "metrics",
-    "bm25",
-    "evaluation",
-    "mteb_adapter",
-    "convert",
-    "decontamination",
-    "plot",
-    "ablation",
-    "commands",
-]
-LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING}
+PACKAGES = list(layers())
 TORCH_FREE = [
     "model.tokenizer",
     "model.tasks",
@@ -131,47 +24,51 @@ TORCH_FREE = [
 ]
 
 
-def modules(package: str) -> dict[str, Path]:
-    return {path.stem: path for path in (ROOT / package).glob("*.py") if path.stem != "__init__"}
-
-
-def imports(path: Path) -> Iterator[str]:
-    """Absolute dotted names that a file imports, wherever in it (for `from a import b`: a.b)."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import; write the whole name"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_has_its_place(package: str) -> None:
-    unplaced = modules(package).keys() - set(LAYERS[package])
+    order = layers()[package]
+    unplaced = modules(package).keys() - set(order)
     assert not unplaced, (
-        f"{package}/ has modules without a layer: {sorted(unplaced)}. Put each into the list "
-        f"{package.upper()} of tests/test_layering.py, after all that it imports."
+        f"{package} has modules without a layer: {sorted(unplaced)}. Put each into the table of "
+        "tests/layers.py, after all that it imports."
     )
-    assert len(set(LAYERS[package])) == len(LAYERS[package])
+    assert set(order) == modules(package).keys(), "the table names what is no more"
+    assert len(set(order)) == len(order)
 
 
-@pytest.mark.parametrize("package", LAYERS)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_down(package: str) -> None:
-    order = LAYERS[package]
-    wrong = []
-    for name, path in modules(package).items():
-        for imported in imports(path):
-            inside, _, rest = imported.partition(package.replace("/", ".") + ".")
-            target = rest.split(".")[0]
-            if inside or target not in order:
-                continue
-            if order.index(target) >= order.index(name):
-                wrong.append(f"{package}.{name} imports {target}")
+    order = layers()[package]
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in modules(package).items()
+        for target in uses(path, order)
+        if order.index(target) >= order.index(name)
+    ]
     assert not wrong, "; ".join(wrong)
 
 
+def test_wings_use_what_the_table_allows() -> None:
+    known = layers()["server"]
+    wrong = []
+    for name, path in modules("server").items():
+        wing = wing_of(name)
+        for target in uses(path, known):
+            if wing_of(target) not in ("", wing, *WINGS[wing]):
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, "; ".join(wrong)
+
+
+def test_dialects_know_the_engine_by_its_interface_alone() -> None:
+    known = layers()["server"]
+    for name, path in modules("server").items():
+        if wing_of(name) == "api":
+            of_engine = {used for used in uses(path, known) if wing_of(used) == "engine"}
+            assert of_engine <= {"server.engine.interface"}, name
+
+
 def test_the_model_knows_nothing_of_the_server() -> None:
-    for name, path in (modules("model") | modules("model/training")).items():
+    for name, path in (modules("model") | modules("model.training")).items():
         roots = {imported.split(".")[0] for imported in imports(path)}
         assert not roots & {"server", "asyncio", "fastapi", "uvicorn", "starlette"}, name
 
@@ -180,13 +77,16 @@ def test_only_the_command_knows_of_training() -> None:
     for package in ("model", "server"):
         for name, path in modules(package).items():
             used = any(imported.startswith("model.training") for imported in imports(path))
-            assert used == (name == "cli"), name
+            assert used == (name == "server.cli"), name
 
 
 def test_the_check_finds_an_import_that_points_up(tmp_path: Path) -> None:
     file = tmp_path / "low.py"
     file.write_text("def f():\n    from model import encoder\n    import model.loader as x\n")
     assert list(imports(file)) == ["model.encoder", "model.loader"]
+    file.write_text("from server.api import names, openai\nimport server.engine.batcher\n")
+    found = uses(file, layers()["server"])
+    assert found == {"server.api.names", "server.api.openai", "server.engine.batcher"}
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

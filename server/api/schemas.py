@@ -26,11 +26,9 @@ from pydantic import (
 from model.tokenizer import Truncation
 from server.api import json_fields
 from server.api.json_text import JSONTextError, loads
+from server.engine.interface import Input
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
-
-Input = str | list[int]
-"""A text, or token ids that are used verbatim."""
 
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2}
 _INPUT_SCHEMA = {

@@ -26,9 +26,9 @@ from model.fingerprint import fingerprint
 from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
-from server.api.schemas import Input
 from server.engine.batcher import Batcher
-from server.engine.inputs import InputTokenizer, Tokenization
+from server.engine.inputs import InputTokenizer
+from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.metrics import Metrics
 from server.engine.supervisor import Supervisor, load_timeout_of, worker_options
 from server.errors import (
@@ -128,6 +128,19 @@ class EmbeddingEngine:
             )
         return asked or limit
 
+    @property
+    def dimensions(self) -> int:
+        """D, the numbers of a vector."""
+        return self.config.hidden_size
+
+    @property
+    def limits(self) -> EngineLimits:
+        return EngineLimits(
+            self.max_input_tokens,
+            self.max_queued_tokens,
+            tuple(options.max_batch_tokens for options in self.worker_options),
+        )
+
     # Life
 
     def start(self) -> None:
@@ -188,37 +201,28 @@ class EmbeddingEngine:
 
     # Requests
 
-    async def embed(
-        self,
-        inputs: Sequence[Input],
-        how: Tokenization,
-        *,
-        deadline: float = float("inf"),
-    ) -> tuple[list[NDArray[np.float32]], int]:
-        """-> (one float32 [D] per input, the number of ids that ran).
-
-        deadline: on time.monotonic's clock. Raises ServerErrors; cancelling it frees the queue.
-        """
+    async def embed(self, job: EmbedJob) -> EmbedResult:
+        """Raises ServerErrors; cancelling it frees the queue."""
         self._refuse_if_not_ready()
-        work = self._admit(inputs, how)
+        work = self._admit(job)
         with self._accepted():
-            encodings = await self._tokenize(inputs, how, work)
+            encodings = await self._tokenize(job, work)
             tokens = sum(len(encoding) for encoding in encodings)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            return await self._run(encodings, deadline), tokens
+            return EmbedResult(await self._run(encodings, job.deadline), tokens)
 
-    async def tokenize(self, inputs: Sequence[Input], how: Tokenization) -> list[Encoding]:
+    async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].
 
         It needs no worker; else it is admitted, counted and cancelled as `embed` is.
         """
         if self._draining:
             self._refuse_if_not_ready()
-        work = self._admit(inputs, how)
+        work = self._admit(job)
         with self._accepted():
-            return await self._tokenize(inputs, how, work)
+            return await self._tokenize(job, work)
 
     @contextmanager
     def _accepted(self) -> Iterator[None]:
@@ -232,9 +236,9 @@ class EmbeddingEngine:
             if not self._in_flight:
                 self._idle.set()
 
-    def _admit(self, inputs: Sequence[Input], how: Tokenization) -> _Work:
+    def _admit(self, job: EmbedJob) -> _Work:
         """Raises OverloadedError when there is no room for the tokens that are expected."""
-        work = self._expected_work(inputs, how)
+        work = self._expected_work(job)
         self._refuse_if_full(work.tokens)
         return work
 
@@ -266,11 +270,11 @@ class EmbeddingEngine:
                 retry_after=self._batcher.seconds_of_work(),
             )
 
-    def _expected_work(self, inputs: Sequence[Input], how: Tokenization) -> _Work:
+    def _expected_work(self, job: EmbedJob) -> _Work:
         """How many tokens there will be, rather too many than too few: a full queue must not
         cost a tokenization to say no, and what is being tokenized must count."""
-        chars = self._tokenizer.num_chars(inputs, how)
-        ids = sum(len(item) for item in inputs if not isinstance(item, str))
+        chars = self._tokenizer.num_chars(job.inputs, job.options)
+        ids = sum(len(item) for item in job.inputs if not isinstance(item, str))
         expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
         return _Work(chars, ids, min(expected, MAX_REQUEST_TOKENS))
 
@@ -280,26 +284,24 @@ class EmbeddingEngine:
             self._seen_tokens += tokens - _FORGET * self._seen_tokens
             self._seen_chars += chars - _FORGET * self._seen_chars
 
-    async def _tokenize(
-        self, inputs: Sequence[Input], how: Tokenization, work: _Work
-    ) -> list[Encoding]:
+    async def _tokenize(self, job: EmbedJob, work: _Work) -> list[Encoding]:
         self._tokenizing += work.tokens
         try:
             if work.chars + work.ids <= _INLINE_CHARS:
-                encodings = self._tokenizer.tokenize(inputs, how)
+                encodings = self._tokenizer.tokenize(job.inputs, job.options)
             else:
-                encodings = await self._tokenize_on_thread(inputs, how, work)
+                encodings = await self._tokenize_on_thread(job, work)
         finally:
             self._tokenizing -= work.tokens
         self._learn_tokens_per_char(work.chars, encodings)
         return encodings
 
-    async def _tokenize_on_thread(
-        self, inputs: Sequence[Input], how: Tokenization, work: _Work
-    ) -> list[Encoding]:
+    async def _tokenize_on_thread(self, job: EmbedJob, work: _Work) -> list[Encoding]:
         abandoned = threading.Event()
         threads = self._long_threads if work.chars + work.ids > _LONG_CHARS else self._threads
-        call = partial(self._tokenizer.tokenize, inputs, how, abandoned=abandoned.is_set)
+        call = partial(
+            self._tokenizer.tokenize, job.inputs, job.options, abandoned=abandoned.is_set
+        )
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, call)
         except asyncio.CancelledError:

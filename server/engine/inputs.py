@@ -1,4 +1,4 @@
-"""A request's fields and inputs -> Encodings: for HTTP requests and for lines of batch files.
+"""Inputs -> Encodings: for HTTP requests and for lines of batch files.
 
 Owns every refusal of an input, with its place in the request. Runs on any thread.
 """
@@ -6,7 +6,6 @@ Owns every refusal of an input, with its place in the request. Runs on any threa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from model.batch import Encoding
 from model.errors import EmptyPoolError, InputTooLongError, ModelError
@@ -18,9 +17,7 @@ from model.tokenizer import (
     Truncation,
     to_encoding,
 )
-from server.api.instructions import Defaults, choose_prefix
-from server.api.names import ServedNames
-from server.api.schemas import Input, InstructedInput
+from server.engine.interface import EncodingOptions, Input
 from server.errors import ContextLengthExceededError, InvalidRequestError
 from server.settings import MAX_REQUEST_TOKENS
 
@@ -30,37 +27,6 @@ _CHARS_AT_ONCE = 256 * 1024
 
 class AbandonedError(Exception):
     """Nobody waits for these inputs any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokenization:
-    """How inputs become Encodings."""
-
-    prefix: str | None = None  # verbatim instruction; None and "" put nothing in front
-    truncate: Truncation | None = None  # None: the server's default
-    max_tokens: int | None = None  # a request's own, lower limit
-
-
-def tokenization_of(
-    wire: InstructedInput, model: str | None, names: ServedNames, defaults: Defaults
-) -> Tokenization:
-    """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
-    prefix = choose_prefix(
-        defaults,
-        prompt=wire.prompt,
-        instruction=wire.instruction,
-        task=wire.task,
-        input_type=wire.input_type,
-        model_side=names.side(model) if model is not None else None,
-    )
-    if (tokens := wire.truncate_prompt_tokens) is not None:
-        if tokens in (0, 1):
-            raise InvalidRequestError(
-                "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
-                param="truncate_prompt_tokens",
-            )
-        return Tokenization(prefix, Truncation.START, None if tokens < 0 else tokens)
-    return Tokenization(prefix, wire.truncate)
 
 
 class InputTokenizer:
@@ -73,24 +39,24 @@ class InputTokenizer:
         self._truncate = truncate
 
     @staticmethod
-    def num_chars(inputs: Sequence[Input], how: Tokenization) -> int:
+    def num_chars(inputs: Sequence[Input], options: EncodingOptions) -> int:
         """What there is to tokenize, prefixes included."""
-        prefix = len(how.prefix or "")
+        prefix = len(options.prefix or "")
         return sum(prefix + len(text) for text in inputs if isinstance(text, str))
 
     def tokenize(
         self,
         inputs: Sequence[Input],
-        how: Tokenization,
+        options: EncodingOptions,
         abandoned: Callable[[], bool] = lambda: False,
     ) -> list[Encoding]:
         """Inputs to Encodings, each checked. Raises InvalidRequestErrors naming the input.
 
         abandoned: asked now and then whether nobody waits for it any more; raises AbandonedError.
         """
-        truncate = self._truncate if how.truncate is None else how.truncate
-        max_tokens = min(how.max_tokens or self.max_input_tokens, self.max_input_tokens)
-        prefix = how.prefix or ""
+        truncate = self._truncate if options.truncate is None else options.truncate
+        max_tokens = min(options.max_tokens or self.max_input_tokens, self.max_input_tokens)
+        prefix = options.prefix or ""
         texts = [text for text in inputs if isinstance(text, str)]
         if prefix and len(texts) < len(inputs):
             raise InvalidRequestError(

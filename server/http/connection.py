@@ -28,7 +28,7 @@ answer overtakes another, and what is kept is a read or two at most. Refusals ar
 envelope: too many or too large headers 431, slow senders 408, what is no request 400, connections
 beyond the cap 503.
 
-Knows nothing of routes. `scope["disconnected"]` is a future that is done when the client has gone.
+Knows nothing of routes. Whoever works on a request can ask whether its client has gone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.api.openai_errors import error_body
+from server.api.request_context import disconnect_extension
 from server.errors import (
     HeadersTooLargeError,
     InvalidRequestError,
@@ -337,7 +339,8 @@ class LimitedProtocol(HttpToolsProtocol):
         assert self._state is _IDLE, self._state  # a piece held more than one request
         super().on_message_begin()
         # Whoever works on the request and does not read need not have a task that only listens.
-        self.scope["disconnected"] = self.loop.create_future()  # type: ignore[typeddict-unknown-key]
+        self._gone = self.loop.create_future()
+        self.scope["extensions"] = disconnect_extension(self._gone)
         self._enter(_HEAD)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -405,7 +408,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """The end, with an answer to what is being read unless one has begun."""
         started = self.cycle is not None and self.cycle.response_started
         if self._state in (_IDLE, _HEAD) or (self._state is _BODY and not started):
-            body = orjson.dumps(error.body())
+            body = orjson.dumps(error_body(error))
             headers = {
                 "content-type": "application/json",
                 "content-length": str(len(body)),
@@ -426,9 +429,8 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-            disconnected = self.cycle.scope["disconnected"]  # type: ignore[typeddict-item]
-            if not disconnected.done():
-                disconnected.set_result(None)
+            if not self._gone.done():
+                self._gone.set_result(None)
 
 
 def limited(limits: ProtocolLimits, on_refusal: Callable[[int], None]) -> type[LimitedProtocol]:

@@ -122,7 +122,7 @@ def _uvicorn_config(
     protocol = limited(_protocol_limits(settings, connections), engine.metrics.count_refusal)
     tls = _tls_context(settings)
     config = uvicorn.Config(
-        create_app(settings, engine),
+        create_app(settings, engine, engine.metrics),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from model.batch import Encoding
 from model.errors import did_you_mean
 from server.api import schemas, serialize
+from server.api.encoding_options import encoding_options
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
-from server.engine.inputs import InputTokenizer, tokenization_of
+from server.api.openai_errors import error_body
+from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
 from server.offline.text_files import InputFileError, Source, read_objects
 
@@ -102,11 +104,11 @@ class BatchAnswers:
         try:
             wire, unknown = schemas.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
-            how = tokenization_of(wire, wire.model, self.names, self.defaults)
+            options = encoding_options(wire, wire.model, self.names, self.defaults)
             inputs = schemas.parse_inputs(wire.input)
             width = self.encoder.runner.info.width
             serialize.check_dimensions(wire.dimensions, width, self.truncated_dimensions)
-            return wire, self.tokenizer.tokenize(inputs, how)
+            return wire, self.tokenizer.tokenize(inputs, options)
         except ServerError as error:
             return error
 
@@ -146,7 +148,7 @@ class _Answers:
             else:
                 error = request
             if error is not None:
-                status, body = error.status, orjson.dumps(error.body())
+                status, body = error.status, orjson.dumps(error_body(error))
             else:
                 status, body = 200, _answer(wire, encodings, vectors[rows.start : rows.stop])
             answer = {

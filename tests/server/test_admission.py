@@ -22,7 +22,8 @@ from model.batch import Encoding
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from server.api.hints import ignored_names, nearest
 from server.api.serialize import PIECE_VALUES, embeddings_body, embeddings_pieces, tokens_pieces
-from server.engine.inputs import AbandonedError, InputTokenizer, Tokenization
+from server.engine.inputs import AbandonedError, InputTokenizer
+from server.engine.interface import EncodingOptions
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_TOKENS
 from tests.checkpoints import claim_width
@@ -394,7 +395,7 @@ def test_work_that_nobody_waits_for_ends_early(tokenizer: NVEmbedTokenizer) -> N
         return len(asked) > 2
 
     with pytest.raises(AbandonedError):
-        inputs.tokenize(["some words " * 100] * 2048, Tokenization(), abandoned)
+        inputs.tokenize(["some words " * 100] * 2048, EncodingOptions(), abandoned)
     assert len(asked) == 3
 
 
@@ -405,7 +406,7 @@ def test_a_request_of_too_many_tokens_is_not_tokenized_to_its_end(
     inputs = InputTokenizer(tokenizer, 32_768, Truncation.NONE)
     texts = ["x y z a b c d e f g " * 50] * 2048  # 2 million tokens, or a sixteenth of that
     with pytest.raises(InvalidRequestError, match=f"more than {MAX_REQUEST_TOKENS} tokens"):
-        inputs.tokenize(texts, Tokenization(), lambda: bool(asked.append(1)))
+        inputs.tokenize(texts, EncodingOptions(), lambda: bool(asked.append(1)))
     assert 0 < len(asked) < 8, "of eight parts"
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from model.tasks import TASKS
-from server.http.app import openapi_document
+from server.api.openapi import openapi_document
 from tests.server.processes import ROOT, ServerProcess, serving
 
 LIMIT = 200_000

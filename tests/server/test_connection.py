@@ -24,6 +24,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from server.api.request_context import disconnect_of
 from server.http.connection import LimitedProtocol, ProtocolLimits, limited
 from tests.server.processes import ROOT
 
@@ -109,8 +110,10 @@ class Server:
         self.requests += 1
         path, body = scope["path"], b""
         if path.startswith("/wait"):
+            gone = disconnect_of(scope)
+            assert gone is not None
             await asyncio.wait(
-                [scope["disconnected"], asyncio.ensure_future(self.released.wait())],
+                [gone, asyncio.ensure_future(self.released.wait())],
                 return_when=asyncio.FIRST_COMPLETED,
             )
         while not path.startswith("/early"):

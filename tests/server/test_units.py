@@ -13,6 +13,7 @@ from model.tasks import TASKS, prefix_of
 from server.api import schemas, serialize
 from server.api.instructions import Defaults, choose_prefix
 from server.api.names import ServedNames
+from server.api.openai_errors import error_body
 from server.engine import worker
 from server.engine.worker import Fault
 from server.errors import (
@@ -284,8 +285,8 @@ def all_errors(base: type[ServerError]) -> list[type[ServerError]]:
 def test_every_error_has_a_status_and_the_envelope(error: type[ServerError]) -> None:
     one = error("what happened", param="input[3]", retry_after=5)
     assert 400 <= one.status <= 504
-    assert one.body()["error"].keys() == {"message", "type", "param", "code"}
-    assert json.dumps(one.body())
+    assert error_body(one)["error"].keys() == {"message", "type", "param", "code"}
+    assert json.dumps(error_body(one))
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.01, "1"), (2.2, "3"), (900, "60")])

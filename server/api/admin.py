@@ -1,0 +1,90 @@
+"""What runs here and how it is: /info, health and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from server.api import schemas
+from server.api.names import ServedNames
+from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, Responses, json_response
+from server.engine.interface import Engine
+from server.errors import UnavailableError
+from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
+
+
+class _Endpoints:
+    """The endpoints over one engine."""
+
+    def __init__(self, engine: Engine, settings: Settings, registry: CollectorRegistry) -> None:
+        self._engine, self._settings, self._registry = engine, settings, registry
+        self._name = ServedNames(engine.source.model_id, settings.served_model_name).names[0]
+
+    async def info(self, request: Request) -> Response:
+        """What runs here: model, licence, devices, limits, version."""
+        engine, limits = self._engine, self._engine.limits
+        return json_response(
+            {
+                "version": version("nv-embed-server"),
+                "model": self._name,
+                "revision": engine.source.revision,
+                "license": engine.source.license,
+                "dimensions": engine.dimensions,
+                "devices": [
+                    {name: getattr(runner, name) for name in schemas.Device.model_fields}
+                    for runner in engine.runners
+                ],
+                "limits": {
+                    "max_input_tokens": limits.max_input_tokens,
+                    "max_request_inputs": MAX_REQUEST_INPUTS,
+                    "max_request_tokens": MAX_REQUEST_TOKENS,
+                    "max_batch_tokens": limits.max_batch_tokens,
+                    "max_batch_seqs": self._settings.max_batch_seqs,
+                    "max_queued_tokens": limits.max_queued_tokens,
+                    "max_body_bytes": self._settings.max_body_bytes,
+                },
+            }
+        )
+
+    async def livez(self, request: Request) -> Response:
+        """The process answers."""
+        return json_response({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """Ready to serve: a worker is up, and the server is not shutting down."""
+        if reason := self._engine.not_ready:
+            raise UnavailableError(f"not ready: {reason}", retry_after=2)
+        return json_response({"status": "ok"})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def create_router(engine: Engine, settings: Settings, registry: CollectorRegistry) -> APIRouter:
+    """The routes over one engine and its metrics."""
+    router = APIRouter(route_class=RequestRoute)
+    endpoints = _Endpoints(engine, settings, registry)
+    health: Responses = {200: {"model": schemas.Health}}
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    routes: list[tuple[str, Callable[[Request], Awaitable[Response]], Responses]] = [
+        ("/info", endpoints.info, {200: {"model": schemas.Info}}),
+        ("/livez", endpoints.livez, health),
+        ("/readyz", endpoints.readyz, {**health, 503: ERRORS[503]}),
+        ("/health", endpoints.readyz, {**health, 503: ERRORS[503]}),
+        ("/metrics", endpoints.metrics, {200: text}),
+    ]
+    for path, endpoint, responses in routes:
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=["GET"],
+            tags=["server"],
+            operation_id=path.strip("/"),
+            response_class=Response,
+            responses={**responses, **READ_ERRORS},
+        )
+    return router

@@ -1,0 +1,81 @@
+"""A large answer in pieces: made between turns of the event loop, sent as fast as it is read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+
+from server.api import serialize
+from server.api.request_context import disconnect_of
+
+_SHORT_ANSWER = serialize.PIECE_VALUES
+"""Values of an answer that is written at once."""
+_WHOLE_ANSWER = 256 * 1024
+"""Values of an answer that is sent at once, with its length in front: larger ones are sent as they
+are written, and never in memory as a whole."""
+_JSON = "application/json"
+
+
+class AnswerWriter:
+    """Writes the answers of one server."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()  # one piece of one large answer between two turns of the loop
+
+    async def response(
+        self, request: Request, pieces: Iterator[bytes], values: int, headers: dict[str, str]
+    ) -> Response:
+        """JSON that comes in pieces and holds about so many values."""
+        if values <= _SHORT_ANSWER:
+            return _DrainedResponse(b"".join(pieces), headers=headers, media_type=_JSON)
+        paced = self._paced(pieces)
+        if values <= _WHOLE_ANSWER or request.scope["http_version"] == "1.0":  # has no pieces
+            whole = b"".join([piece async for piece in paced])
+            return _DrainedResponse(whole, headers=headers, media_type=_JSON)
+        return _AnswerInPieces(paced, headers)
+
+    async def _paced(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+        """Each piece is made in a turn of the event loop in which no other such piece is made."""
+        while True:
+            async with self._turn:
+                piece = next(pieces, None)
+                await asyncio.sleep(0)
+            if piece is None:
+                return
+            yield piece
+
+
+class _DrainedResponse(Response):
+    """Ends only when the client has taken most of it: uvicorn waits before the second send. What
+    is below its high-water mark it does not wait for."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        large = len(self.body) > HIGH_WATER_LIMIT
+        await send({"type": "http.response.body", "body": self.body, "more_body": large})
+        if large:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _AnswerInPieces(Response):
+    """Sends each piece when it is made, waiting while the client is slow to read; ends early when
+    the client has gone."""
+
+    def __init__(self, pieces: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(headers=headers, media_type=_JSON)
+        del self.headers["content-length"]  # nobody knows it yet
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = disconnect_of(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for piece in self._pieces:
+            if gone is not None and gone.done():
+                return
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,58 @@
+"""What one request carries with it from layer to layer, besides what ASGI gives it.
+
+The outermost layer makes it; dialects read it, add to its log line, and count what they hold.
+"""
+
+from __future__ import annotations
+
+from asyncio import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.types import Scope
+
+from server.api.byte_budget import Reservation
+
+_KEY = "nv_embed.context"
+_EXTENSION = "nv_embed.disconnect"
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """One request's."""
+
+    request_id: str
+    headers: dict[bytes, bytes]
+    """By name, for searching ASGI's list takes long. Of equal names the last one counts."""
+    route_path: str
+    """The path without the prefix that a proxy may have left in front."""
+    memory: Reservation
+    """The bytes that the request holds until it is answered."""
+    log: dict[str, Any] = field(default_factory=dict)
+    """What its log line says besides."""
+
+
+def put_context(scope: Scope, context: RequestContext) -> None:
+    scope[_KEY] = context
+
+
+def context_of(scope: Scope) -> RequestContext:
+    """The context of the request that this scope belongs to."""
+    context = scope[_KEY]
+    assert isinstance(context, RequestContext), context
+    return context
+
+
+def disconnect_extension(gone: Future[None]) -> dict[str, dict[object, object]]:
+    """ASGI's `extensions` of a server that can tell: `gone` is done when the client has left."""
+    return {_EXTENSION: {"gone": gone}}
+
+
+def disconnect_of(scope: Scope) -> Future[None] | None:
+    """The server's word for it; None under one that only answers `receive`."""
+    offered = (scope.get("extensions") or {}).get(_EXTENSION)
+    if offered is None:
+        return None
+    gone = offered["gone"]
+    assert isinstance(gone, Future), gone
+    return gone

@@ -1,0 +1,60 @@
+"""How this server's endpoints hang in FastAPI: they take the request as it is.
+
+Nothing of FastAPI's own validation runs: bodies are read within limits of our own, and what the
+OpenAPI document says of them is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from server.api import schemas
+
+Responses = dict[int | str, dict[str, Any]]
+ERRORS: Responses = {
+    status: {"model": schemas.ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request is malformed, or an input is too long; `param` names the field.",
+        401: "No or a wrong API key.",
+        404: "Unknown model or route.",
+        405: "Wrong method.",
+        408: "The request did not arrive in time.",
+        413: "The body is too large.",
+        415: "The body is not application/json.",
+        429: "The queue is full; `Retry-After` says when to come back.",
+        431: "The headers are too large.",
+        500: "The server failed; the message holds the request id.",
+        503: "No worker is ready, or the server is shutting down; see `Retry-After`.",
+        504: "The client's deadline passed before its inputs ran.",
+    }.items()
+}
+READ_ERRORS: Responses = {status: ERRORS[status] for status in (401, 405, 408, 431, 500)}
+
+
+class RequestRoute(APIRoute):
+    """Calls its endpoint with the request, and sends what it returns.
+
+    Without the parts that FastAPI prepares for each call (dependencies, exit stacks), of which no
+    endpoint here has any.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
+def body_schema(name: str) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads its body itself."""
+    reference = {"$ref": f"#/components/schemas/{name}"}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}
+    }
+
+
+def json_response(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -1,0 +1,93 @@
+"""The seam between the dialects and the engine: what is asked for, what comes back, and by whom.
+
+Whoever speaks HTTP sees an Engine and these values, and nothing behind them; the engine sees
+neither wire types nor envelopes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.batch import Encoding, RunnerInfo
+from model.hub import ModelSource
+from model.tokenizer import Truncation
+
+Input = str | list[int]
+"""A text, or token ids that are used verbatim."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingOptions:
+    """How inputs become Encodings."""
+
+    prefix: str | None = None  # verbatim instruction; None and "" put nothing in front
+    truncate: Truncation | None = None  # None: the server's default
+    max_tokens: int | None = None  # a request's own, lower limit
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedJob:
+    """One request, whatever its dialect."""
+
+    inputs: Sequence[Input]
+    options: EncodingOptions = EncodingOptions()
+    deadline: float = float("inf")
+    """On time.monotonic's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedResult:
+    """The answer to an EmbedJob."""
+
+    vectors: list[NDArray[np.float32]]
+    """One [D] for each input, of length one."""
+    tokens: int
+    """Ids that ran: BOS, EOS and prefix counted, after truncation."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What is refused, and how work is cut into batches; in tokens."""
+
+    max_input_tokens: int
+    max_queued_tokens: int
+    max_batch_tokens: tuple[int, ...]
+    """One of each worker."""
+
+
+class Engine(Protocol):
+    """What turns jobs into vectors. Its methods raise ServerErrors."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the model came from."""
+
+    @property
+    def dimensions(self) -> int:
+        """D, the numbers of a vector."""
+
+    @property
+    def limits(self) -> EngineLimits: ...
+
+    @property
+    def runners(self) -> list[RunnerInfo]:
+        """What the ready workers run on."""
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why jobs would be refused now; None when they are done."""
+
+    @property
+    def draining(self) -> bool:
+        """Whether new jobs are refused because the server is about to end."""
+
+    async def embed(self, job: EmbedJob) -> EmbedResult:
+        """Cancelling it frees what waits."""
+
+    async def tokenize(self, job: EmbedJob) -> list[Encoding]:
+        """One Encoding for each input, as `embed` would run it."""

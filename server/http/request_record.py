@@ -1,0 +1,119 @@
+"""The outermost layer: gives each request its id, its log line and its place in the metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.byte_budget import ByteBudget
+from server.api.openapi import OPEN_PATHS
+from server.api.request_context import RequestContext, put_context
+from server.engine.interface import Engine
+from server.engine.metrics import ROUTES, Metrics
+
+logger = logging.getLogger("nv_embed.access")
+
+CLIENT_CLOSED_REQUEST = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LABELS = {
+    "/v1/embeddings": "embeddings",
+    "/models": "models",
+    "/v1/models": "models",
+    "/embeddings": "embeddings",
+    "/v1/instructions": "instructions",
+    "/livez": "health",
+    "/readyz": "health",
+    "/health": "health",
+    **{f"/{name}": name for name in ("tokenize", "info", "metrics")},
+}
+
+
+class RequestRecord:
+    """ASGI layer; makes the RequestContext that all within it use."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        engine: Engine,
+        metrics: Metrics,
+        budget: ByteBudget,
+        access_log: bool,
+    ) -> None:
+        self._app, self._engine, self._metrics = app, engine, metrics
+        self._budget, self._access_log = budget, access_log
+        self._counters: dict[tuple[str, int], Counter] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 0
+        headers = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id", b""))
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                added = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if self._engine.draining:
+                    added.append((b"connection", b"close"))
+                message["headers"] = added
+            await send(message)
+
+        with self._budget.reservation() as memory:
+            context = RequestContext(request_id, headers, _route_path(scope), memory)
+            put_context(scope, context)
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                seconds = time.monotonic() - started
+                self._count(context.route_path, status or CLIENT_CLOSED_REQUEST, seconds)
+                if self._access_log:
+                    details = {"ms": round(seconds * 1000, 1), **context.log}
+                    details["request_id"] = request_id
+                    _log(scope, context.route_path, status or CLIENT_CLOSED_REQUEST, details)
+
+    def _count(self, path: str, status: int, seconds: float) -> None:
+        label = _LABELS.get(path, "other")
+        if path.startswith(("/v1/models/", "/models/")):
+            label = "models"
+        assert label in ROUTES, label
+        metrics, key = self._metrics, (label, status)
+        if key not in self._counters:  # a look-up by labels takes longer than the count
+            self._counters[key] = metrics.requests.labels(label, str(status))
+        self._counters[key].inc()
+        if label == "embeddings":
+            metrics.request_seconds.observe(seconds)
+            if status == CLIENT_CLOSED_REQUEST:
+                metrics.cancelled.inc()
+
+
+def _route_path(scope: Scope) -> str:
+    """As the framework's router sees it, so that what needs no key is what is then served."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    if prefix and path.startswith(f"{prefix}/"):
+        return path[len(prefix) :]
+    return path
+
+
+def _request_id(given: bytes) -> str:
+    text = given.decode("latin-1")
+    return text if _REQUEST_ID.fullmatch(text) else os.urandom(16).hex()
+
+
+def _log(scope: Scope, route_path: str, status: int, details: dict[str, Any]) -> None:
+    path = scope["path"]
+    routine = route_path in OPEN_PATHS and status == HTTPStatus.OK
+    shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
+    level = logging.DEBUG if routine else logging.INFO
+    logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details)

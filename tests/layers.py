@@ -1,0 +1,198 @@
+"""Which module may import which: the one table that the layering test and `make graph` read.
+
+Lowest first: a module may import those before it, of its own list and of the wings below its own.
+A new module gets its place here, after all that it imports.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+MODEL = [
+    "errors",
+    "console",
+    "extras",
+    "user_files",
+    "batch",
+    "host",
+    "files",
+    "config",
+    "card",
+    "weights",
+    "fingerprint",
+    "hub",
+    "tokenizer_file",
+    "tokenizer",
+    "tasks",
+    "packing",
+    "attention",
+    "rotary",
+    "packed_linear",
+    "quantization",
+    "products",
+    "mistral",
+    "latent_attention",
+    "nv_embed",
+    "loader",
+    "cuda_graphs",
+    "runner",
+    "memory",
+    "encoder",
+    "checks",
+    "verify",
+]
+SERVER = {  # by wing; "" are the files on top
+    "": ["errors", "process", "logs", "settings"],
+    "engine": [
+        "pace",
+        "interface",
+        "inputs",
+        "metrics",
+        "request_queue",
+        "quarantine",
+        "vector_cache",
+        "worker",
+        "start_worker",
+        "supervisor",
+        "batcher",
+        "engine",
+    ],
+    "api": [
+        "json_text",
+        "json_fields",
+        "hints",
+        "byte_budget",
+        "request_context",
+        "openai_errors",
+        "instructions",
+        "names",
+        "schemas",
+        "encoding_options",
+        "serialize",
+        "disconnects",
+        "body",
+        "answers",
+        "routing",
+        "openai",
+        "admin",
+        "openapi",
+    ],
+    "http": [
+        "connection",
+        "tls",
+        "gate",
+        "request_record",
+        "refusals",
+        "pages",
+        "app",
+        "lifecycle",
+    ],
+    "offline": [
+        "text_files",
+        "vector_files",
+        "parts",
+        "bulk",
+        "batch_files",
+        "encode",
+    ],
+    "command": ["cli"],
+}
+WINGS = {  # which others each may use, beside the files on top
+    "": (),
+    "engine": (),
+    "api": ("engine",),
+    "http": ("api", "engine"),
+    "offline": ("api", "engine"),
+    "command": ("http", "offline", "api", "engine"),
+}
+TRAINING = [
+    "examples",
+    "settings",
+    "losses",
+    "attention",
+    "network",
+    "adapters",
+    "mistral_import",
+    "export",
+    "average",
+    "deepen",
+    "teacher",
+    "initialise",
+    "corpus",
+    "gradient_cache",
+    "states",
+    "trainer",
+    "sources",
+    "validation_sets",
+    "mining",
+    "remote",
+    "stages",
+    "baseline",
+    "metrics",
+    "bm25",
+    "evaluation",
+    "mteb_adapter",
+    "convert",
+    "decontamination",
+    "plot",
+    "ablation",
+    "commands",
+]
+
+
+def layers() -> dict[str, list[str]]:
+    """Package -> the dotted names of its modules, lowest first."""
+    server = [
+        f"server.{wing}.{name}" if wing not in ("", "command") else f"server.{name}"
+        for wing, names in SERVER.items()
+        for name in names
+    ]
+    return {
+        "model": [f"model.{name}" for name in MODEL],
+        "model.training": [f"model.training.{name}" for name in TRAINING],
+        "server": server,
+    }
+
+
+def wing_of(module: str) -> str:
+    """The wing of a module of `server`."""
+    parts = module.split(".")
+    if len(parts) > 2:
+        return parts[1]
+    return "command" if parts[1] in SERVER["command"] else ""
+
+
+def modules(package: str) -> dict[str, Path]:
+    """Dotted name -> file of all modules in a package and the wings in it."""
+    folder = ROOT / package.replace(".", "/")
+    patterns = ("*.py", "*/*.py") if package == "server" else ("*.py",)
+    files = [file for pattern in patterns for file in folder.glob(pattern)]
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+        for file in files
+        if file.stem != "__init__"
+    }
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute dotted names that a file imports, wherever in it (for `from a import b`: a.b)."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import; write the whole name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def uses(path: Path, known: list[str]) -> set[str]:
+    """Those of the known modules that a file imports."""
+    return {
+        name
+        for imported in imports(path)
+        for name in known
+        if imported == name or imported.startswith(f"{name}.")
+    }
