@@ -84,6 +84,7 @@ SERVER = {  # by wing; "" are the files on top
     "http": [
         "connection",
         "tls",
+        "listener",
         "gate",
         "request_record",
         "refusals",
