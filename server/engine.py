@@ -27,6 +27,7 @@ from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
 from server.batcher import Batcher
+from server.devices import choose, worker_options
 from server.errors import (
     OverloadedError,
     SettingsError,
@@ -34,9 +35,10 @@ from server.errors import (
 )
 from server.inputs import InputTokenizer, Tokenization
 from server.metrics import Metrics
+from server.process import child_environment
 from server.schemas import Input
 from server.settings import MAX_REQUEST_TOKENS, Settings
-from server.supervisor import Supervisor, load_timeout_of, worker_options
+from server.supervisor import Supervisor, load_timeout_of
 
 logger = logging.getLogger("nv_embed.engine")
 
@@ -91,7 +93,10 @@ class EmbeddingEngine:
             max_input_tokens=self.max_input_tokens,
         )
         self.worker_options = worker_options(
-            base, settings.devices, host.usable_cores(), settings.max_batch_tokens
+            base,
+            choose(settings.devices, child_environment()),
+            host.usable_cores(),
+            settings.max_batch_tokens,
         )
         self._supervisor = Supervisor(
             self.worker_options,

@@ -54,6 +54,7 @@ SERVER = [
     "hints",
     "logs",
     "settings",
+    "devices",
     "metrics",
     "instructions",
     "names",
