@@ -193,7 +193,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         final, passes, message = True, False, f"{error}"
         if is_out_of_memory(error):
             message = f"{options.device} has too little memory to load and run the model: "
-            message += _less_memory(options)
+            message += less_memory(options)
         elif "can't start new thread" in message:
             final, passes = False, True
             message += ", for want of processes or of address space (ulimit -u, ulimit -v)"
@@ -209,8 +209,8 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
     return runner
 
 
-def _less_memory(options: RunnerOptions) -> str:
-    """What an operator can do."""
+def less_memory(options: RunnerOptions) -> str:
+    """What an operator can do where the model does not fit."""
     ways = "lower --max-input-tokens or --max-batch-tokens"
     smaller = ["int8-dynamic"]
     if options.device.startswith("cuda"):
