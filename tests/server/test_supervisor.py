@@ -356,6 +356,8 @@ def write_starts(folder: Path, *starts: str) -> None:
 
 @pytest.fixture
 def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for `write_starts`; a failed start is tried again at once."""
+    monkeypatch.setattr("server.supervisor._BACKOFF_S", (0.0,))
     monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
     return tmp_path / "starts"
 
