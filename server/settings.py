@@ -132,7 +132,7 @@ class MachineSettings(BaseModel):
         for device in self.devices:
             if not re.fullmatch(DEVICE, device):
                 raise ValueError(
-                    f"--devices {device}: must be auto, cpu, cuda or cuda:N, with a number or a UUID"
+                    f"--devices {device}: must be auto, cpu, cuda or cuda:N, a number or a UUID"
                 )
         return self
 

@@ -209,6 +209,7 @@ class Supervisor:
             known.clear()
         if reason is not None:
             known.append(reason)
+            del known[:-_SAME]
         all_known = [self._reasons.get(other, []) for other in range(len(self._options))]
         if not self._was_ready and all(len(reasons) >= _SAME for reasons in all_known):
             last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
