@@ -56,6 +56,7 @@ SERVER = {  # by wing; "" are the files on top
         "quarantine",
         "vector_cache",
         "devices",
+        "wire",
         "worker",
         "start_worker",
         "supervisor",

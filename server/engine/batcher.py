@@ -23,7 +23,7 @@ from server.engine.quarantine import Quarantine
 from server.engine.request_queue import Entry, QueuedRequest, RequestQueue
 from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
-from server.engine.worker import Fault
+from server.engine.wire import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,

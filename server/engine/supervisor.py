@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
 from server.engine import devices
-from server.engine.worker import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
+from server.engine.wire import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
 from server.errors import StartError
 from server.process import child_environment
 

@@ -1,34 +1,22 @@
-"""The engine worker process, and the wire format between it and the front.
+"""The engine worker process: loads a runner, and embeds one batch after another.
 
-Both ends import this module, so it imports torch nowhere: only the runner does, in the child.
+The front imports this module, too, so it imports torch nowhere: only the runner does, in the child.
 A worker is a fresh interpreter (`server.engine.start_worker`) that is joined to the front by
 one Unix socket. It does one batch after another and ends when the socket closes.
 
-A frame is a header (kind, batch id, rows, faults, payload bytes; five little-endian uint32) and
-a payload:
-
-START   front → worker  JSON: RunnerOptions, the runner's name, log settings
-HELLO   worker → front  JSON: RunnerInfo, tokens a second (0: unknown); warmed up and ready
-REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
-BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
-ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
-FAILED  worker → front  the error's text, for the log
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import importlib
 import logging
 import os
 import signal
 import socket
-import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,17 +24,26 @@ import orjson
 from numpy.typing import NDArray
 
 from model import host
-from model.batch import Encoding, RunnerOptions
+from model.batch import RunnerOptions
 from model.errors import ModelError
 from model.memory import FittingRunner, is_out_of_memory, loses_device
 from server import logs
+from server.engine.wire import (
+    HEADER,
+    Fault,
+    Kind,
+    frame,
+    hello_frame,
+    read_batch,
+    refused_frame,
+    rows_frame,
+)
 
 if TYPE_CHECKING:
     from model.runner import Runner
 
 logger = logging.getLogger("nv_embed.worker")
 
-HEADER = struct.Struct("<5I")
 MODEL_RUNNER = "model.runner:ModelRunner"
 CPU_NICENESS = 3
 """CPU workers yield to the front, which has little to do and must do it at once."""
@@ -57,72 +54,6 @@ _MOST_SAID = 2000
 _PR_SET_PDEATHSIG = 1
 _FLOAT8 = (8, 9)
 """The compute capability from which GPUs multiply float8."""
-
-
-class Kind(IntEnum):
-    START = 1
-    HELLO = 2
-    REFUSED = 3
-    BATCH = 4
-    ROWS = 5
-    FAILED = 6
-
-
-class Fault(IntEnum):
-    """Why a row of an answer is no vector."""
-
-    NOT_FINITE = 1
-    NO_MEMORY = 2  # this input alone does not fit into the device's memory
-
-
-def frame(
-    kind: Kind, payload: bytes = b"", *, batch_id: int = 0, rows: int = 0, faults: int = 0
-) -> bytes:
-    return HEADER.pack(kind, batch_id, rows, faults, len(payload)) + payload
-
-
-def batch_frame(batch_id: int, encodings: Sequence[Encoding]) -> bytes:
-    lengths = np.array([len(e) for e in encodings], dtype="<i4")
-    starts = np.array([e.pool_start for e in encodings], dtype="<i4")
-    payload = b"".join([lengths.tobytes(), starts.tobytes(), *(e.ids.tobytes() for e in encodings)])
-    return frame(Kind.BATCH, payload, batch_id=batch_id, rows=len(encodings))
-
-
-def read_batch(rows: int, payload: bytes) -> list[Encoding]:
-    numbers = np.frombuffer(payload, dtype="<i4")
-    lengths, starts, ids = np.split(numbers, [rows, 2 * rows])
-    parts = np.split(ids, np.cumsum(lengths)[:-1])
-    return [Encoding(part, int(start)) for part, start in zip(parts, starts, strict=True)]
-
-
-def rows_frame(batch_id: int, rows: NDArray[np.float32], faults: Mapping[int, Fault]) -> bytes:
-    payload = np.ascontiguousarray(rows, dtype="<f4").tobytes()
-    payload += np.array(list(faults.items()), dtype="<i4").tobytes()
-    return frame(Kind.ROWS, payload, batch_id=batch_id, rows=len(rows), faults=len(faults))
-
-
-def read_rows(
-    rows: int, faults: int, payload: bytes
-) -> tuple[NDArray[np.float32], dict[int, Fault]]:
-    """-> (float32 [N, D], row -> what is wrong with it)."""
-    values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
-    pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
-    return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
-
-
-def rows_size(rows: int, width: int, faults: int) -> int:
-    """Bytes of the payload of ROWS."""
-    return 4 * rows * width + 8 * faults
-
-
-def start_frame(options: RunnerOptions, runner: str | None, log_format: str, level: str) -> bytes:
-    start = {
-        "options": dataclasses.asdict(options),
-        "runner": runner or MODEL_RUNNER,
-        "log_format": log_format,
-        "log_level": level,
-    }
-    return frame(Kind.START, orjson.dumps(start))
 
 
 def load_factory(name: str) -> Callable[[RunnerOptions], Runner]:
@@ -186,7 +117,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         os.nice(CPU_NICENESS)
     try:
         with host.for_good():
-            factory = load_factory(start["runner"])
+            factory = load_factory(start["runner"] or MODEL_RUNNER)
         runner = factory(options)
         tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
@@ -201,11 +132,9 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
             final, message = False, repr(error)[:_MOST_SAID]
             if not isinstance(error, ImportError | OSError):  # whose cause is not in our code
                 logger.exception("the worker cannot start")
-        why = {"message": message, "final": final, "passes": passes}
-        connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
+        connection.send(refused_frame(message, final=final, passes=passes))
         return None
-    hello = {"info": dataclasses.asdict(runner.info), "tokens_per_s": tokens_per_s}
-    connection.send(frame(Kind.HELLO, orjson.dumps(hello)))
+    connection.send(hello_frame(runner.info, tokens_per_s))
     return runner
 
 

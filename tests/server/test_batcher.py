@@ -15,7 +15,7 @@ from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
 from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
-from server.engine.worker import Fault
+from server.engine.wire import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,

@@ -22,7 +22,7 @@ from model.batch import BatchLimits, Encoding
 from server.engine.batcher import Answer, Batcher
 from server.engine.metrics import Metrics
 from server.engine.request_queue import QueuedRequest
-from server.engine.worker import Fault
+from server.engine.wire import Fault
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,

@@ -19,7 +19,7 @@ import pytest
 
 from model.batch import Encoding, RunnerOptions
 from server.engine.supervisor import Supervisor, Worker, load_timeout_of
-from server.engine.worker import HEADER, Fault, Kind, frame
+from server.engine.wire import HEADER, Fault, Kind, frame
 from server.errors import StartError
 from tests.server.processes import ROOT
 from tests.server.questions import RUNNERS, marked_ids

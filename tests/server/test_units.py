@@ -14,8 +14,8 @@ from server.api import schemas, serialize
 from server.api.instructions import Defaults, choose_prefix
 from server.api.names import ServedNames
 from server.api.openai_errors import error_body
-from server.engine import worker
-from server.engine.worker import Fault
+from server.engine import wire
+from server.engine.wire import Fault
 from server.errors import (
     InvalidRequestError,
     ModelNotFoundError,
@@ -26,17 +26,17 @@ from server.errors import (
 # The worker's frames
 
 
-def payload_of(data: bytes) -> tuple[worker.Kind, int, int, int, bytes]:
-    kind, batch_id, rows, bad, size = worker.HEADER.unpack(data[: worker.HEADER.size])
-    assert len(data) == worker.HEADER.size + size
-    return worker.Kind(kind), batch_id, rows, bad, data[worker.HEADER.size :]
+def payload_of(data: bytes) -> tuple[wire.Kind, int, int, int, bytes]:
+    kind, batch_id, rows, bad, size = wire.HEADER.unpack(data[: wire.HEADER.size])
+    assert len(data) == wire.HEADER.size + size
+    return wire.Kind(kind), batch_id, rows, bad, data[wire.HEADER.size :]
 
 
 def test_a_batch_survives_the_wire() -> None:
     sent = [Encoding(np.arange(n, dtype=np.int32), n // 2) for n in (1, 7, 3)]
-    kind, batch_id, rows, _, payload = payload_of(worker.batch_frame(41, sent))
-    assert (kind, batch_id, rows) == (worker.Kind.BATCH, 41, 3)
-    for got, expected in zip(worker.read_batch(rows, payload), sent, strict=True):
+    kind, batch_id, rows, _, payload = payload_of(wire.batch_frame(41, sent))
+    assert (kind, batch_id, rows) == (wire.Kind.BATCH, 41, 3)
+    for got, expected in zip(wire.read_batch(rows, payload), sent, strict=True):
         np.testing.assert_array_equal(got.ids, expected.ids)
         assert got.pool_start == expected.pool_start
 
@@ -44,9 +44,9 @@ def test_a_batch_survives_the_wire() -> None:
 @pytest.mark.parametrize("faults", [{}, {1: Fault.NOT_FINITE}, {0: Fault.NO_MEMORY, 2: Fault(1)}])
 def test_rows_and_faults_survive_the_wire(faults: dict[int, Fault]) -> None:
     sent = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
-    kind, batch_id, rows, count, payload = payload_of(worker.rows_frame(9, sent, faults))
-    assert (kind, batch_id) == (worker.Kind.ROWS, 9)
-    got, named = worker.read_rows(rows, count, payload)
+    kind, batch_id, rows, count, payload = payload_of(wire.rows_frame(9, sent, faults))
+    assert (kind, batch_id) == (wire.Kind.ROWS, 9)
+    got, named = wire.read_rows(rows, count, payload)
     np.testing.assert_array_equal(got, sent)
     assert named == faults
 
