@@ -161,7 +161,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfalpha beta\ngamma\n", OBJECTS])
 def test_a_pipe_is_read_again_from_a_copy(name: str, content: bytes) -> None:
     program = (
-        "from server.text_files import opened, read_texts\n"
+        "from server.offline.text_files import opened, read_texts\n"
         f"with opened({name!r}) as source:\n"
         "    for _ in range(2): print(*(line.text for line in read_texts(source, 'text')), sep='|')"
     )

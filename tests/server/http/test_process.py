@@ -20,10 +20,9 @@ import pytest
 
 from server.errors import SettingsError
 from server.process import most_connections
-from tests.server.processes import ROOT, ServerProcess
+from tests.server.processes import ROOT, ServerProcess, listens
 from tests.server.questions import RUNNERS
 from tests.server.runners import MARK
-from tests.server.test_lifecycle import listens
 
 HASHING = ("--runner", RUNNERS + "Hashing")
 

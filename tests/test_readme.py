@@ -10,7 +10,7 @@ from pathlib import Path
 from server import cli
 from tests.server.processes import ServerProcess
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_example_in_python(tmp_path: Path) -> None:

@@ -14,29 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.processes import ROOT, ServerProcess, serving
+from tests.server.processes import ROOT, ServerProcess, is_running, listens, run_cli, serving
 
 SLOW = ("--runner", "tests.server.runners:Hashing")
-
-
-def run_cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-    )
-
-
-def is_running(pid: int) -> bool:
-    """Zombies do not run: a container's first process may not reap them."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -197,11 +177,6 @@ def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
         assert server.client.get("/readyz").status_code == 200
         flag.unlink()
         server.wait_for_metric("nv_embed_workers_ready", 2)
-
-
-def listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
 
 
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:

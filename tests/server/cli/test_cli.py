@@ -20,7 +20,7 @@ import pytest
 from server import cli, settings
 from server.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMMANDS: dict[str, argparse.ArgumentParser] = {}
 for found in cli._parser()._actions:
     if isinstance(found, argparse._SubParsersAction):

@@ -20,10 +20,9 @@ from model.batch import Encoding, RunnerOptions
 from server.engine.supervisor import Supervisor, Worker, load_timeout_of
 from server.engine.worker import HEADER, Fault, Kind, frame
 from server.errors import StartError
-from tests.server.processes import ROOT
+from tests.server.processes import ROOT, is_running
 from tests.server.questions import RUNNERS, marked_ids
 from tests.server.runners import WIDTH, vector_of
-from tests.server.test_lifecycle import is_running
 
 POISON = Encoding(np.array(marked_ids(), dtype=np.int32))
 
