@@ -13,6 +13,9 @@ import venv
 from pathlib import Path
 
 import httpx
+import pytest
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,6 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.server.processes import run_cli, serving
 
+pytestmark = pytest.mark.process
+
 INDEX = "model.safetensors.index.json"
 NORM = "embedding_model.norm.weight"
 SHARD = "model-00002-of-00002.safetensors"

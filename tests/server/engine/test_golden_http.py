@@ -14,6 +14,8 @@ import pytest
 from tests.checkpoints import golden_cases
 from tests.server.processes import ServerProcess, serving
 
+pytestmark = pytest.mark.process
+
 TOLERANCE = 2e-5
 TRUNCATED = {"truncated": 12, "truncated query": 24}
 CASES = {case["name"]: case for case in golden_cases()}

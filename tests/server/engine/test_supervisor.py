@@ -24,6 +24,8 @@ from tests.server.processes import ROOT, is_running
 from tests.server.questions import RUNNERS, marked_ids
 from tests.server.runners import WIDTH, vector_of
 
+pytestmark = pytest.mark.process
+
 POISON = Encoding(np.array(marked_ids(), dtype=np.int32))
 
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests.server.processes import ROOT, ServerProcess, is_running, listens, run_cli, serving
 
+pytestmark = pytest.mark.process
+
 SLOW = ("--runner", "tests.server.runners:Hashing")
 
 
@@ -159,6 +161,27 @@ def test_a_runner_that_cannot_start_ends_the_server(
     assert "cannot start: this runner refuses to start" in server.log
     assert "Traceback" not in server.log
     server.client.close()
+
+
+def test_readiness_is_red_while_no_worker_answers(golden_checkpoint: Path, tmp_path: Path) -> None:
+    options = (*SLOW, "--hang-timeout", "4")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        assert server.embed(input="measured").status_code == 200
+        (worker,) = server.worker_pids()
+        statuses: list[int] = []
+        thread = threading.Thread(
+            target=lambda: statuses.append(server.embed(input="x").status_code)
+        )
+        os.kill(worker, signal.SIGSTOP)
+        thread.start()
+        with httpx.Client(base_url=server.url, timeout=10) as probe:
+            server.wait_until(
+                lambda: "no worker has answered lately" in probe.get("/readyz").text, "red"
+            )
+            assert probe.get("/livez").status_code == 200
+        thread.join()
+        assert statuses == [200], "another worker served it"
+        server.wait_ready()
 
 
 def test_a_worker_that_cannot_come_back_leaves_the_others_alone(

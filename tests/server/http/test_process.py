@@ -24,6 +24,8 @@ from tests.server.processes import ROOT, ServerProcess, listens
 from tests.server.questions import RUNNERS
 from tests.server.runners import MARK
 
+pytestmark = pytest.mark.process
+
 HASHING = ("--runner", RUNNERS + "Hashing")
 
 
