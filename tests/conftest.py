@@ -17,7 +17,11 @@ from tests.checkpoints import write_checkpoint
 from tests.server.processes import ServerProcess, serving
 from tests.server.questions import RUNNERS
 
-FOLDERS_OF_PROCESSES = ("bench", "chaos", "docker")
+MARKS_OF_FOLDERS = {
+    "bench": ("process",),
+    "chaos": ("process", "timing"),
+    "model/training": ("whole",),
+}
 FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}
 STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"}
 started: list[str] = []
@@ -27,14 +31,16 @@ started: list[str] = []
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        folder = item.path.relative_to(here).parts[0]
-        used = set(getattr(item, "fixturenames", ()))
-        if folder in FOLDERS_OF_PROCESSES or used & FIXTURES_OF_PROCESSES:
+        folder = item.path.relative_to(here).parent.as_posix()
+        for mark in MARKS_OF_FOLDERS.get(folder, ()):
+            item.add_marker(mark)
+        if FIXTURES_OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("process")
 
 
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in STARTS:
+    # The openai client asks `uname` for its headers.
+    if event in STARTS and arguments[:1] != ("uname",):
         started.append(f"{event} {arguments[:2]}")
 
 

@@ -63,7 +63,7 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
     try:
         deadline = time.monotonic() + 60
         while "is ready after" not in log.read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, f"exit {process.returncode}: {log.read_text()}"
             time.sleep(0.05)
         match = re.search(r"listening on (\S+);", log.read_text())
         assert match is not None, log.read_text()
@@ -71,6 +71,8 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
             f"{match[1]}/v1/embeddings", json={"model": "nv-embed-small", "input": "x"}, timeout=30
         )
         assert answer.status_code == 200, answer.text
-    finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(30) == 0, log.read_text()
+    finally:  # without a word that would hide what went wrong
+        process.kill()
+        process.wait()

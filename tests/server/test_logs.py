@@ -120,6 +120,7 @@ for number in range(20_000):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("reader", ["reads", "stopped", "gone"])
 def test_a_process_ends_whoever_reads(reader: str, log_format: str, tmp_path: Path) -> None:

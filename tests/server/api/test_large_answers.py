@@ -41,6 +41,7 @@ def vectors_of(answer: httpx.Response) -> list[list[float]]:
     return [item["embedding"] for item in answer.json()["data"]]
 
 
+@pytest.mark.process
 def test_a_large_answer_comes_in_pieces_and_whole(
     wide_server: ServerProcess, tokenizer: NVEmbedTokenizer
 ) -> None:
@@ -59,12 +60,14 @@ def test_a_large_answer_comes_in_pieces_and_whole(
         np.testing.assert_allclose(np.frombuffer(b"".join(rows), "<f4"), shown.ravel(), atol=1e-6)
 
 
+@pytest.mark.process
 def test_answers_that_are_not_so_large_have_a_length(wide_server: ServerProcess) -> None:
     for count in (1, 30):
         answer = wide_server.embed(input=[f"text {n}" for n in range(count)])
         assert int(answer.headers["content-length"]) == len(answer.content)
 
 
+@pytest.mark.process
 def test_http_1_0_gets_no_chunks(wide_server: ServerProcess) -> None:
     body = json.dumps({"model": MODEL, "input": [f"t{n}" for n in range(200)]}).encode()
     head = b"POST /v1/embeddings HTTP/1.0\r\ncontent-type: application/json\r\n"
@@ -77,6 +80,7 @@ def test_http_1_0_gets_no_chunks(wide_server: ServerProcess) -> None:
     assert len(json.loads(content)["data"]) == 200
 
 
+@pytest.mark.process
 def test_a_client_that_leaves_midway_costs_no_more(wide_server: ServerProcess) -> None:
     body = json.dumps({"model": MODEL, "input": [f"m{n}" for n in range(2048)]}).encode()
     head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -89,6 +93,7 @@ def test_a_client_that_leaves_midway_costs_no_more(wide_server: ServerProcess) -
     assert wide_server.embed(input="x").status_code == 200
 
 
+@pytest.mark.process
 def test_a_drain_waits_for_an_answer_in_pieces(golden_checkpoint: Path, tmp_path: Path) -> None:
     model = claim_width(golden_checkpoint, tmp_path / "golden-embed", 4096)
     options = ("--runner", "tests.server.runners:Wide")

@@ -40,6 +40,7 @@ def held_server(
         yield server, folder / "held"
 
 
+@pytest.mark.process
 def test_a_full_queue_refuses_whole_requests(held_server: tuple[ServerProcess, Path]) -> None:
     """All or nothing, counted in tokens, /tokenize as well; clients hear when to come back."""
     server, held = held_server
@@ -70,6 +71,7 @@ def test_a_full_queue_refuses_whole_requests(held_server: tuple[ServerProcess, P
     server.wait_for_metric("nv_embed_queued_tokens", 0)
 
 
+@pytest.mark.process
 def test_an_expired_deadline_is_a_504(held_server: tuple[ServerProcess, Path]) -> None:
     """The SDK's own time-out passes while another batch runs."""
     server, held = held_server

@@ -157,6 +157,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
         texts_of("/dev/zero")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfalpha beta\ngamma\n", OBJECTS])
 def test_a_pipe_is_read_again_from_a_copy(name: str, content: bytes) -> None:
