@@ -41,6 +41,8 @@ class BatchLimits:
 
     max_tokens: int
     max_seqs: int
+    half_beside_query: bool = True
+    """A batch with a query aboard holds half as much of requests that it leaves unfinished."""
 
 
 @dataclass(frozen=True, slots=True)

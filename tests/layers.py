@@ -84,6 +84,7 @@ SERVER = {  # by wing; "" are the files on top
     "http": [
         "connection",
         "tls",
+        "listener",
         "gate",
         "request_record",
         "refusals",
@@ -95,6 +96,10 @@ SERVER = {  # by wing; "" are the files on top
         "text_files",
         "vector_files",
         "parts",
+        "job",
+        "manifest",
+        "progress",
+        "texts",
         "bulk",
         "batch_files",
         "encode",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import time
@@ -37,7 +36,8 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     install += ["--prefix", str(environment), "--ignore-installed", str(wheel)]
     subprocess.run(install, check=True)
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
 
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request, Response
@@ -10,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from server.api import schemas
 from server.api.names import ServedNames
-from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, Responses, json_response
+from server.api.routing import ERRORS, READ_ERRORS, Endpoint, RequestRoute, Responses, json_response
 from server.engine.interface import Engine
 from server.errors import UnavailableError
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
@@ -70,7 +69,7 @@ def create_router(engine: Engine, settings: Settings, registry: CollectorRegistr
     endpoints = _Endpoints(engine, settings, registry)
     health: Responses = {200: {"model": schemas.Health}}
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
-    routes: list[tuple[str, Callable[[Request], Awaitable[Response]], Responses]] = [
+    routes: list[tuple[str, Endpoint, Responses]] = [
         ("/info", endpoints.info, {200: {"model": schemas.Info}}),
         ("/livez", endpoints.livez, health),
         ("/readyz", endpoints.readyz, {**health, 503: ERRORS[503]}),

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from server.api import json_fields, schemas
 from server.api.byte_budget import ByteBudgetError
@@ -75,13 +76,18 @@ async def _read_body(request: Request, limit: int) -> bytes | bytearray:
             f"The body came with Content-Encoding: {_shown(coding)}, which this server does not "
             "decode: send it as it is, without that header"
         )
-    too_large = BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
     length = header.get(b"content-length", b"0")
     if length.isdigit() and int(length) > _DISCARD_FACTOR * limit:
-        raise too_large
+        raise _too_large(limit)
     body: bytes | bytearray = b""
     size = 0
-    async for part in request.stream():
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
         size += len(part)
         if size <= limit:
             hold(request, len(part))
@@ -91,12 +97,16 @@ async def _read_body(request: Request, limit: int) -> bytes | bytearray:
                 body = bytearray(body) if isinstance(body, bytes) else body
                 body += part
         elif size > _DISCARD_FACTOR * limit:
-            raise too_large
+            raise _too_large(limit)
         else:
             body = b""
     if size > limit:
-        raise too_large
+        raise _too_large(limit)
     return body
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(f"The body is larger than {limit} bytes: send fewer inputs")
 
 
 def _check_media_type(given: bytes) -> None:

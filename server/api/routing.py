@@ -6,15 +6,17 @@ OpenAPI document says of them is said here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
 from server.api import schemas
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 Responses = dict[int | str, dict[str, Any]]
 ERRORS: Responses = {
     status: {"model": schemas.ErrorResponse, "description": text}
@@ -39,13 +41,18 @@ READ_ERRORS: Responses = {status: ERRORS[status] for status in (401, 405, 408, 4
 class RequestRoute(APIRoute):
     """Calls its endpoint with the request, and sends what it returns.
 
-    Without the parts that FastAPI prepares for each call (dependencies, exit stacks), of which no
-    endpoint here has any.
+    Without what FastAPI prepares for each call: no endpoint here has dependencies, or an exit
+    stack to close, and what it raises is answered by a layer around all routes.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return endpoint
+    def __init__(self, path: str, endpoint: Endpoint, **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            response = await endpoint(Request(scope, receive, send))
+            await response(scope, receive, send)
+
+        self.app = answer
 
 
 def body_schema(name: str) -> dict[str, Any]:

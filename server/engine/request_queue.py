@@ -136,59 +136,29 @@ class RequestQueue(Generic[Waiter]):
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
 
-        One entry of each request in turn, while they fit. A request whose next entry does not
-        fit keeps its turn: it comes first in the next batch, so nothing starves. An entry longer
-        than a whole batch runs alone, and so does one that is marked so.
-
-        Once a query (a request of one input) is taken, requests with more tokens than the batch
-        has room for add to it only until they make up half of a full one: the query is back the
-        sooner. DECISIONS.md has what that costs them.
-
-        Of equal inputs (`Encoding.key`) the first alone counts against the limits, and those that
-        equal one in `at_work` don't: they come along, since they cost nothing.
+        One entry of each request in turn, of those that may join (see _Composition). A request
+        whose next entry may not keeps its turn: it comes first in the next batch, so nothing
+        starves. at_work: keys of inputs that are being computed.
         """
-        batch: list[Entry[Waiter]] = []
+        composition: _Composition[Waiter] = _Composition(limits, at_work)
         expired: list[QueuedRequest[Waiter]] = []
         passed_over: list[QueuedRequest[Waiter]] = []
-        seen: set[bytes] = set()
-        tokens = partial = 0  # partial: of requests that the batch leaves unfinished
-        has_query = False
-        while self._turns and len(seen) < limits.max_seqs and tokens < limits.max_tokens:
+        while self._turns and composition.is_open and len(passed_over) < _LOOK_AHEAD:
             request = self._turns.popleft()
             if request.deadline <= now:
                 self._drop(request)
                 expired.append(request)
-                continue
-            following = request.waiting[0]
-            key = following.key
-            cost = 0 if key in seen or key in at_work else len(following)
-            room = limits.max_tokens - tokens
-            too_much = has_query and partial + cost > limits.max_tokens // 2
-            held_back = too_much and request.num_tokens > room
-            fits = not cost or (cost <= room and not held_back)
-            if following.alone:
-                cost, fits = len(following), False
-            if seen and not fits:
-                passed_over.append(request)
-                if len(passed_over) == _LOOK_AHEAD:
-                    break
-                continue
-            entry = request.waiting.popleft()
-            self._count((entry,), -1)
-            batch.append(entry)
-            tokens += cost
-            has_query |= request.is_query and key not in at_work
-            if cost:
-                seen.add(key)
-            if request.waiting:
-                self._turns.append(request)
-                partial += cost
+            elif composition.may_join(request.waiting[0]):
+                entry = request.waiting.popleft()
+                self._count((entry,), -1)
+                composition.add(entry)
+                request.queued = bool(request.waiting)
+                if request.queued:
+                    self._turns.append(request)
             else:
-                request.queued = False
-            if entry.alone:
-                break
+                passed_over.append(request)
         self._turns.extendleft(reversed(passed_over))
-        return batch, expired
+        return composition.entries, expired
 
     def _drop(self, request: QueuedRequest[Waiter]) -> None:
         self._count(request.waiting, -1)
@@ -200,3 +170,55 @@ class RequestQueue(Generic[Waiter]):
             entry.request.num_tokens += sign * len(entry)
             self.num_tokens += sign * len(entry)
             self.num_entries += sign
+
+
+class _Composition(Generic[Waiter]):
+    """A batch in the making: each policy of what may join it is a predicate of its own."""
+
+    def __init__(self, limits: BatchLimits, at_work: Collection[bytes]) -> None:
+        self.entries: list[Entry[Waiter]] = []
+        self._limits, self._at_work = limits, at_work
+        self._keys: set[bytes] = set()  # of what is computed in it
+        self._tokens = 0
+        self._partial = 0  # tokens of requests that it leaves unfinished
+        self._has_query = self._is_lone = False
+
+    @property
+    def is_open(self) -> bool:
+        limits = self._limits
+        full = len(self._keys) >= limits.max_seqs or self._tokens >= limits.max_tokens
+        return not (full or self._is_lone)
+
+    def may_join(self, entry: Entry[Waiter]) -> bool:
+        if not self._keys:
+            return True  # alone, if it is longer than a whole batch
+        if entry.alone:
+            return False
+        return self._is_free(entry) or (self._has_room(entry) and not self._is_held_back(entry))
+
+    def add(self, entry: Entry[Waiter]) -> None:
+        if not self._is_free(entry):
+            self._keys.add(entry.key)
+            self._tokens += len(entry)
+            if len(entry.request.waiting):
+                self._partial += len(entry)
+        self._has_query |= entry.request.is_query and entry.key not in self._at_work
+        self._is_lone = entry.alone
+        self.entries.append(entry)
+
+    def _is_free(self, entry: Entry[Waiter]) -> bool:
+        """Of equal inputs one is computed, in this batch or in one that is out."""
+        return not entry.alone and (entry.key in self._keys or entry.key in self._at_work)
+
+    def _has_room(self, entry: Entry[Waiter]) -> bool:
+        return self._tokens + len(entry) <= self._limits.max_tokens
+
+    def _is_held_back(self, entry: Entry[Waiter]) -> bool:
+        """Once a query (a request of one input) is aboard, requests with more tokens than there is
+        room for fill up half of a batch at most: the query is back the sooner. DECISIONS.md has
+        what that costs them; it is measured on CPUs alone."""
+        if not (self._has_query and self._limits.half_beside_query):
+            return False
+        most = self._limits.max_tokens
+        too_much = self._partial + len(entry) > most // 2
+        return too_much and entry.request.num_tokens > most - self._tokens

@@ -188,7 +188,11 @@ class Supervisor:
         try:
             async with asyncio.timeout(load_timeout):
                 info, tokens_per_s = await self._greet(slot, reader)
-            limits = BatchLimits(options.max_batch_tokens, options.max_batch_seqs)
+            limits = BatchLimits(
+                options.max_batch_tokens,
+                options.max_batch_seqs,
+                half_beside_query=info.device == "cpu",  # where it is measured
+            )
             worker = Worker(slot, info, limits, tokens_per_s, writer, process)
             self.trouble.pop(slot, None)
             self._was_ready = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from server.api import admin, openai
 from server.api.body import IGNORED_HEADER
@@ -14,9 +15,20 @@ from server.engine.interface import Engine
 from server.engine.metrics import Metrics
 from server.http.gate import Gate
 from server.http.pages import add_pages
-from server.http.refusals import add_refusals
+from server.http.refusals import Refusals
 from server.http.request_record import RequestRecord
 from server.settings import Settings
+
+
+class _App(FastAPI):
+    """FastAPI's routes within our own layers alone: they answer what is raised, bodies have limits
+    of their own, and no endpoint has an exit stack."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app: ASGIApp = self.router
+        for layer in reversed(self.user_middleware):
+            app = layer.cls(app, *layer.args, **layer.kwargs)
+        return app
 
 
 def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
@@ -24,7 +36,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
 
     Raises SettingsError when the file of keys cannot be used.
     """
-    app = FastAPI(
+    app = _App(
         title=TITLE,
         summary=SUMMARY,
         redirect_slashes=False,
@@ -33,28 +45,25 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         redoc_url=None,
     )
     app.root_path = _prefix(settings.root_path)  # as an argument it is deprecated, and warned of
-    routers = [
+    for router in (
         openai.create_router(engine, settings),
         admin.create_router(engine, settings, metrics.registry),
-    ]
-    for router in routers:
-        app.include_router(router)
+    ):
+        # Not included, which has each request matched twice; and before the framework's own.
+        app.router.routes[:0] = router.routes
     if settings.docs:
         add_pages(app)
-    routes = [*app.routes, *(route for router in routers for route in router.routes)]
-    paths = (route.path for route in routes if isinstance(route, Route))
-    app.state.paths = frozenset(path for path in paths if "{" not in path)
-    add_refusals(app)
     _add_layers(app, settings, engine, metrics)
     app.openapi = openapi_document  # type: ignore[method-assign]
     return app
 
 
 def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics) -> None:
-    """From the innermost to the outermost; CORS between the gate and the record, so that refusals
-    and failures carry its headers, too."""
+    """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
     open_paths = OPEN_PATHS - ({"/metrics"} if settings.metrics_need_key else set())
     app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
+    paths = (route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(Refusals, paths=frozenset(path for path in paths if "{" not in path))
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -9,11 +9,8 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import signal
-import socket
 import ssl
-import stat
 from collections.abc import Iterator
 from types import FrameType
 
@@ -26,13 +23,13 @@ from server.engine.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
 from server.http.app import create_app
 from server.http.connection import ProtocolLimits, limited
+from server.http.listener import BACKLOG, listen, unlink_socket
 from server.http.tls import with_tls
 from server.process import most_connections, raise_file_limit
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")
 
-_BACKLOG = 2048
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -61,7 +58,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
     connections = _most_connections(settings, len(engine.worker_options))
     server = _Uvicorn(_uvicorn_config(settings, engine, connections))
-    listener, address = _listen(settings)
+    listener, address = listen(settings)
     stop = _Signals()
     gc.collect()
     gc.freeze()  # what has been made by now stays: no collection need look at it again
@@ -96,7 +93,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         server.should_exit = True
         await serving
         if settings.uds:
-            _unlink_socket(settings.uds)
+            unlink_socket(settings.uds)
         logger.info("stopped")
 
 
@@ -131,7 +128,7 @@ def _uvicorn_config(
         ws="none",
         lifespan="off",
         timeout_graceful_shutdown=int(_CLOSE_S),
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
     )
     config.load()
     return config
@@ -183,46 +180,3 @@ class _Signals:
     def _arrived(self, signum: int) -> None:
         self.last = signum
         (self.second if self.first.is_set() else self.first).set()
-
-
-def _listen(settings: Settings) -> tuple[socket.socket, str]:
-    """A socket that listens, and how to reach it. Raises SettingsError when it cannot."""
-    if settings.uds:
-        listener = socket.socket(socket.AF_UNIX)
-        address = f"unix:{settings.uds}"
-        target: str | tuple[str, int] = settings.uds
-    else:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.socket(family)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        target = (settings.host, settings.port)
-    try:
-        if settings.uds and not _is_served(settings.uds):
-            _unlink_socket(settings.uds)
-        listener.bind(target)
-        listener.listen(_BACKLOG)  # now, for the log is about to say so
-    except OSError as error:
-        listener.close()
-        where, option = f"{settings.host}:{settings.port}", "--host or --port"
-        if settings.uds:
-            where, option = settings.uds, "--uds"
-        why = error.strerror or error  # too long a path has no number, so no strerror
-        raise SettingsError(f"cannot listen on {where}: {why} ({option})") from None
-    if not settings.uds:
-        host, port = listener.getsockname()[:2]
-        scheme = "https" if settings.tls_certificate else "http"
-        address = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-    return listener, address
-
-
-def _is_served(path: str) -> bool:
-    """Whether somebody listens on this Unix socket."""
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(path) == 0
-
-
-def _unlink_socket(path: str) -> None:
-    """Remove the socket file that an earlier server left; never another kind of file."""
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)

@@ -1,59 +1,89 @@
-"""What endpoints and the framework raise, as answers."""
+"""What comes of an error: the answer to what is raised within, foreseen or not."""
 
 from __future__ import annotations
 
+import logging
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.hints import nearest
 from server.api.openai_errors import error_response
 from server.api.request_context import context_of
-from server.errors import InvalidRequestError, MethodNotAllowedError, NotFoundError, ServerError
+from server.errors import (
+    InternalError,
+    InvalidRequestError,
+    MethodNotAllowedError,
+    NotFoundError,
+    ServerError,
+)
 from server.http.request_record import CLIENT_CLOSED_REQUEST
 
-
-def add_refusals(app: FastAPI) -> None:
-    """Have the app answer its errors in our envelope."""
-    app.add_exception_handler(ServerError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+logger = logging.getLogger("nv_embed.access")
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ServerError), error
-    return error_response(error)
+class Refusals:
+    """ASGI layer; `paths` are those of the routes, for who asks for another one."""
 
+    def __init__(self, app: ASGIApp, *, paths: frozenset[str]) -> None:
+        self._app, self._paths = app, paths
 
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses, in our envelope."""
-    assert isinstance(error, HTTPException), error
-    method, path = request.method, request.scope["path"][:200]
-    if error.status_code == HTTPStatus.NOT_FOUND:
-        return error_response(NotFoundError(f"Unknown route {method} {path}{_pointer(request)}"))
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        headers = dict(error.headers or {})
-        use = f": use {headers['Allow']}" if "Allow" in headers else ""
-        answer = error_response(MethodNotAllowedError(f"{path} does not take {method}{use}"))
-        answer.headers.update(headers)
-        return answer
-    return error_response(InvalidRequestError(f"{error.detail}"))
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answered = False
 
+        async def watched_send(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
 
-def _pointer(request: Request) -> str:
-    """What somebody who asked for an unknown route may have wanted."""
-    known: frozenset[str] = request.app.state.paths
-    # A base URL that ends with a slash or with /v1, where the client puts its own.
-    parts = [part for part in context_of(request.scope).route_path[:100].split("/") if part]
-    once = [part for index, part in enumerate(parts) if index == 0 or part != parts[index - 1]]
-    if once in ([], ["v1"]):  # a base URL by itself
-        docs = ", /docs" if "/docs" in known else ""
-        return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
-    close = nearest("/" + "/".join(once), known)
-    return f": did you mean {close}?" if close else ""
+        try:
+            await self._app(scope, receive, watched_send)
+        except Exception as error:
+            foreseen = self._foreseen(scope, error)
+            if foreseen is None or (answered and not isinstance(error, ClientDisconnect)):
+                request_id = context_of(scope).request_id
+                logger.exception("a request failed", extra={"request_id": request_id})
+                failed = f"The server failed; see its log at request {request_id}"
+                foreseen = error_response(InternalError(failed))
+            if not answered:
+                await foreseen(scope, receive, send)
 
+    def _foreseen(self, scope: Scope, error: Exception) -> Response | None:
+        if isinstance(error, ServerError):
+            return error_response(error)
+        if isinstance(error, HTTPException):
+            return self._of_framework(scope, error)
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=CLIENT_CLOSED_REQUEST)  # for nobody
+        return None
 
-async def _answer_nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
+    def _of_framework(self, scope: Scope, error: HTTPException) -> Response:
+        """What the framework itself refuses, in our envelope."""
+        method, path = scope["method"], scope["path"][:200]
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            words = f"Unknown route {method} {path}{self._pointer(context_of(scope).route_path)}"
+            return error_response(NotFoundError(words))
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers = dict(error.headers or {})
+            use = f": use {headers['Allow']}" if "Allow" in headers else ""
+            answer = error_response(MethodNotAllowedError(f"{path} does not take {method}{use}"))
+            answer.headers.update(headers)
+            return answer
+        return error_response(InvalidRequestError(f"{error.detail}"))
+
+    def _pointer(self, path: str) -> str:
+        """What somebody who asked for an unknown route may have wanted."""
+        # A base URL that ends with a slash or with /v1, where the client puts its own.
+        parts = [part for part in path[:100].split("/") if part]
+        once = [part for index, part in enumerate(parts) if index == 0 or part != parts[index - 1]]
+        if once in ([], ["v1"]):  # a base URL by itself
+            docs = ", /docs" if "/docs" in self._paths else ""
+            return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
+        close = nearest("/" + "/".join(once), self._paths)
+        return f": did you mean {close}?" if close else ""

@@ -84,7 +84,7 @@ def _is_ids(inputs: list[Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BatchAnswers:
-    """How requests are tokenized and answered; `tokenize` is a bulk.Tokenize."""
+    """How requests are tokenized and answered; `tokenize` is a Tokenize."""
 
     encoder: Encoder
     tokenizer: InputTokenizer

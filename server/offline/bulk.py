@@ -11,27 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
-from tqdm import tqdm
 
-from model.batch import Encoding, RunnerInfo
-from model.errors import InputError
+from model.batch import RunnerInfo
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
-from model.tokenizer import Truncation
-from server.offline.parts import Ledger, OutputError, Parts, Proof, Shard, locked, proves
-from server.offline.text_files import InputFileError, Line, Source
-from server.offline.vector_files import VectorFormat
+from server.offline.job import Job, Row, Rows, Tokenize
+from server.offline.manifest import differences, printable, proofs_of, read_manifest
+from server.offline.parts import Ledger, OutputError, Proof, Shard, locked, proves
+from server.offline.progress import Progress
+from server.offline.text_files import InputFileError, Source
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
@@ -40,71 +35,9 @@ logger = logging.getLogger("nv_embed.encode")
 
 KEEP_EVERY_S = 30.0
 """How much work of an unfinished shard is lost at most, and a batch."""
-_SAY_EVERY_S = 60.0
 _SHARD_BYTES = 64 << 20
 _ROW_BYTES = 8192
 """A shard holds no more text than this times its size (or 64 MiB): long rows make short shards."""
-_WINDOW_CHARS = 4 << 20
-"""Texts that are tokenized at once: tokens take about 30 times the memory of the text."""
-
-Row = TypeVar("Row")
-Row_contra = TypeVar("Row_contra", contravariant=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is embedded, how, and where to. `target` is a file, or a folder for shards."""
-
-    target: Path
-    is_folder: bool
-    format: VectorFormat
-    field: str
-    prefix: str
-    truncate: Truncation
-    shard_size: int
-
-    @property
-    def manifest(self) -> Path:
-        if self.is_folder:
-            return self.target / "manifest.json"
-        return self.target.with_name(self.target.name + ".manifest.json")
-
-    def parts(self, mode: int) -> Parts:
-        """Where the shards are; mode: of every file that is written."""
-        folder = self.target if self.is_folder else Path(f"{self.target}.parts")
-        return Parts(folder, self.format.suffix, mode)
-
-    @property
-    def to_remove(self) -> Path:
-        """What must go, so that the job can begin anew."""
-        return self.target if self.is_folder else self.manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Rows(Generic[Row]):
-    """The rows of an input: `read` begins anew with each call, `key` is all that a row's vectors
-    depend on, and `weight` the bytes that it takes."""
-
-    read: Callable[[], Iterator[Row]]
-    key: Callable[[Row], bytes]
-    weight: Callable[[Row], int]
-
-
-class Work(Protocol):
-    """The rows of one shard, tokenized."""
-
-    @property
-    def encodings(self) -> list[Encoding]: ...
-
-    def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
-        """Look at a batch's vectors as it is done; lost: indices that did not fit into memory."""
-        ...
-
-    def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None: ...
-
-
-class Tokenize(Protocol[Row_contra]):
-    def __call__(self, rows: Sequence[Row_contra], first: int, /) -> Work: ...
 
 
 @contextmanager
@@ -181,7 +114,7 @@ class Run(Generic[Row]):
                 "kind": str(self._source.kind),
             },
             "model": {
-                "id": _printable(model.model_id),
+                "id": printable(model.model_id),
                 "revision": model.revision,
                 "fingerprint": fingerprint(model.path),
                 **{name: value for name, value in asked.items() if value != "auto"},
@@ -197,7 +130,7 @@ class Run(Generic[Row]):
     def is_done(self, *, resume: bool) -> bool:
         """Whether an earlier run did it all. Raises OutputError when this one must not begin."""
         job = self._job
-        self._earlier = _read_manifest(job.manifest)
+        self._earlier = read_manifest(job.manifest)
         complete = bool(self._earlier and self._earlier.get("complete"))
         if self._earlier is not None and not complete and self._parts.is_empty:
             self._earlier = None  # a run that had done nothing yet binds nobody
@@ -224,7 +157,7 @@ class Run(Generic[Row]):
     def _is_whole(self) -> bool:
         """Whether the files of a complete run are still what it wrote."""
         assert self._earlier is not None
-        job, proofs = self._job, _proofs_of(self._earlier)
+        job, proofs = self._job, proofs_of(self._earlier)
         if job.is_folder:
             self._proofs = proofs
             paths = {shard: self._parts.path(shard.number) for shard in self._shards}
@@ -281,7 +214,7 @@ class Run(Generic[Row]):
     def _finish(self, encoder: Encoder, tokenize: Tokenize[Row], every: float) -> None:
         job, parts = self._job, self._parts
         ledger = Ledger(parts, self._proofs)
-        with _Progress(self.num_rows) as progress:
+        with Progress(self.num_rows) as progress:
             again = shards_of(self._rows, job.shard_size)
             for shard in self._shards:
                 found, chunk = next(again, (None, []))
@@ -305,7 +238,7 @@ class Run(Generic[Row]):
             paths = [parts.path(shard.number) for shard in self._shards]
             job.format.join(file, paths, self.num_rows)
             proof = Proof.of(file)
-        files = [{"name": _printable(job.target.name), **asdict(proof)}]
+        files = [{"name": printable(job.target.name), **asdict(proof)}]
         self._complete(files)
         parts.clear()
 
@@ -316,7 +249,7 @@ class Run(Generic[Row]):
         ledger: Ledger,
         encoder: Encoder,
         tokenize: Tokenize[Row],
-        progress: _Progress,
+        progress: Progress,
         every: float,
     ) -> None:
         work = tokenize(chunk, shard.first)
@@ -356,12 +289,7 @@ class Run(Generic[Row]):
     def _refuse_another(self) -> None:
         """Raises OutputError naming what differs from the earlier run's manifest."""
         assert self._earlier is not None
-        now, then = _flat(self._manifest), _flat(self._earlier)
-        changed = []
-        for name, value in now.items():
-            if then.get(name) != value:
-                hidden = name.startswith("input.") or name in ("prefix", "query_instruction")
-                changed.append(name if hidden else f"{name} ({then.get(name)} then, {value} now)")
+        changed = differences(self._manifest, self._earlier)
         if changed:
             raise OutputError(
                 f"{self._job.manifest} was made with another {', '.join(changed)}: the vectors "
@@ -387,141 +315,3 @@ class Run(Generic[Row]):
         with self._parts.replacing(self._job.manifest) as file:
             document = {**self._manifest, **more}
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
-
-
-class _Progress:
-    """A bar on a terminal, a line a minute in a log. Rows of an earlier run have no speed."""
-
-    def __init__(self, rows: int) -> None:
-        self._bar = tqdm(
-            total=rows,
-            desc="Embedding",
-            unit=" rows",
-            disable=None if sys.stderr else True,  # None: where there is no terminal
-            smoothing=0,  # rows are not alike: the mean of the run tells more than its last second
-            mininterval=0.5,
-            nrows=24,  # a terminal that does not know its size would get no bar
-        )
-        self._rows, self._reached, self._skipped = rows, 0, 0
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def skip_to(self, row: int) -> None:
-        ahead = row - self._reached
-        if ahead > 0:
-            self._skipped += ahead
-            if not self._bar.disable:
-                self._bar.initial += ahead
-            self.reach(row)
-
-    def reach(self, row: int) -> None:
-        ahead = row - self._reached
-        if ahead <= 0:
-            return
-        self._reached = row
-        self._bar.update(ahead)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= _SAY_EVERY_S:
-            self._said = now
-            done, rate = row - self._skipped, (row - self._skipped) / (now - self._started)
-            left = f", about {(self._rows - row) / rate:.0f} s left" if done else ""
-            logger.info("%d of %d rows, %.1f rows/s%s", row, self._rows, rate, left)
-
-
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """Work on plain texts."""
-
-    encodings: list[Encoding]
-    job: Job
-    source: Source
-    lines: Sequence[Line]
-    first: int
-
-    def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
-        if lost:
-            raise self._error(lost[0], "the text does not fit into the device's memory")
-        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-        if bad.size:
-            raise self._error(indices[bad[0]], "the model returned a non-finite vector")
-
-    def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None:
-        self.job.format.write(file, vectors, self.first)
-
-    def _error(self, index: int, what: str) -> InputFileError:
-        return InputFileError(f"{self.source.at(self.lines[index].number)}: {what}")
-
-
-def texts(job: Job, source: Source, encoder: Encoder) -> Tokenize[Line]:
-    """How shards of texts are tokenized. It raises InputFileError for one that cannot be used."""
-
-    def tokenize(lines: Sequence[Line], first: int) -> _Texts:
-        encodings = []
-        for window in _windows(lines):
-            results = encoder.tokenizer.encode_batch(
-                [line.text for line in window],
-                job.prefix,
-                max_tokens=encoder.max_tokens,
-                truncate=job.truncate,
-            )
-            for line, result in zip(window, results, strict=True):
-                if isinstance(result, InputError):
-                    raise InputFileError(f"{source.at(line.number)}: {result}")
-                encodings.append(result)
-        return _Texts(encodings, job, source, lines, first)
-
-    return tokenize
-
-
-def _windows(lines: Sequence[Line]) -> Iterator[list[Line]]:
-    window: list[Line] = []
-    chars = 0
-    for line in lines:
-        if window and chars + len(line.text) > _WINDOW_CHARS:
-            yield window
-            window, chars = [], 0
-        window.append(line)
-        chars += len(line.text)
-    yield window
-
-
-def _printable(name: str) -> str:
-    """Of a file or a folder, whose name need not be UTF-8."""
-    return name.encode(errors="replace").decode()
-
-
-def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested names with dots: model.dtype."""
-    flat: dict[str, Any] = {}
-    for name, value in manifest.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": item for inner, item in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _proofs_of(manifest: Mapping[str, Any]) -> dict[int, Proof]:
-    """What a complete run noted of its files."""
-    proofs = {}
-    with suppress(KeyError, TypeError, AttributeError):
-        for number, file in enumerate(manifest["files"]):
-            proofs[number] = Proof(file["size"], file["sha256"], file["made_of"])
-    return proofs
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        raw = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raw = None
-    if not isinstance(raw, dict):
-        raise OutputError(f"{path} is not a manifest: remove it, or name another --output")
-    return raw

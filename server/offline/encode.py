@@ -31,8 +31,10 @@ from server.engine.worker import load_factory
 from server.errors import InvalidRequestError, SettingsError
 from server.offline import batch_files, bulk, text_files
 from server.offline.batch_files import BatchAnswers
+from server.offline.job import Job, Rows, Tokenize
 from server.offline.parts import OutputError
 from server.offline.text_files import InputFileError, Kind, Source, import_parquet
+from server.offline.texts import texts
 from server.offline.vector_files import FORMATS
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def _stoppable() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bulk.Run[Any]) -> bool:
+def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run[Any]) -> bool:
     """Returns whether all was done already."""
     model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
     asked = {name: getattr(arguments, name) for name in ("dtype", "quantization", "attention")}
@@ -134,7 +136,7 @@ def _run(arguments: argparse.Namespace, job: bulk.Job, source: Source, todo: bul
         encoder = _encoder(arguments, model)
         encoder.max_tokens = min(encoder.max_tokens, arguments.max_input_tokens or sys.maxsize)
         todo.begin(encoder.runner.info)
-        tokenize: bulk.Tokenize[Any] = bulk.texts(job, source, encoder)
+        tokenize: Tokenize[Any] = texts(job, source, encoder)
         if arguments.openai_batch:
             tokenize = BatchAnswers(
                 encoder,
@@ -164,14 +166,14 @@ def _opened(name: str) -> Iterator[Source]:
         yield source
 
 
-def _rows(arguments: argparse.Namespace, source: Source) -> bulk.Rows[Any]:
+def _rows(arguments: argparse.Namespace, source: Source) -> Rows[Any]:
     if arguments.openai_batch:
-        return bulk.Rows(
+        return Rows(
             lambda: batch_files.read_requests(source),
             key=lambda line: line.key,
             weight=lambda line: line.weight,
         )
-    return bulk.Rows(
+    return Rows(
         lambda: text_files.read_texts(source, arguments.field or "text"),
         key=lambda line: line.text.encode(),
         weight=lambda line: len(line.text),
@@ -186,7 +188,7 @@ def _mode_of(source: Source) -> int:
     return (given & ~umask) | 0o600
 
 
-def _job(arguments: argparse.Namespace) -> bulk.Job:
+def _job(arguments: argparse.Namespace) -> Job:
     """Raises SettingsError for an output that cannot be, before anything is read."""
     target, is_folder = _target(arguments)
     suffix = f".{arguments.format or 'npy'}" if is_folder else target.suffix.lower()
@@ -214,7 +216,7 @@ def _job(arguments: argparse.Namespace) -> bulk.Job:
             text.encode()
         except UnicodeEncodeError:
             raise SettingsError(f"the {name} is not UTF-8") from None
-    return bulk.Job(
+    return Job(
         target,
         is_folder,
         FORMATS[suffix],
@@ -254,7 +256,7 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return target, False
 
 
-def _check(arguments: argparse.Namespace, job: bulk.Job, source: Source) -> None:
+def _check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
     """What only the open input tells. Raises SettingsError."""
     if source.kind is Kind.TEXT and arguments.field is not None:
         raise SettingsError(f"--field is for JSON lines and Parquet, and {source.name} is text")

@@ -96,6 +96,14 @@ def test_a_query_that_is_at_work_halves_nothing() -> None:
     assert len(entries) == 1 + 10
 
 
+def test_where_halving_is_off_a_query_rides_in_a_whole_batch() -> None:
+    whole = BatchLimits(max_tokens=20, max_seqs=100, half_beside_query=False)
+    queue = queue_of(request("query", 2), request("bulk", *[3] * 100))
+    assert take(queue, whole) == ["query0", *(f"bulk{i}" for i in range(6))]
+    queue = queue_of(request("query", 2), request("bulk", *[3] * 100))
+    assert take(queue, TWENTY) == ["query0", "bulk0", "bulk1", "bulk2"]
+
+
 def test_a_query_is_what_has_one_input_to_compute() -> None:
     encodings = [Encoding(np.full(2, next(_NUMBERS), dtype=np.int32)) for _ in range(3)]
     for known, is_query in ({}, False), ({0}, False), ({0, 2}, True), ({1, 2}, True):

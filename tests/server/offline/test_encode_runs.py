@@ -23,7 +23,8 @@ from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
-from server.offline import bulk
+from server.offline import bulk, parts, progress
+from server.offline.progress import Progress
 from tests.server.runners import Hashing, vector_of
 
 LINES = [f"line {number}" for number in range(10)]
@@ -245,12 +246,12 @@ def test_many_runs_at_once_take_turns_or_refuse(golden_checkpoint: Path, tmp_pat
         nonlocal inside, most, refused
         for _ in range(50):
             try:
-                with bulk.locked(lock, target):
+                with parts.locked(lock, target):
                     inside += 1
                     most = max(most, inside)
                     time.sleep(0.0005)
                     inside -= 1
-            except bulk.OutputError:
+            except parts.OutputError:
                 refused += 1
 
     threads = [threading.Thread(target=run) for _ in range(4)]
@@ -594,13 +595,13 @@ def test_progress_moves_with_each_batch(
     golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, encode: Encode
 ) -> None:
     seen: list[int] = []
-    reach = bulk._Progress.reach
+    reach = Progress.reach
 
-    def note(self: bulk._Progress, row: int) -> None:
+    def note(self: Progress, row: int) -> None:
         seen.append(row)
         reach(self, row)
 
-    monkeypatch.setattr(bulk._Progress, "reach", note)
+    monkeypatch.setattr(Progress, "reach", note)
     assert encode("a.txt", "--max-batch-tokens", "12") == 0
     assert seen[:5] == [2, 4, 6, 8, 10]
 
@@ -608,7 +609,7 @@ def test_progress_moves_with_each_batch(
 def test_a_log_tells_how_far_it_is(
     encode: Encode, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bulk, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "_SAY_EVERY_S", 0.0)
     assert encode("a.txt", "--max-batch-tokens", "12") == 0
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 5
@@ -625,7 +626,7 @@ def test_a_terminal_sees_each_batch_and_earlier_rows_have_no_speed(
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
-    with bulk._Progress(1000) as progress:
+    with Progress(1000) as progress:
         progress.skip_to(900)
         time.sleep(0.2)
         progress.reach(902)

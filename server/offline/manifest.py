@@ -1,0 +1,65 @@
+"""The manifest beside an output: what a run was made of, and what its files are.
+
+A run goes on with what an earlier one left only if both manifests say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from server.offline.parts import OutputError, Proof
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """None where there is none. Raises OutputError for what is no manifest."""
+    try:
+        raw = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise OutputError(f"{path} is not a manifest: remove it, or name another --output")
+    return raw
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """What of `now` the earlier manifest has otherwise, with both values unless one is text of a
+    user's."""
+    earlier = _flat(then)
+    changed = []
+    for name, value in _flat(now).items():
+        if earlier.get(name) != value:
+            hidden = name.startswith("input.") or name in ("prefix", "query_instruction")
+            changed.append(name if hidden else f"{name} ({earlier.get(name)} then, {value} now)")
+    return changed
+
+
+def proofs_of(manifest: Mapping[str, Any]) -> dict[int, Proof]:
+    """What a complete run noted of its files."""
+    proofs = {}
+    with suppress(KeyError, TypeError, AttributeError):
+        for number, file in enumerate(manifest["files"]):
+            proofs[number] = Proof(file["size"], file["sha256"], file["made_of"])
+    return proofs
+
+
+def printable(name: str) -> str:
+    """Of a file or a folder, whose name need not be UTF-8."""
+    return name.encode(errors="replace").decode()
+
+
+def _flat(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested names with dots: model.dtype."""
+    flat: dict[str, Any] = {}
+    for name, value in manifest.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": item for inner, item in value.items()}
+        else:
+            flat[name] = value
+    return flat
