@@ -316,6 +316,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 @pytest.mark.parametrize("isa", ["AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
 def test_int8_is_exact_under_every_instruction_set(isa: str, capability: str) -> None:
