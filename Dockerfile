@@ -2,9 +2,11 @@
 ARG BASE_IMAGE=python:3.12-slim
 
 FROM ${BASE_IMAGE} AS build
-# default: PyPI's torch, with CUDA (gigabytes); cpu: PyTorch's CPU build (needs no GPU, finds none).
+# default: PyPI's torch, with CUDA 13 (gigabytes; NVIDIA's driver must be 580 or later). Others are
+# builds of PyTorch's own index: cpu (needs no GPU, finds none), cu126 (older drivers), ….
 ARG TORCH=default
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# A mirror of https://download.pytorch.org/whl/${TORCH}.
+ARG TORCH_INDEX=""
 # One more requirement: "bitsandbytes>=0.48,<1" for --quantization int8.
 ARG EXTRAS=""
 WORKDIR /src
@@ -12,8 +14,9 @@ WORKDIR /src
 COPY requirements.lock .
 RUN case "${TORCH}" in \
         default) ;; \
-        cpu) set -- --extra-index-url "${TORCH_INDEX}" ;; \
-        *) echo "TORCH=${TORCH}: must be default or cpu" >&2; exit 2 ;; \
+        cpu|cu[0-9]*) \
+            set -- --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/${TORCH}}" ;; \
+        *) echo "TORCH=${TORCH}: must be default, cpu or a CUDA build such as cu126" >&2; exit 2 ;; \
     esac \
     && python3 -m venv --without-pip /opt/venv \
     && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir "$@" \
@@ -27,7 +30,13 @@ FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="nv-embed-server" \
       org.opencontainers.image.description="An OpenAI-compatible embedding server for NV-Embed; holds no weights" \
       org.opencontainers.image.licenses="Apache-2.0"
-# /cache holds downloaded weights. It and /tmp are all that is ever written to.
+# Debian packages to add. Nothing needs any, and a compiler is what an intruder would like to find;
+# Triton's kernels, which are off by default, compile their launcher: "gcc libc6-dev".
+ARG PACKAGES=""
+RUN [ -z "${PACKAGES}" ] || { apt-get update \
+    && apt-get install -y --no-install-recommends ${PACKAGES} && rm -rf /var/lib/apt/lists/*; }
+# /cache holds downloaded weights, and what is compiled: Docker mounts a tmpfs such as /tmp noexec.
+# The two are all that is ever written to.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp nv-embed \
     && install -d -o nv-embed -g nv-embed /cache
 COPY --from=build /opt/venv /opt/venv
@@ -40,6 +49,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     HF_HOME=/cache \
+    TRITON_CACHE_DIR=/cache/triton \
     NV_EMBED_HOST=0.0.0.0
 # By number, so that Kubernetes can see that it is not root.
 USER 10001:10001

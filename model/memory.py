@@ -1,6 +1,7 @@
 """A runner within the memory that there turns out to be. Torch-free until a forward fails.
 
-Owns what counts as a lack of memory and what is tried next; knows nothing of wires or requests.
+Owns what an error means (a lack of memory, a lost device, neither) and what is tried next when
+memory lacks; knows nothing of wires or requests.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ _SAID_SO = (
 )
 """What torch's CPU allocator, the CUDA libraries, the dynamic loader and C++ say, all of it as a
 RuntimeError, an ImportError or an OSError without a kind of its own."""
+
+_CUDA_MEMORY_ALLOCATION = 2
+"""cudaErrorMemoryAllocation: while a module is loaded or a graph made ready, say."""
 
 
 class FittingRunner:
@@ -66,6 +70,10 @@ class FittingRunner:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                got = None
+            # Not within `except`: there the error holds the failed forward, and with it the memory
+            # that is to be handed back.
+            if got is None:
                 if len(part) > 1 and tokens <= self._most_done:
                     doubtful = True
                 self._learn(tokens, len(part))
@@ -107,8 +115,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's or the host's memory did not suffice."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True  # torch's; its name spares the import
+    if _is_accelerator_error(error) and _code(error) == _CUDA_MEMORY_ALLOCATION:
+        return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     text = str(error).lower()
     by_words = isinstance(error, RuntimeError | ImportError | OSError)
     return by_words and any(words in text for words in _SAID_SO)
+
+
+def loses_device(error: BaseException) -> bool:
+    """Whether CUDA itself failed, as by an illegal address or a failed assertion on the device:
+    nothing runs in this process any more. Libraries on top of CUDA report their failures as a
+    RuntimeError, which does not tell: there the device must be asked."""
+    return _is_accelerator_error(error) and not is_out_of_memory(error)
+
+
+def _is_accelerator_error(error: BaseException) -> bool:
+    """torch's; its name spares the import."""
+    return any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
+
+
+def _code(error: BaseException) -> int | None:
+    """The driver's number, which torch sets on the errors that it raises itself."""
+    code = getattr(error, "error_code", None)
+    return code if isinstance(code, int) else None

@@ -1,6 +1,7 @@
-"""What this process has of its system: its three standard streams, and how many files it may open.
+"""What this process has of its system: its three standard streams, how many files it may open, and
+the environment that it hands on.
 
-Sets both right at the start; knows nothing of what the files are for.
+Sets the first two right at the start; knows nothing of what the files are for.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ _FILES_PER_WORKER = 8
 _REFUSED_SHARE = 8
 """One part in so many of all files is left to connections that are being refused."""
 _LEAST_CONNECTIONS = 8
+_SECRETS = frozenset(
+    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+)
+"""Variables that no child has a use for: none asks for keys or downloads."""
 
 
 def open_standard_streams() -> None:
@@ -63,3 +68,8 @@ def most_connections(files: int, wanted: int, workers: int) -> int:
             "or more (ulimit -n)"
         )
     return fit
+
+
+def child_environment() -> dict[str, str]:
+    """Our own without its secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}

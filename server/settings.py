@@ -53,6 +53,8 @@ _BYTES = 2**50
 _DAY_S = 86_400
 _THREADS = 1024
 """With too many, OpenMP ends the process, and no error can be shown."""
+DEVICE = r"auto|cpu|cuda(:(\d{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+))?"
+"""What --devices takes."""
 _UDS_BYTES = 107
 """Of sockaddr_un's path, without its NUL."""
 
@@ -109,7 +111,8 @@ class MachineSettings(BaseModel):
     devices: Words = Field(
         ["auto"],
         description="where to run, one engine worker each: auto (every visible GPU, else one CPU "
-        "worker), cpu, cuda, cuda:N, or several: cuda:0,cuda:1 or cpu,cpu; --device is the same",
+        "worker), cpu, cuda, cuda:N, cuda:UUID of a GPU or a MIG slice (nvidia-smi -L), or "
+        "several: cuda:0,cuda:1 or cpu,cpu; --device is the same",
     )
     threads: int | None = Field(
         None,
@@ -127,8 +130,10 @@ class MachineSettings(BaseModel):
         if "auto" in self.devices and len(self.devices) > 1:
             raise ValueError("--devices auto stands alone: name the devices, or only auto")
         for device in self.devices:
-            if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", device):
-                raise ValueError(f"--devices {device}: must be auto, cpu, cuda or cuda:N")
+            if not re.fullmatch(DEVICE, device):
+                raise ValueError(
+                    f"--devices {device}: must be auto, cpu, cuda or cuda:N, a number or a UUID"
+                )
         return self
 
     def one_device(self) -> str:
@@ -138,7 +143,14 @@ class MachineSettings(BaseModel):
                 f"this command runs on one device, and {', '.join(self.devices)} are named: "
                 "choose one with --device"
             )
-        return self.devices[0]
+        (device,) = self.devices
+        _, _, number = device.partition(":")
+        if number and not number.isdigit():
+            raise SettingsError(
+                f"this command knows GPUs by their numbers: set CUDA_VISIBLE_DEVICES={number} and "
+                "name cuda:0"
+            )
+        return device
 
 
 class ModelSettings(MachineSettings):

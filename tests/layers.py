@@ -55,6 +55,7 @@ SERVER = {  # by wing; "" are the files on top
         "request_queue",
         "quarantine",
         "vector_cache",
+        "devices",
         "worker",
         "start_worker",
         "supervisor",

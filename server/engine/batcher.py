@@ -194,11 +194,17 @@ class Batcher:
         batches = list(self._out.pop(worker).values())
         for batch in batches:
             self._end(batch)
-        if batches:
-            self._blame(batches[0])  # the others waited behind it
-        # The oldest batch goes back last, so that it comes first.
-        for batch in reversed(batches):
-            self.queue.put_back(e for e in batch.entries if e.request.waiter.lacks(e.index))
+        try:
+            if batches:
+                self._blame(batches[0])  # the others waited behind it
+            # The oldest batch goes back last, so that it comes first.
+            for batch in reversed(batches):
+                self.queue.put_back(e for e in batch.entries if e.request.waiter.lacks(e.index))
+        except Exception:  # a fault of ours: nobody must wait for what will never come
+            logger.exception("the batches of a lost worker could not be put back")
+            for batch in batches:
+                for entry in batch.entries:
+                    self._fail(entry.request, InternalError("the server failed on this request"))
         self._schedule()
 
     def batch_done(

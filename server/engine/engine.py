@@ -27,15 +27,17 @@ from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
 from server.engine.batcher import Batcher
+from server.engine.devices import choose, worker_options
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.metrics import Metrics
-from server.engine.supervisor import Supervisor, load_timeout_of, worker_options
+from server.engine.supervisor import Supervisor, load_timeout_of
 from server.errors import (
     OverloadedError,
     SettingsError,
     UnavailableError,
 )
+from server.process import child_environment
 from server.settings import MAX_REQUEST_TOKENS, Settings
 
 logger = logging.getLogger("nv_embed.engine")
@@ -91,7 +93,10 @@ class EmbeddingEngine:
             max_input_tokens=self.max_input_tokens,
         )
         self.worker_options = worker_options(
-            base, settings.devices, host.usable_cores(), settings.max_batch_tokens
+            base,
+            choose(settings.devices, child_environment()),
+            host.usable_cores(),
+            settings.max_batch_tokens,
         )
         self._supervisor = Supervisor(
             self.worker_options,

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
-import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,21 +25,28 @@ import orjson
 from numpy.typing import NDArray
 
 from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
+from server.engine import devices
 from server.engine.worker import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
 from server.errors import StartError
+from server.process import child_environment
 
 logger = logging.getLogger("nv_embed.supervisor")
 
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
-_PROBE_S = 120.0
-_SECRETS = frozenset(
-    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-)
-"""Variables that a worker has no use for: it neither asks for keys nor downloads."""
 _STOP_S = 1.0
-"""How long a worker may take to end after its socket has closed, and after it was killed; nobody
-awaits it any more."""
+"""How long a worker may take to end after its socket has closed; nobody awaits it any more."""
+_KILLED_S = 10.0
+"""How long it may take after it was killed: the kernel frees its memory first. Its successor would
+find its device full."""
+_SAME = 3
+"""So many failures in a row for the same reason, and there is no point in another try."""
+_PASSES = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
+"""Errors for want of what others have for the moment."""
+_DEADLY_BY_ITSELF = frozenset(
+    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+)
+"""Signals that a process earns by its own doing; others send it the rest."""
 _LOAD_S = 60.0
 _LOAD_BYTES_PER_S = 20e6
 """How long a worker may take to become ready: to import torch, and to read the checkpoint from a
@@ -51,7 +60,19 @@ class _UselessWorkerError(Exception):
 
 
 class _RefusedError(_UselessWorkerError):
-    """It says so itself, and ends."""
+    """It says so itself, and ends; `passes`: for want of what others have for the moment."""
+
+    def __init__(self, message: str, passes: bool) -> None:
+        super().__init__(f"cannot start: {message}")
+        self.message, self.passes = message, passes
+
+
+@dataclasses.dataclass(slots=True)
+class _Life:
+    """How the life of a worker went."""
+
+    was_ready: bool = False
+    reason: str | None = None  # why it could not start; None: by no fault of its own
 
 
 class WorkerEvents(Protocol):
@@ -141,6 +162,8 @@ class Supervisor:
         self._runner, self._log_format, self._log_level = runner, log_format, log_level
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = False
+        self._reasons: dict[int, list[str]] = {}  # slot -> the same one, in a row
+        self._stopping = False
         self.trouble: dict[int, str] = {}
         """Slot -> why its worker is not ready."""
 
@@ -156,7 +179,9 @@ class Supervisor:
             task.result()
 
     async def stop(self) -> None:
-        """Close the sockets, wait for the workers to end, kill those that do not."""
+        """Close the sockets, wait for the workers to end, kill those that do not, and leave behind
+        those that cannot be killed: they end with this process, or when their device lets them."""
+        self._stopping = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -165,25 +190,45 @@ class Supervisor:
         failures = 0
         while True:
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            life = _Life()
             try:
-                was_ready = await self._run_once(slot, self._load_timeout * (failures + 1))
+                await self._run_once(slot, self._load_timeout * (failures + 1), life)
             except StartError:
                 raise
             except Exception:  # a fault of ours, in whoever handles the events
                 logger.exception("worker %d: an event could not be handled", slot)
-                was_ready = False
-            failures = 0 if was_ready else failures + 1
+                life.was_ready = False
+            failures = 0 if life.was_ready else failures + 1
+            self._give_up_if_hopeless(slot, life.reason)
 
-    async def _run_once(self, slot: int, load_timeout: float) -> bool:
-        """One worker's whole life. Returns whether it was ever ready."""
+    def _give_up_if_hopeless(self, slot: int, reason: str | None) -> None:
+        """Raises StartError when no worker was ever ready and each fails for the same reason, again
+        and again. One that still loads may yet serve; and once the server has served, it stays."""
+        known = self._reasons.setdefault(slot, [])
+        if reason is None or (known and _without_numbers(known[-1]) != _without_numbers(reason)):
+            known.clear()
+        if reason is not None:
+            known.append(reason)
+            del known[:-_SAME]
+        all_known = [self._reasons.get(other, []) for other in range(len(self._options))]
+        if not self._was_ready and all(len(reasons) >= _SAME for reasons in all_known):
+            last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
+            raise StartError(f"{last} (the same {_SAME} times in a row)")
+
+    async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
+        """One worker's whole life."""
         options = self._options[slot]
+        device, environment = devices.in_child(options.device, child_environment())
         try:
-            process, reader, writer = await _start()
-            writer.write(start_frame(options, self._runner, self._log_format, self._log_level))
+            process, reader, writer = await _start(environment)
+            told = dataclasses.replace(options, device=device)
+            writer.write(start_frame(told, self._runner, self._log_format, self._log_level))
         except OSError as error:  # out of processes, files or memory
             self.trouble[slot] = "its worker cannot be started"
             logger.error("worker %d cannot be started: %s", slot, error)
-            return False
+            if error.errno not in _PASSES:
+                life.reason = f"a worker cannot be started: {error}"
+            return
         worker, trouble, patience = None, "", 0.0
         try:
             async with asyncio.timeout(load_timeout):
@@ -195,7 +240,7 @@ class Supervisor:
             )
             worker = Worker(slot, info, limits, tokens_per_s, writer, process)
             self.trouble.pop(slot, None)
-            self._was_ready = True
+            self._was_ready = life.was_ready = True
             patience = _STOP_S
             self._events.worker_ready(worker)
             await self._relay(worker, reader)
@@ -209,21 +254,28 @@ class Supervisor:
             trouble, patience = "its worker sent nonsense; see the log", 0.0
             if isinstance(error, _RefusedError):
                 trouble, patience = "its worker cannot start; see the log", _STOP_S
+                life.reason = None if error.passes else error.message
         finally:
             writer.transport.abort()  # close would wait for what it does not read
+            self.trouble[slot] = trouble or "its worker is ending"
             try:
                 if worker is not None:
                     self._events.worker_lost(worker)
             finally:
-                status = await _reap(process, patience)
+                status = await _reap(process, patience, _STOP_S if self._stopping else _KILLED_S)
+                if status is None:
+                    logger.error(
+                        "worker %d cannot be killed: its device may have to be reset", slot
+                    )
         self.trouble[slot] = trouble or f"its worker ended ({_describe(status)})"
+        if worker is None and not trouble and _is_its_own_doing(status):
+            life.reason = f"a worker ended before it was ready ({_describe(status)})"
         logger.error(
             "worker %d ended (%s) %s; starting it again",
             slot,
             _describe(status),
             "while serving" if worker else "before it was ready",
         )
-        return worker is not None
 
     async def _greet(self, slot: int, reader: asyncio.StreamReader) -> tuple[RunnerInfo, float]:
         """Wait for HELLO. Raises StartError when no worker was ever ready and this one says that
@@ -235,19 +287,26 @@ class Supervisor:
             if kind is Kind.REFUSED:
                 refusal = orjson.loads(payload)
                 final, message = bool(refusal["final"]), str(refusal["message"])
+                passes = bool(refusal.get("passes"))
             elif kind is Kind.HELLO:
                 hello = orjson.loads(payload)
                 info = RunnerInfo(**hello["info"])
                 tokens_per_s = float(hello["tokens_per_s"])
-                final, message = True, self._objection(info)
+                final, passes, message = True, False, self._objection(info)
             else:
                 raise ValueError(kind)
         except (ValueError, TypeError, KeyError):
             raise _UselessWorkerError("sent what is no greeting") from None
+        device = self._options[slot].device
+        if devices.uuid_of(device):  # each calls its own cuda:0
+            if message:
+                message = f"{device}: {message}"
+            else:
+                info = dataclasses.replace(info, device=device)
         if message:
             if final and not self._was_ready:
                 raise StartError(message)
-            raise _RefusedError(f"cannot start: {message}")
+            raise _RefusedError(message, passes)
         how = [info.device_name, info.dtype, info.quantization, info.attention]
         how += ["CUDA graphs"] if info.cuda_graphs else []
         how += [f"{kind} by {who}" for kind, who in info.products.items()]
@@ -289,12 +348,14 @@ class Supervisor:
             self._events.batch_done(worker, batch_id, *answer)
 
 
-async def _start() -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]:
+async def _start(
+    environment: Mapping[str, str],
+) -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]:
     """A new worker process and our end of its socket. Raises OSError."""
     ours, theirs = socket.socketpair()
     try:
         with theirs:
-            process = _spawn(theirs.fileno())
+            process = _spawn(theirs.fileno(), environment)
     except BaseException:
         ours.close()
         raise
@@ -302,7 +363,7 @@ async def _start() -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, async
         return process, *await asyncio.open_connection(sock=ours)
     except BaseException:
         ours.close()
-        await _reap(process, 0.0)
+        await _reap(process, 0.0, _STOP_S)
         raise
 
 
@@ -321,30 +382,28 @@ async def _text(reader: asyncio.StreamReader, size: int) -> bytes:
     return await reader.readexactly(size)
 
 
-def _spawn(fd: int) -> subprocess.Popen[bytes]:
+def _spawn(fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     # -P: a server.py or model.py in the working directory is not what we mean.
     command = [sys.executable, "-P", "-m", "server.engine.start_worker", str(fd)]
     return subprocess.Popen(  # noqa: S603
         command,
         pass_fds=[fd],
         stdin=subprocess.DEVNULL,
-        env=_child_environment(),
+        env=environment,
         # Ctrl-C and a closing terminal are told to the front alone, which then drains.
         start_new_session=True,
     )
 
 
-def _child_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
-
-
-async def _reap(process: subprocess.Popen[bytes], patience: float) -> int | None:
+async def _reap(process: subprocess.Popen[bytes], patience: float, killed: float) -> int | None:
     """Wait for the process, whose socket is closed; kill it when it takes too long. None when even
-    that does not end it, which the kernel does when a device no longer answers."""
-    if await _ended(process, patience) is None:
-        process.kill()
-        await _ended(process, _STOP_S)
-    return process.returncode
+    that does not end it in time, which the kernel does when a device no longer answers."""
+    try:
+        await _ended(process, patience)
+    finally:  # also when nobody wants to wait any more
+        if process.returncode is None:
+            process.kill()
+    return await _ended(process, killed)
 
 
 async def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -361,56 +420,15 @@ def _describe(status: int | None) -> str:
     return f"signal {-status}" if status < 0 else f"status {status}"
 
 
+def _is_its_own_doing(status: int | None) -> bool:
+    return status is not None and (status >= 0 or -status in _DEADLY_BY_ITSELF)
+
+
+def _without_numbers(message: str) -> str:
+    """Equal for messages that differ in an address or in how much memory is free."""
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", message)
+
+
 def load_timeout_of(weights: int) -> float:
     """Seconds that a worker may take to become ready with so many bytes of weights."""
     return _LOAD_S + weights / _LOAD_BYTES_PER_S
-
-
-def probe_cuda_devices() -> int:
-    """How many CUDA devices torch sees; asked in a child, since the front never imports torch.
-
-    Without NVIDIA's driver the answer is 0 at once.
-    """
-    if not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")):
-        return 0
-    command = [sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())"]
-    try:
-        answer = subprocess.run(  # noqa: S603
-            command,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=_PROBE_S,
-            env=_child_environment(),
-        )
-        count = int(answer.stdout.split()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        logger.warning("asking torch for CUDA devices failed: %s %s", error, _errors_of(error))
-        count = 0
-    if not count:
-        logger.warning("NVIDIA's driver is here, and torch sees no CUDA device: using the CPU")
-    return count
-
-
-def _errors_of(error: Exception) -> str:
-    return error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else ""
-
-
-def worker_options(
-    base: RunnerOptions, devices: Sequence[str], cores: int, max_batch_tokens: int | None
-) -> list[RunnerOptions]:
-    """One RunnerOptions per worker: its device, its share of the cores, its batch size."""
-    if list(devices) == ["auto"]:
-        count = probe_cuda_devices()
-        devices = [f"cuda:{index}" for index in range(count)] or ["cpu"]
-    cpu_workers = sum(device == "cpu" for device in devices)
-    share = max(1, cores // max(1, cpu_workers))
-    return [
-        dataclasses.replace(
-            base,
-            device=device,
-            threads=base.threads or (share if device == "cpu" else None),
-            max_batch_tokens=max_batch_tokens or (1024 if device == "cpu" else 8192),
-        )
-        for device in devices
-    ]

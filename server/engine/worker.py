@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from model import host
 from model.batch import Encoding, RunnerOptions
 from model.errors import ModelError
-from model.memory import FittingRunner, is_out_of_memory
+from model.memory import FittingRunner, is_out_of_memory, loses_device
 from server import logs
 
 if TYPE_CHECKING:
@@ -51,11 +51,12 @@ MODEL_RUNNER = "model.runner:ModelRunner"
 CPU_NICENESS = 3
 """CPU workers yield to the front, which has little to do and must do it at once."""
 _POISONED = 70
-"""Exit status after a CUDA fault: the process cannot use its device any more."""
+"""Exit status when the process cannot use its device any more."""
 _MOST_SAID = 2000
 """Characters of an error's text."""
 _PR_SET_PDEATHSIG = 1
-_LESS_MEMORY = "lower --max-input-tokens or --max-batch-tokens, or take --quantization int8"
+_FLOAT8 = (8, 9)
+"""The compute capability from which GPUs multiply float8."""
 
 
 class Kind(IntEnum):
@@ -189,23 +190,42 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         runner = factory(options)
         tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
-        final, message = True, f"{error}"
+        final, passes, message = True, False, f"{error}"
         if is_out_of_memory(error):
             message = f"{options.device} has too little memory to load and run the model: "
-            message += _LESS_MEMORY
+            message += less_memory(options)
         elif "can't start new thread" in message:
-            final = False
+            final, passes = False, True
             message += ", for want of processes or of address space (ulimit -u, ulimit -v)"
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)[:_MOST_SAID]
             if not isinstance(error, ImportError | OSError):  # whose cause is not in our code
                 logger.exception("the worker cannot start")
-        why = {"message": message, "final": final}
+        why = {"message": message, "final": final, "passes": passes}
         connection.send(frame(Kind.REFUSED, orjson.dumps(why)))
         return None
     hello = {"info": dataclasses.asdict(runner.info), "tokens_per_s": tokens_per_s}
     connection.send(frame(Kind.HELLO, orjson.dumps(hello)))
     return runner
+
+
+def less_memory(options: RunnerOptions) -> str:
+    """What an operator can do where the model does not fit."""
+    ways = "lower --max-input-tokens or --max-batch-tokens"
+    smaller = ["int8-dynamic"]
+    if options.device.startswith("cuda"):
+        smaller = ["float8", "int8"] if _capability(options.device) >= _FLOAT8 else ["int8"]
+    if options.quantization == "none":
+        ways += f", or take --quantization {' or '.join(smaller)}"
+    return ways
+
+
+def _capability(device: str) -> tuple[int, int]:
+    """Of a GPU; (0, 0) when it does not tell."""
+    with contextlib.suppress(Exception):
+        major, minor = sys.modules["torch"].cuda.get_device_capability(device)
+        return major, minor
+    return 0, 0
 
 
 def _serve(connection: _Connection, runner: Runner) -> int:
@@ -218,11 +238,25 @@ def _serve(connection: _Connection, runner: Runner) -> int:
             answer = rows_frame(batch_id, rows, _faults(rows, too_large))
         except Exception as error:
             logger.exception("a batch of %d inputs failed", count)
-            if _poisons_device(error):
+            if loses_device(error) or not _device_answers(runner.info.device):
                 return _POISONED
             said = repr(error)[:_MOST_SAID].encode(errors="replace")
             answer = frame(Kind.FAILED, said, batch_id=batch_id)
         connection.send(answer)
+
+
+def _device_answers(device: str) -> bool:
+    """Whether what was launched on it has ended well. An error of a library does not tell whether
+    its device can still be used."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        logger.error("%s cannot be used any more: %s", device, error)
+        return False
+    return True
 
 
 def _faults(rows: NDArray[np.float32], too_large: Sequence[int]) -> dict[int, Fault]:
@@ -230,8 +264,3 @@ def _faults(rows: NDArray[np.float32], too_large: Sequence[int]) -> dict[int, Fa
     for index in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
         faults[index] = Fault.NOT_FINITE
     return faults
-
-
-def _poisons_device(error: Exception) -> bool:
-    """A CUDA fault (illegal address, device assert …) leaves the process useless for good."""
-    return type(error).__name__ == "AcceleratorError"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,32 @@ def test_each_service_is_hardened(compose: dict[str, Any]) -> None:
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("torch", "index", "expected"),
+    [
+        ("default", "", []),
+        ("cpu", "", ["--extra-index-url", "https://download.pytorch.org/whl/cpu"]),
+        ("cu126", "", ["--extra-index-url", "https://download.pytorch.org/whl/cu126"]),
+        ("cu126", "http://mirror", ["--extra-index-url", "http://mirror"]),
+        ("gpu", "", None),
+        ("", "", None),
+    ],
+)
+def test_where_torch_comes_from(torch: str, index: str, expected: list[str] | None) -> None:
+    """The step of the Dockerfile, run up to where it installs."""
+    (step,) = re.findall(r"RUN (case .*?esac)", (ROOT / "Dockerfile").read_text(), re.S)
+    script = step.replace("\\\n", "\n") + '\nprintf "%s\n" "$@"'
+    result = subprocess.run(
+        ["sh", "-c", script],
+        env={**os.environ, "TORCH": torch, "TORCH_INDEX": index},
+        capture_output=True,
+        text=True,
+    )
+    if expected is None:
+        assert result.returncode == 2
+        assert f"TORCH={torch}: must be" in result.stderr
+    else:
+        assert result.stdout.split() == expected

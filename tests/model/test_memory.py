@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.errors import NoMemoryError
-from model.memory import FittingRunner, is_out_of_memory
+from model.memory import FittingRunner, is_out_of_memory, loses_device
 from model.tokenizer import NVEmbedTokenizer
 from tests.server.runners import MARK, Hashing, vector_of
 
@@ -115,6 +116,66 @@ def no_memory_on_the_cpu() -> Exception:
 )
 def test_what_counts_as_a_lack_of_memory(error: Exception, expected: bool) -> None:
     assert is_out_of_memory(error) is expected
+
+
+def accelerator_error(code: object, text: str = "CUDA error: …") -> Exception:
+    """As torch raises it on a GPU: the driver's number is an attribute of the instance."""
+    error = torch.AcceleratorError(text)
+    error.error_code = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "memory", "device"),
+    [
+        (accelerator_error(2), True, False),
+        (accelerator_error(2, "CUDA-Fehler"), True, False),
+        (accelerator_error(700), False, True),
+        (accelerator_error(710, "CUDA error: device-side assert triggered"), False, True),
+        (accelerator_error(None), False, True),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, True),
+        (type("Narrower", (torch.AcceleratorError,), {})("CUDA error"), False, True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            True,
+            False,
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED"), False, False),
+        (ValueError("a fault of ours"), False, False),
+    ],
+)
+def test_what_an_error_on_a_gpu_means(error: Exception, memory: bool, device: bool) -> None:
+    assert (is_out_of_memory(error), loses_device(error)) == (memory, device)
+
+
+class Holding(Narrow):
+    """A forward that does not fit holds its activations when it fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[weakref.ref[np.ndarray]] = []
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        activations = np.zeros(1 << 20, dtype=np.uint8)
+        self.held.append(weakref.ref(activations))
+        return super().embed(encodings)
+
+
+def test_memory_is_handed_back_when_the_failed_forward_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = Holding()
+    alive: list[int] = []
+
+    def empty_cache() -> None:
+        alive.append(sum(ref() is not None for ref in runner.held))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    inputs = [Encoding(np.full(n, n, dtype=np.int32)) for n in (8, 8, 8, 30)]
+    assert FittingRunner(runner).embed(inputs)[1] == [3]
+    assert alive == [0, 0], "of all four, and of the one that never fits"
 
 
 class NarrowTorch(Narrow):

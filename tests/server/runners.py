@@ -297,3 +297,54 @@ def without_private_operations(options: RunnerOptions) -> ModelRunner:
 
     torch.ops = SimpleNamespace()
     return ModelRunner(options)
+
+
+class Starting(Hashing):
+    """Each start takes a line from the file of the options' path in the folder FAKE_STARTS: `exit
+    N`, `signal N`, `no thread`, or what to raise; without lines it is well."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        file = Path(os.environ["FAKE_STARTS"], options.path)
+        line, *rest = file.read_text().splitlines() or [""]
+        file.write_text("\n".join(rest))
+        verb, _, number = line.partition(" ")
+        if verb == "exit":
+            os._exit(int(number))
+        if verb == "signal":
+            os.kill(os.getpid(), int(number))
+        if line:
+            raise RuntimeError("can't start new thread" if line == "no thread" else line)
+        super().__init__(options)
+
+
+class Visible(Hashing):
+    """It tells what CUDA would see, and finds no device unless the file FAKE_GPUS lists it."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        mask = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        if mask not in Path(os.environ["FAKE_GPUS"]).read_text().split():
+            raise UnsupportedError(f"{options.device}: no CUDA device is visible")
+        seen = {"mask": mask, "allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
+        self.info = RunnerInfo(options.device, json.dumps(seen), "float32", "none", "fake", WIDTH)
+
+
+class FailingOnCuda(Failing):
+    """A GPU that the mark hits; whether it answers after that is in FAKE_GPU: well or dead."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        self.info = RunnerInfo("cuda:0", "fake", "float32", "none", "fake", WIDTH)
+        sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(synchronize=self._wait))
+
+    def _wait(self, device: str) -> None:
+        assert device == "cuda:0"
+        if os.environ["FAKE_GPU"] == "dead":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class TooLarge(Hashing):
+    """Its model does not fit."""
+
+    def warm_up(self) -> None:
+        raise MemoryError

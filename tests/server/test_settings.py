@@ -162,6 +162,8 @@ def test_every_command_reads_the_same_places(tmp_path: Path) -> None:
 
 def test_a_command_for_one_device_does_not_choose_among_several() -> None:
     assert load_as(ModelSettings, {}, {"NV_EMBED_DEVICES": "cuda:1"}).one_device() == "cuda:1"
+    with pytest.raises(SettingsError, match="set CUDA_VISIBLE_DEVICES=GPU-1a-2b and name cuda:0"):
+        load_as(ModelSettings, {}, {"NV_EMBED_DEVICES": "cuda:GPU-1a-2b"}).one_device()
     with pytest.raises(SettingsError, match="runs on one device, and cuda:0, cuda:1 are named"):
         load_as(ModelSettings, {}, {"NV_EMBED_DEVICES": "cuda:0,cuda:1"}).one_device()
 
@@ -325,3 +327,16 @@ def test_help_names_every_option_but_the_hidden(capsys: pytest.CaptureFixture[st
         flag = "--" + name.replace("_", "-")
         assert (flag in shown) == (name not in settings.HIDDEN), flag
     assert "NV_EMBED_MAX_BATCH_TOKENS" in "".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    "name", ["cuda:GPU-5d5ba0d6-d33d-2b2c", "cuda:MIG-c6d4f1ef-42e4", "cuda:MIG-GPU-5d5b-a0d6/7/0"]
+)
+def test_gpus_by_uuid(name: str) -> None:
+    assert load(parse("--devices", f"cpu,{name}"), {}).devices == ["cpu", name]
+
+
+@pytest.mark.parametrize("name", ["cuda:GPU-", "cuda:gpu-1", "cuda:MIG", "cuda:GPU-1 2", "GPU-1"])
+def test_what_is_no_uuid(name: str) -> None:
+    with pytest.raises(SettingsError, match="must be auto, cpu, cuda or cuda:N"):
+        load(parse("--devices", name), {})

@@ -419,6 +419,34 @@ async def test_rows_that_could_not_be_dealt_out_are_computed_again(batcher: Batc
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
 
 
+@pytest.mark.parametrize("faulty", ["_quarantine.blame", "queue.put_back"])
+def test_a_lost_batch_that_cannot_be_put_back_leaves_nobody_waiting(faulty: str) -> None:
+    """A fault of ours: its requests fail, and the next one is served."""
+
+    @in_loop
+    async def test(batcher: Batcher) -> None:
+        owner, _, method = faulty.partition(".")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(getattr(batcher, owner), method, lambda *arguments: {}[0])
+            first = ready(batcher, "cuda:0")
+            requests = [batcher.submit(encodings(*numbers)) for numbers in ((1, 2), (3, 4, 5))]
+            await turn()
+            assert len(first.batches) == 1
+            batcher.worker_lost(first)
+        second = ready(batcher)
+        await turn()
+        for request in requests:
+            with pytest.raises(InternalError):
+                await request.waiter.future
+        other = batcher.submit(encodings(6))
+        await turn()
+        second.answer()
+        assert len(await other.waiter.future) == 1
+        assert not batcher.queue.num_entries
+
+    test()
+
+
 @in_loop
 async def test_a_worker_is_not_killed_because_this_process_was_held_up(batcher: Batcher) -> None:
     """Stopped with its container, or by a client: the answer may have come meanwhile."""

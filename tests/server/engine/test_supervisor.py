@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -188,10 +189,10 @@ def test_without_files_or_processes_it_tries_again(monkeypatch: pytest.MonkeyPat
 
     spawn, refusals = module._spawn, [BlockingIOError(11, "Resource temporarily unavailable")]
 
-    def refuse_once(fd: int) -> object:
+    def refuse_once(fd: int, environment: dict[str, str]) -> object:
         if refusals:
             raise refusals.pop()
-        return spawn(fd)
+        return spawn(fd, environment)
 
     monkeypatch.setattr(module, "_spawn", refuse_once)
 
@@ -307,7 +308,8 @@ def test_a_worker_that_cannot_be_killed_is_lost_at_once_and_does_not_hold_the_st
         worker.kill()
         await events.until(lambda events: events.seen == ["ready", "lost"], seconds=0.5)
         worker.send(2, [POISON])  # before whoever hands over has heard of it
-        await events.until(lambda events: len(events.ready) == 1)
+        await events.until(lambda events: supervisor.trouble.get(0) == "its worker is ending", 1)
+        await events.until(lambda events: len(events.ready) == 1, 30)
         events.ready[0].send(3, [POISON])
         await events.until(lambda events: 3 in events.rows)
         # And the same while the supervisor stops.
@@ -321,6 +323,7 @@ def test_a_worker_that_cannot_be_killed_is_lost_at_once_and_does_not_hold_the_st
     try:
         supervised(test, "HangsOnce")
         assert "worker 0 ended (killed, and it does not end)" in caplog.text
+        assert caplog.text.count("worker 0 cannot be killed: its device may have to be reset") == 2
         assert all(is_running(process.pid) for process in immortal)
     finally:
         for process in immortal:
@@ -340,3 +343,138 @@ def test_a_stopped_worker_does_not_hold_the_stop() -> None:
 
     supervised(test, "Hashing")
     assert not is_running(pids[0])
+
+
+# What can never start
+
+
+def write_starts(folder: Path, *starts: str) -> None:
+    """What becomes of each slot's starts, separated by commas."""
+    folder.mkdir()
+    for slot, lines in enumerate(starts):
+        (folder / f"{slot}").write_text(lines.replace(", ", "\n"))
+
+
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for `write_starts`; a failed start is tried again at once."""
+    monkeypatch.setattr("server.engine.supervisor._BACKOFF_S", (0.0,))
+    monkeypatch.setenv("FAKE_STARTS", str(tmp_path / "starts"))
+    return tmp_path / "starts"
+
+
+def ends_with(message: str, workers: int = 1) -> None:
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        async with asyncio.timeout(30):
+            with pytest.raises(StartError, match=message):
+                await supervisor.failed()
+        assert events.seen == []
+
+    supervised(test, "Starting", workers=workers)
+
+
+def becomes_ready(workers: int = 1, times: int = 1) -> None:
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        failing = asyncio.create_task(supervisor.failed())
+        await events.until(lambda events: events.seen.count("ready") == workers * times, 30)
+        assert not failing.done()
+        failing.cancel()
+
+    supervised(test, "Starting", workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no kernel image is available", r"RuntimeError\('no kernel image.*3 times in a row"),
+        ("exit 71", r"ended before it was ready \(status 71\)"),
+        (f"signal {int(signal.SIGSEGV)}", r"ended before it was ready \(signal 11\)"),
+    ],
+)
+def test_the_same_failure_three_times_ends_the_start(starts: Path, line: str, message: str) -> None:
+    write_starts(starts, ", ".join([line] * 5))
+    ends_with(message)
+    assert len((starts / "0").read_text().splitlines()) == 2, "three starts and no more"
+
+
+def test_a_message_with_other_numbers_is_the_same(starts: Path) -> None:
+    write_starts(starts, "at 0x7f3a 12 MB, at 0x55cc 13 MB, at 0x9 1 MB")
+    ends_with("at 0x9 1 MB")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["one, two, one, two", "one, one, two, two", "one, one, signal 9, one, one", "one, one"],
+)
+def test_failures_for_different_reasons_are_tried_again(starts: Path, lines: str) -> None:
+    write_starts(starts, lines)
+    becomes_ready()
+
+
+@pytest.mark.parametrize("line", [f"signal {int(signal.SIGKILL)}", "no thread"])
+def test_what_others_do_to_a_worker_is_no_reason_to_give_up(starts: Path, line: str) -> None:
+    write_starts(starts, ", ".join([line] * 4))
+    becomes_ready()
+
+
+def test_a_device_that_cannot_start_does_not_end_those_that_still_load(starts: Path) -> None:
+    """The second is killed in its starts for longer than the first needs to fail for good."""
+    write_starts(starts, ", ".join(["broken"] * 5), "signal 9, signal 9, signal 9, signal 9")
+
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        failing = asyncio.create_task(supervisor.failed())
+        await events.until(lambda events: events.seen == ["ready"], 30)
+        assert events.ready[0].slot == 1
+        assert not failing.done()
+        failing.cancel()
+
+    supervised(test, "Starting", workers=2)
+
+
+def test_several_devices_end_the_start_when_none_can(starts: Path) -> None:
+    write_starts(starts, "broken, " * 4, "torn, " * 4)
+    ends_with("broken.*; .*torn", workers=2)
+
+
+def test_once_it_has_served_a_worker_is_tried_for_ever(starts: Path) -> None:
+    write_starts(starts, "")
+
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        failing = asyncio.create_task(supervisor.failed())
+        await events.until(lambda events: events.seen == ["ready"])
+        (starts / "0").write_text("broken\n" * 4)
+        os.kill(events.ready[0]._process.pid, signal.SIGKILL)
+        await events.until(lambda events: events.seen == ["ready", "lost", "ready"], 40)
+        assert (starts / "0").read_text() == ""
+        assert not failing.done()
+        failing.cancel()
+
+    supervised(test, "Starting")
+
+
+def test_a_worker_that_cannot_be_executed_ends_the_start(
+    monkeypatch: pytest.MonkeyPatch, starts: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    ends_with("a worker cannot be started: .*No such file.*/nonexistent/python")
+
+
+# Devices
+
+
+@pytest.mark.parametrize("device", ["well", "dead"])
+def test_after_an_unexpected_error_the_device_is_asked(
+    device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it can still be used, the error does not tell. The batch of a dead one is not failed:
+    another device may do it."""
+    monkeypatch.setenv("FAKE_GPU", device)
+
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        await events.until(lambda events: events.seen == ["ready"])
+        events.ready[0].send(1, [POISON])
+        then = ["failed"] if device == "well" else ["lost", "ready"]
+        await events.until(lambda events: events.seen == ["ready", *then])
+
+    supervised(test, "FailingOnCuda")
+    assert ("worker 0 ended (status 70) while serving" in caplog.text) == (device == "dead")

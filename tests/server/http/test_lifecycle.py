@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,10 +11,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from model.batch import RunnerOptions
+from server.engine.worker import less_memory
 from tests.server.processes import ROOT, ServerProcess, is_running, listens, run_cli, serving
 
 pytestmark = pytest.mark.process
@@ -200,6 +204,67 @@ def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
         assert server.client.get("/readyz").status_code == 200
         flag.unlink()
         server.wait_for_metric("nv_embed_workers_ready", 2)
+
+
+def test_a_worker_that_cannot_be_killed_does_not_keep_the_server(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As when a GPU falls off the bus: stopped, and deaf to SIGKILL from the server."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import subprocess\nsubprocess.Popen.kill = lambda self: None\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    server = ServerProcess(golden_checkpoint, *SLOW, log=tmp_path / "log", env=env).wait_ready()
+    (pid,) = server.worker_pids()
+    os.kill(pid, signal.SIGSTOP)
+    started = time.monotonic()
+    assert server.stop(timeout=20) == 0
+    assert time.monotonic() - started < 10
+    assert "worker 0 cannot be killed" in server.log
+    assert "stopped" in server.log
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize(
+    ("options", "capability", "advice"),
+    [
+        ({"device": "cuda:0"}, (9, 0), "or take --quantization float8 or int8"),
+        ({"device": "cuda:0"}, (8, 9), "or take --quantization float8 or int8"),
+        ({"device": "cuda:0"}, (8, 0), "or take --quantization int8"),
+        ({"device": "cuda:0"}, None, "or take --quantization int8"),
+        ({"device": "cpu"}, None, "or take --quantization int8-dynamic"),
+        ({"device": "cuda:0", "quantization": "int8"}, (9, 0), "or --max-batch-tokens"),
+    ],
+)
+def test_what_to_do_for_want_of_memory(
+    options: dict[str, str],
+    capability: tuple[int, int] | None,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = SimpleNamespace(get_device_capability=lambda device: capability)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert less_memory(RunnerOptions(path="", **options)).endswith(advice)
+
+
+def test_a_warming_up_that_does_not_fit_ends_the_server_with_advice(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--runner", "tests.server.runners:TooLarge")
+    server = ServerProcess(golden_checkpoint, *options, log=tmp_path / "log")
+    assert server.process.wait(30) == 1
+    assert "cpu has too little memory to load and run the model: lower --max-input" in server.log
+    server.client.close()
+
+
+def test_a_start_that_fails_for_the_same_reason_thrice_ends_the_server(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--runner", "tests.server.runners:no_such_runner")
+    server = ServerProcess(golden_checkpoint, *options, log=tmp_path / "log")
+    assert server.process.wait(60) == 1
+    assert re.search(r"cannot start: AttributeError.*no_such_runner.*3 times in a row", server.log)
+    server.client.close()
 
 
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:
