@@ -20,6 +20,8 @@ import pytest
 from server import cli, settings
 from server.settings import Settings
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[3]
 COMMANDS: dict[str, argparse.ArgumentParser] = {}
 for found in cli._parser()._actions:

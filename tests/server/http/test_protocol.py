@@ -82,10 +82,8 @@ def test_a_url_flood_gets_a_431(server: ServerProcess) -> None:
 def test_a_head_that_never_ends_gets_a_408(server: ServerProcess) -> None:
     with connected(server) as client:
         client.sendall(POST)
-        started = time.monotonic()
         status, _, error = answer_of(read_all(client))
     assert (status, error["code"]) == (408, "request_timeout")
-    assert time.monotonic() - started < 10
 
 
 def test_a_body_that_never_ends_gets_a_408(server: ServerProcess) -> None:
@@ -158,9 +156,9 @@ def test_a_client_that_goes_after_a_large_body_is_noticed(
     """A piece above uvicorn's high-water mark stops the reading. When it was the last one, nobody
     asks for more, and the end of the connection must be seen all the same."""
     options = (*FAKE, "--max-batch-tokens", "64")
-    with serving(
-        golden_checkpoint, *options, log=tmp_path / "log", env={"FAKE_SECONDS": "0.3"}
-    ) as server:
+    batches = tmp_path / "batches"
+    env = {"FAKE_SECONDS": "0.3", "FAKE_BATCH_LOG": str(batches)}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
         for kilobytes in range(70, 250, 30):
             inputs = [f"{number} " + "word " * 200 for number in range(kilobytes)]
             body = json.dumps({"model": "golden-embed", "input": inputs}).encode()
@@ -169,10 +167,11 @@ def test_a_client_that_goes_after_a_large_body_is_noticed(
                 time.sleep(0.05)  # the app waits for the body, which then comes in few pieces
                 client.sendall(body)
                 server.wait_for_metric("nv_embed_running_requests", 1)
-            left = time.monotonic()
             server.wait_for_metric("nv_embed_queued_tokens", 0)
-            assert time.monotonic() - left < 5, "it was worked through"
             server.wait_for_metric("nv_embed_running_requests", 0)
+            ran = batches.read_text().splitlines()
+            batches.write_text("")
+            assert len(ran) < len(inputs) // 2, "it was worked through, each input in a batch"
 
 
 def test_a_key_in_a_trailer_opens_nothing(golden_checkpoint: Path, tmp_path: Path) -> None:

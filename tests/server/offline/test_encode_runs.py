@@ -27,6 +27,8 @@ from server.offline import bulk, parts, progress
 from server.offline.progress import Progress
 from tests.server.runners import Hashing, vector_of
 
+pytestmark = pytest.mark.whole
+
 LINES = [f"line {number}" for number in range(10)]
 
 Encode = Callable[..., int]
