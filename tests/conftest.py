@@ -20,7 +20,7 @@ from tests.server.questions import RUNNERS
 MARKS_OF_FOLDERS = {
     "bench": ("process",),
     "chaos": ("process", "timing"),
-    "model/training": ("whole",),
+    "model/training": ("process", "whole"),
 }
 FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}
 STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"}
