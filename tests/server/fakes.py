@@ -131,17 +131,22 @@ class _Pieces(httpx.AsyncByteStream):
 
 @contextmanager
 def in_process(
-    model: Path, *, dimensions: int = WIDTH, log_format: str = "text", **options: Any
+    model: Path,
+    *,
+    dimensions: int = WIDTH,
+    log_format: str = "text",
+    tracebacks: int = 0,
+    **options: Any,
 ) -> Iterator[AppInProcess]:
-    """The app of `nv-embed serve` with these settings, over a FakeEngine; its log must hold no
-    traceback in the end."""
+    """The app of `nv-embed serve` with these settings, over a FakeEngine; its log must hold so
+    many tracebacks in the end."""
     settings = Settings(**options)
     engine = FakeEngine(model, settings, dimensions=dimensions)
     app = create_app(settings, engine, Metrics())
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="app", daemon=True)
     thread.start()
-    with logged(log_format) as log:
+    with logged(log_format, thread.ident) as log:
         server = AppInProcess(app, engine, loop, log)
         try:
             yield server
@@ -150,15 +155,17 @@ def in_process(
             loop.call_soon_threadsafe(loop.stop)
             thread.join(10)
             loop.close()
-    assert "Traceback" not in log.getvalue(), log.getvalue()
+    assert log.getvalue().count("Traceback") == tracebacks, log.getvalue()
 
 
 @contextmanager
-def logged(log_format: str = "text") -> Iterator[io.StringIO]:
-    """What the server's loggers say from "info" on, as `nv-embed serve` would write it."""
+def logged(log_format: str = "text", thread: int | None = None) -> Iterator[io.StringIO]:
+    """What the server's loggers say from "info" on, as `nv-embed serve` would write it; in one
+    thread, for several apps may run at a time."""
     log = io.StringIO()
     handler = logging.StreamHandler(log)
     handler.setFormatter(logs._JsonFormatter() if log_format == "json" else logs._TextFormatter())
+    handler.addFilter(lambda _: thread in (None, threading.get_ident()))
     logger = logging.getLogger("nv_embed")
     before = logger.level
     logger.addHandler(handler)

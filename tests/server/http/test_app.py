@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -267,3 +269,40 @@ def test_openapi_documents_every_status_of_the_embeddings_route() -> None:
     assert {int(status) for status in operation["responses"]} == {
         *(200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)
     }
+
+
+def test_what_nobody_foresaw_is_a_500_that_names_its_log_line(golden_checkpoint: Path) -> None:
+    with in_process(golden_checkpoint, tracebacks=1) as server:
+        server.engine.error = LookupError("an inner secret")
+        failed = server.embed(input="x")
+        assert failed.status_code == 500
+        error = error_of(failed)
+        request_id = failed.headers["x-request-id"]
+        assert (error["code"], error["type"]) == ("internal_error", "server_error")
+        assert request_id in error["message"]
+        assert "an inner secret" not in failed.text
+        assert "LookupError: an inner secret" in server.log
+        assert f"request_id={request_id}" in server.log
+        server.engine.error = None
+        assert server.embed(input="x").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, math.inf),
+        ({"x-stainless-read-timeout": "30"}, 30),
+        ({"x-stainless-timeout": "20"}, 20),
+        ({"x-stainless-read-timeout": "30", "x-stainless-timeout": "20"}, 30),
+        ({"x-stainless-read-timeout": "soon", "x-stainless-timeout": "20"}, 20),
+        *(({"x-stainless-read-timeout": bad}, math.inf) for bad in ("nan", "inf", "0", "-1", "")),
+    ],
+)
+def test_the_sdks_time_out_is_the_jobs_deadline(
+    plain: AppInProcess, headers: dict[str, str], seconds: float
+) -> None:
+    before = time.monotonic()
+    body = {"model": "golden-embed", "input": "x"}
+    assert plain.client.post("/v1/embeddings", json=body, headers=headers).status_code == 200
+    deadline = plain.engine.jobs[-1].deadline
+    assert before + seconds <= deadline <= time.monotonic() + seconds
