@@ -15,7 +15,7 @@ ARGS ?=
 # Where benchmarks write; tests/bench/results holds those that README shows.
 RESULTS ?= build/bench/results
 
-.PHONY: help install serve test check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast coverage check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,8 +25,18 @@ install: $(VENV)/.installed ## make .venv with what serving needs
 serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…)
 	$(BIN)/nv-embed serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/pytest $(ARGS)
+# What measures time runs by itself, after the others. Status 5: of what ARGS names, none does.
+TEST_JOBS ?= 3
+test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
+	$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing" $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
+
+SLOW := chaos bench model/training
+test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
+	$(BIN)/pytest -n 2 -q -m "not process and not whole" $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
+
+coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included
+	$(BIN)/pytest -n $(TEST_JOBS) -q -m "not timing" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 check: $(VENV)/.installed-test ## ruff, mypy strict, the layering test
 	$(BIN)/ruff check .

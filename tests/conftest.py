@@ -1,12 +1,58 @@
-"""Fixtures that the tests of both packages share."""
+"""What all tests share: checkpoints, servers, and what sets those apart that start processes.
+
+A test is marked `process` by its folder, by a fixture that it uses, or by itself; one that starts a
+process without the mark fails. So `-m "not process"` is all that runs within pytest's own process.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import write_checkpoint
+from tests.server.processes import ServerProcess, serving
+from tests.server.questions import RUNNERS
+
+MARKS_OF_FOLDERS = {
+    "bench": ("process",),
+    "chaos": ("process", "timing"),
+    "model/training": ("process", "whole"),
+}
+FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}
+STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"}
+started: list[str] = []
+"""By the test that runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parent.as_posix()
+        for mark in MARKS_OF_FOLDERS.get(folder, ()):
+            item.add_marker(mark)
+        if FIXTURES_OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+
+
+def note_start(event: str, arguments: tuple[Any, ...]) -> None:
+    # The openai client asks `uname` for its headers.
+    if event in STARTS and arguments[:1] != ("uname",):
+        started.append(f"{event} {arguments[:2]}")
+
+
+sys.addaudithook(note_start)
+
+
+@pytest.fixture(autouse=True)
+def only_marked_tests_start_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    started.clear()
+    yield
+    if request.node.get_closest_marker("process") is None:
+        assert not started, f"mark this test `process`, for it starts one: {started}"
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +65,23 @@ def golden_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same recipe at a width where low precision behaves more as at the official one."""
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "wide", "wide")
+
+
+@pytest.fixture(scope="session")
+def golden_server(
+    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """The golden checkpoint, served at float32 with the default options."""
+    log = tmp_path_factory.mktemp("golden_server") / "log"
+    with serving(golden_checkpoint, log=log) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def hashing_server(
+    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """The default options, with vectors that hash their ids. Tests leave it as they found it."""
+    log = tmp_path_factory.mktemp("hashing_server") / "log"
+    with serving(golden_checkpoint, "--runner", f"{RUNNERS}Hashing", log=log) as server:
+        yield server

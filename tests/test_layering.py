@@ -89,6 +89,7 @@ def test_the_check_finds_an_import_that_points_up(tmp_path: Path) -> None:
     assert found == {"server.api.names", "server.api.openai", "server.engine.batcher"}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_the_front_process_needs_no_torch(module: str) -> None:
     program = (

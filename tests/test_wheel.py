@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import site
 import subprocess
 import sys
 import time
@@ -13,6 +12,9 @@ import venv
 from pathlib import Path
 
 import httpx
+import pytest
+
+pytestmark = pytest.mark.process
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +36,8 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     install += ["--prefix", str(environment), "--ignore-installed", str(wheel)]
     subprocess.run(install, check=True)
-    (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    borrowed = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
 
     folder = tmp_path / "elsewhere"
     folder.mkdir()
@@ -60,7 +63,7 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
     try:
         deadline = time.monotonic() + 60
         while "is ready after" not in log.read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, f"exit {process.returncode}: {log.read_text()}"
             time.sleep(0.05)
         match = re.search(r"listening on (\S+);", log.read_text())
         assert match is not None, log.read_text()
@@ -68,6 +71,8 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
             f"{match[1]}/v1/embeddings", json={"model": "nv-embed-small", "input": "x"}, timeout=30
         )
         assert answer.status_code == 200, answer.text
-    finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(30) == 0, log.read_text()
+    finally:  # without a word that would hide what went wrong
+        process.kill()
+        process.wait()

@@ -39,12 +39,12 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     app = _App(
         title=TITLE,
         summary=SUMMARY,
-        root_path=_prefix(settings.root_path),
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,  # both pages are ours: they say what they need
         redoc_url=None,
     )
+    app.root_path = _prefix(settings.root_path)  # as an argument it is deprecated, and warned of
     for router in (
         openai.create_router(engine, settings),
         admin.create_router(engine, settings, metrics.registry),

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.server.engine.test_checkpoint_changes import CHANGED, SHARD, change_weights
 from tests.server.processes import serving
-from tests.server.test_checkpoint_changes import CHANGED, SHARD, change_weights
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("CHAOS") != "full", reason="minutes long: make chaos runs it"

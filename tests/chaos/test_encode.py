@@ -23,7 +23,13 @@ LINES = 1_000_000 if FULL else 30_000
 
 
 # Batches are kept ten times a second instead of twice a minute: runs are short here.
-PROGRAM = "import sys; from server import bulk, cli; bulk.KEEP_EVERY_S = 0.1; sys.exit(cli.main())"
+PROGRAM = """
+import sys
+from server import cli
+from server.offline import bulk
+bulk.KEEP_EVERY_S = 0.1
+sys.exit(cli.main())
+"""
 
 
 def start(model: Path, *options: str, seconds: float = 0) -> subprocess.Popen[bytes]:

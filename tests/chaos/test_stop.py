@@ -13,10 +13,9 @@ import numpy as np
 
 from tests.chaos.load import Answer, Connection, address, post
 from tests.chaos.test_faults import FULL
-from tests.server.processes import ServerProcess
+from tests.server.processes import ServerProcess, is_running
 from tests.server.questions import RUNNERS, Questions
 from tests.server.runners import vector_of
-from tests.server.test_lifecycle import is_running
 
 CLIENTS = 400 if FULL else 100
 LOADED_S = 5.0 if FULL else 1.0

@@ -51,6 +51,7 @@ def test_each_service_is_hardened(compose: dict[str, Any]) -> None:
         assert service["security_opt"] == ["no-new-privileges:true"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("torch", "index", "expected"),
     [

@@ -68,6 +68,7 @@ def test_the_traceback_is_there_for_who_asks(caplog: pytest.LogCaptureFixture) -
     assert "in command" in caplog.text
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "words",
     [

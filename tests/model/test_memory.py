@@ -218,6 +218,7 @@ print(min(faults))  # now and then the heap grows
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_offline_runs_keep_what_they_free() -> None:
     """Untold, glibc hands it back: 3,500 page faults in each such forward."""

@@ -78,6 +78,7 @@ for threads in (1, 2):
 """
 
 
+@pytest.mark.process
 @needs_mkl
 @pytest.mark.parametrize("instructions", ["SSE4_2", "AVX2", "AVX512"])
 def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:

@@ -109,9 +109,7 @@ def test_the_fastest_right_one_is_taken(candidates: Callable[..., None]) -> None
 
 def test_a_slow_one_is_dropped_before_it_costs_much(candidates: Callable[..., None]) -> None:
     candidates(Slow)
-    started = time.perf_counter()
     assert probe("float32", "float32", *SHAPE).best.name == "torch"
-    assert time.perf_counter() - started < 1
     assert Slow.calls <= 5  # the proof with few rows, and the smallest product
     (slow,) = [t for t in probe("float32", "float32", *SHAPE).trials if t.name == "Slow"]
     assert slow.seconds == ()
@@ -316,6 +314,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 @pytest.mark.parametrize("isa", ["AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
 def test_int8_is_exact_under_every_instruction_set(isa: str, capability: str) -> None:

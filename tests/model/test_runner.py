@@ -211,6 +211,7 @@ print((host.anonymous_memory() - before) / 1e6)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float32:int8-dynamic"])
 @pytest.mark.parametrize("masked", ["", "SSE4_2"])
 def test_lengths_never_seen_before_cost_no_memory(precision: str, masked: str) -> None:

@@ -26,6 +26,8 @@ from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from tests.checkpoints import GOLDEN_CASES, golden_cases
 
+pytestmark = pytest.mark.whole
+
 CARD = """---
 license: cc-by-nc-4.0
 ---

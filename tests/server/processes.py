@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from tests.server.clients import PATIENCE_S, Asking
+
 ROOT = Path(__file__).parents[2]
-START_S = 60.0
 
 
-class ServerProcess:
+class ServerProcess(Asking):
     """One server; `url` once it listens. Its log is a file, to be read while it runs."""
 
     def __init__(
@@ -50,7 +52,7 @@ class ServerProcess:
         return self.log_file.read_text()
 
     def _wait_for(self, pattern: str) -> str:
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             if match := re.search(pattern, self.log):
                 return match[1]
@@ -62,33 +64,6 @@ class ServerProcess:
     def wait_ready(self) -> ServerProcess:
         self.wait_until(lambda: self.client.get("/readyz").status_code == 200, "ready")
         return self
-
-    def wait_until(self, predicate: Callable[[], bool], what: str) -> None:
-        """Poll until `predicate` holds; fails with the log when it does not in time."""
-        deadline = time.monotonic() + START_S
-        while not predicate():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not {what} after {START_S} s:\n{self.log}")
-            time.sleep(0.02)
-
-    def wait_for_metric(self, name: str, value: float) -> None:
-        self.wait_until(lambda: self.metric(name) == value, f"{name} = {value}")
-
-    def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
-        text = self.client.get("/metrics").text
-        match = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-        assert match is not None, name
-        return float(match[1])
-
-    def embed(self, **fields: object) -> httpx.Response:
-        """POST /v1/embeddings to the model by its checkpoint folder's name."""
-        return self.client.post("/v1/embeddings", json={"model": "golden-embed", **fields})
-
-    def vectors(self, **fields: object) -> list[list[float]]:
-        answer = self.embed(**fields)
-        assert answer.status_code == 200, answer.text
-        return [item["embedding"] for item in answer.json()["data"]]
 
     def worker_pids(self) -> list[int]:
         """Process ids of the engine workers."""
@@ -106,6 +81,46 @@ class ServerProcess:
             self.process.kill()
             self.process.wait()
             raise
+
+
+def run_cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command that ends by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "server.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+    )
+
+
+def is_running(pid: int) -> bool:
+    """Zombies do not run: a container's first process may not reap them."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody listens on this Unix socket."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def new_certificate(folder: Path) -> tuple[Path, Path]:
+    """(certificate, key) of 127.0.0.1, made in `folder`."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    subprocess.run(
+        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
+        f"-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout {key} "
+        f"-out {certificate}".split(),
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
 
 
 @contextmanager

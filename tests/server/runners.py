@@ -6,6 +6,7 @@ question. What they shall do besides is in the environment, which workers inheri
 FAKE_BATCH_LOG   a file that gets a line of JSON for each batch: pid, and `key_of` of each input
 FAKE_SECONDS     how long a batch takes
 FAKE_RATE        inputs a second (Paced)
+FAKE_HELD        a file; while it exists, batches wait (Held)
 FAKE_ONCE        a folder; whoever makes trouble only once does so while it holds a file with the
                  name of the options' path, and removes that
 FAKE_SAYS        what to send to the front, in hexadecimal, by the options' path (Rambling)
@@ -73,6 +74,15 @@ class Hashing:
     def warm_up(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Held(Hashing):
+    """It waits for whoever tests."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        while Path(os.environ["FAKE_HELD"]).exists():
+            time.sleep(0.01)
+        return super().embed(encodings)
 
 
 class Paced(Hashing):

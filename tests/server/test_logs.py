@@ -53,7 +53,7 @@ def test_lines_come_whole_and_in_order(pipe: tuple[int, int]) -> None:
 def test_what_a_stopped_reader_misses_is_dropped_counted_and_said(pipe: tuple[int, int]) -> None:
     outlet = Outlet(pipe[1])
     total = 3 * Outlet.MOST_LINES
-    assert log(outlet, total) < 3
+    log(outlet, total)  # ends, though nobody reads
     outlet.flush()  # does not wait for ever
     log(outlet, 1)
     came = dropped = 0
@@ -120,6 +120,7 @@ for number in range(20_000):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize("reader", ["reads", "stopped", "gone"])
 def test_a_process_ends_whoever_reads(reader: str, log_format: str, tmp_path: Path) -> None:

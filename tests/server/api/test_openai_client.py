@@ -1,4 +1,5 @@
-"""The official client, unmodified, against a real process."""
+"""The official client, unmodified: the authors' values from a real process, and what it makes of
+all else from the app in this one."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import openai
 import pytest
 
 from tests.checkpoints import golden_cases
-from tests.server.processes import ServerProcess, serving
+from tests.server.fakes import AppInProcess, in_process
+from tests.server.processes import ServerProcess
 
 KEY = "sk-first-0123456789"
 SECOND_KEY = "sk-second-9876543210"
@@ -21,17 +23,29 @@ MODEL = "golden-embed"
 @pytest.fixture(scope="module")
 def server(
     golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("openai")
-    (folder / "keys").write_text(f"{SECOND_KEY}\n")
-    options = ("--api-key", KEY, "--api-key-file", str(folder / "keys"))
-    with serving(golden_checkpoint, *options, log=folder / "log") as server:
+) -> Iterator[AppInProcess]:
+    keys = tmp_path_factory.mktemp("openai") / "keys"
+    keys.write_text(f"{SECOND_KEY}\n")
+    with in_process(golden_checkpoint, api_key=[KEY], api_key_file=str(keys)) as server:
         yield server
 
 
+def client_of(server: AppInProcess, key: str = KEY) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=key, max_retries=0, http_client=server.new_client()
+    )
+
+
 @pytest.fixture
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+def client(server: AppInProcess) -> Iterator[openai.OpenAI]:
+    with client_of(server) as client:
+        yield client
+
+
+@pytest.fixture
+def real_client(golden_server: ServerProcess) -> Iterator[openai.OpenAI]:
+    url = f"{golden_server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -40,11 +54,11 @@ def passages() -> dict[str, list]:
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64", None])
-def test_one_string(client: openai.OpenAI, encoding: str | None) -> None:
+def test_one_string(real_client: openai.OpenAI, encoding: str | None) -> None:
     """None: the SDK asks for base64 and decodes it itself."""
     case = passages()
     options = {"encoding_format": encoding} if encoding else {}
-    answer = client.embeddings.create(model=MODEL, input=case["texts"][0], **options)
+    answer = real_client.embeddings.create(model=MODEL, input=case["texts"][0], **options)
     vector = answer.data[0].embedding
     if isinstance(vector, str):
         vector = np.frombuffer(base64.b64decode(vector), "<f4")
@@ -54,19 +68,19 @@ def test_one_string(client: openai.OpenAI, encoding: str | None) -> None:
     assert answer.usage.prompt_tokens == len(case["token_ids"][0])
 
 
-def test_2048_strings(client: openai.OpenAI) -> None:
+def test_2048_strings(real_client: openai.OpenAI) -> None:
     texts = [f"text number {index}" for index in range(2048)]
-    answer = client.embeddings.create(model=MODEL, input=texts)
+    answer = real_client.embeddings.create(model=MODEL, input=texts)
     assert [item.index for item in answer.data] == list(range(2048))
-    alone = client.embeddings.create(model=MODEL, input=texts[1234]).data[0].embedding
+    alone = real_client.embeddings.create(model=MODEL, input=texts[1234]).data[0].embedding
     np.testing.assert_allclose(answer.data[1234].embedding, alone, rtol=0, atol=1e-5)
     assert len({tuple(item.embedding) for item in answer.data}) == 2048
 
 
-def test_token_ids(client: openai.OpenAI) -> None:
+def test_token_ids(real_client: openai.OpenAI) -> None:
     case = passages()
-    one = client.embeddings.create(model=MODEL, input=case["token_ids"][0])
-    both = client.embeddings.create(model=MODEL, input=case["token_ids"])
+    one = real_client.embeddings.create(model=MODEL, input=case["token_ids"][0])
+    both = real_client.embeddings.create(model=MODEL, input=case["token_ids"])
     np.testing.assert_allclose(one.data[0].embedding, case["embeddings"][0], rtol=0, atol=2e-5)
     np.testing.assert_allclose(both.data[1].embedding, case["embeddings"][1], rtol=0, atol=2e-5)
 
@@ -81,8 +95,8 @@ def test_models(client: openai.OpenAI) -> None:
     )
 
 
-def test_a_second_key_from_the_file(server: ServerProcess) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=SECOND_KEY, max_retries=0) as client:
+def test_a_second_key_from_the_file(server: AppInProcess) -> None:
+    with client_of(server, SECOND_KEY) as client:
         assert client.embeddings.create(model=MODEL, input="x").data
 
 
@@ -121,9 +135,9 @@ def test_an_empty_string(client: openai.OpenAI, value: object, param: str) -> No
     assert "empty string" in error.message
 
 
-def test_a_bad_key(server: ServerProcess) -> None:
+def test_a_bad_key(server: AppInProcess) -> None:
     with (
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="sk-wrong", max_retries=0) as client,
+        client_of(server, "sk-wrong") as client,
         pytest.raises(openai.AuthenticationError) as caught,
     ):
         client.embeddings.create(model=MODEL, input="x")
@@ -153,7 +167,7 @@ def test_dimensions(client: openai.OpenAI) -> None:
         assert caught.value.param == "dimensions"
 
 
-def test_keys_and_texts_stay_out_of_the_log(server: ServerProcess, client: openai.OpenAI) -> None:
+def test_keys_and_texts_stay_out_of_the_log(server: AppInProcess, client: openai.OpenAI) -> None:
     client.embeddings.create(model=MODEL, input="a very secret sentence")
     assert "POST /v1/embeddings 200" in server.log
     for secret in (KEY, SECOND_KEY, "very secret"):

@@ -20,10 +20,11 @@ import pytest
 
 from server.errors import SettingsError
 from server.process import most_connections
-from tests.server.processes import ROOT, ServerProcess
+from tests.server.processes import ROOT, ServerProcess, listens
 from tests.server.questions import RUNNERS
 from tests.server.runners import MARK
-from tests.server.test_lifecycle import listens
+
+pytestmark = pytest.mark.process
 
 HASHING = ("--runner", RUNNERS + "Hashing")
 
@@ -127,7 +128,7 @@ def test_a_log_that_nobody_reads_stops_nothing(golden_checkpoint: Path, tmp_path
         for _ in range(10):
             assert embed(client, [[1, MARK, 2]]) == 500
         assert embed(client) == 200
-        assert client.get("/livez").elapsed.total_seconds() < 2
+        assert client.get("/livez").status_code == 200
         assert end(process) == 0
 
 

@@ -1,10 +1,9 @@
-"""The HTTP contract at the edges, on a real server: every refusal in the one envelope."""
+"""The HTTP contract at the edges, of the app in this process: each refusal in the one envelope."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
+import asyncio
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,24 +13,38 @@ import orjson
 import pytest
 import yaml
 
+from model.hub import locate
 from model.tasks import TASKS
+from model.tokenizer import NVEmbedTokenizer
 from server.api.openapi import openapi_document
-from tests.server.processes import ROOT, ServerProcess, serving
+from server.engine.engine import EmbeddingEngine
+from server.http.app import create_app
+from server.settings import Settings
+from tests.server.fakes import AppInProcess, in_process
+from tests.server.processes import ROOT
 
 LIMIT = 200_000
 UNSUPPORTED = "unsupported_media_type"
-FAKE = ("--runner", "tests.server.runners:Hashing")
+ORIGIN = "https://app.example"
 
 
 @pytest.fixture(scope="module")
-def server(
-    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
+def server(golden_checkpoint: Path) -> Iterator[AppInProcess]:
     """A small body limit, dimensions that may be cut, CORS for one origin."""
-    options = ("--max-body-bytes", str(LIMIT), "--allow-truncated-dimensions")
-    options += ("--cors-origin", "https://app.example", "--served-model-name", "my-embed")
-    log = tmp_path_factory.mktemp("app") / "log"
-    with serving(golden_checkpoint, *options, log=log) as server:
+    with in_process(
+        golden_checkpoint,
+        max_body_bytes=LIMIT,
+        allow_truncated_dimensions=True,
+        cors_origin=[ORIGIN],
+        served_model_name=["my-embed"],
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(golden_checkpoint: Path) -> Iterator[AppInProcess]:
+    """The default settings."""
+    with in_process(golden_checkpoint) as server:
         yield server
 
 
@@ -64,7 +77,7 @@ def error_of(answer: httpx.Response) -> dict:
     ],
 )
 def test_refusals(
-    server: ServerProcess,
+    server: AppInProcess,
     method: str,
     path: str,
     content: bytes,
@@ -79,7 +92,7 @@ def test_refusals(
     assert server.client.get("/livez").status_code == 200
 
 
-def test_a_chunked_body_is_limited_too(server: ServerProcess) -> None:
+def test_a_chunked_body_is_limited_too(server: AppInProcess) -> None:
     chunks = (b" " * 10_000 for _ in range(30))
     answer = server.client.post(
         "/v1/embeddings", content=chunks, headers={"content-type": "application/json"}
@@ -87,7 +100,7 @@ def test_a_chunked_body_is_limited_too(server: ServerProcess) -> None:
     assert answer.status_code == 413
 
 
-def test_the_request_id_is_echoed_or_replaced(server: ServerProcess) -> None:
+def test_the_request_id_is_echoed_or_replaced(server: AppInProcess) -> None:
     given = server.client.get("/livez", headers={"x-request-id": "my-id.1"})
     assert given.headers["x-request-id"] == "my-id.1"
     for bad in ("a b", "x" * 200, "<script>"):
@@ -96,7 +109,7 @@ def test_the_request_id_is_echoed_or_replaced(server: ServerProcess) -> None:
         assert len(replaced.headers["x-request-id"]) == 32
 
 
-def test_cut_dimensions(server: ServerProcess) -> None:
+def test_cut_dimensions(server: AppInProcess) -> None:
     fields = {"model": "my-embed", "input": "x"}
     whole = server.client.post("/v1/embeddings", json=fields).json()["data"][0]["embedding"]
     answer = server.client.post("/v1/embeddings", json={**fields, "dimensions": 16})
@@ -106,37 +119,36 @@ def test_cut_dimensions(server: ServerProcess) -> None:
     assert cut[3] / cut[0] == pytest.approx(whole[3] / whole[0], abs=1e-4)
 
 
-def test_cors_is_for_the_named_origin_only(server: ServerProcess) -> None:
+def test_cors_is_for_the_named_origin_only(server: AppInProcess) -> None:
     def preflight(origin: str) -> httpx.Response:
         headers = {"origin": origin, "access-control-request-method": "POST"}
         return server.client.options("/v1/embeddings", headers=headers)
 
-    allowed = preflight("https://app.example")
-    assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    allowed = preflight(ORIGIN)
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
     assert "access-control-allow-origin" not in preflight("https://evil.example").headers
 
 
-def test_a_refused_key_has_cors_headers_too(golden_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_refused_key_has_cors_headers_too(golden_checkpoint: Path) -> None:
     """Without them a browser shows a network error instead of the message."""
-    options = ("--api-key", "secret", "--cors-origin", "https://app.example", *FAKE)
-    origin = {"origin": "https://app.example"}
-    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+    origin = {"origin": ORIGIN}
+    with in_process(golden_checkpoint, api_key=["secret"], cors_origin=[ORIGIN]) as server:
         refused = server.client.get("/v1/models", headers=origin)
         assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "https://app.example"
+        assert refused.headers["access-control-allow-origin"] == ORIGIN
         allowed = {**origin, "authorization": "bearer secret"}
         assert server.client.get("/v1/models", headers=allowed).status_code == 200
         assert server.client.get("/readyz").status_code == 200
 
 
-def test_without_cors_options_there_is_none(golden_server: ServerProcess) -> None:
-    headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
-    answer = golden_server.client.options("/v1/embeddings", headers=headers)
+def test_without_cors_options_there_is_none(plain: AppInProcess) -> None:
+    headers = {"origin": ORIGIN, "access-control-request-method": "POST"}
+    answer = plain.client.options("/v1/embeddings", headers=headers)
     assert answer.status_code == 405
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_the_short_route_is_the_same(server: ServerProcess) -> None:
+def test_the_short_route_is_the_same(server: AppInProcess) -> None:
     fields = {"model": "my-embed", "input": "x"}
     assert (
         server.client.post("/embeddings", json=fields).json()
@@ -144,7 +156,7 @@ def test_the_short_route_is_the_same(server: ServerProcess) -> None:
     )
 
 
-def test_a_served_name_lists_itself_and_keeps_the_checkpoints(server: ServerProcess) -> None:
+def test_a_served_name_lists_itself_and_keeps_the_checkpoints(server: AppInProcess) -> None:
     ids = [model["id"] for model in server.client.get("/v1/models").json()["data"]]
     assert ids == ["my-embed", "my-embed-query", "my-embed-passage"]
     for name in ("my-embed", "MY-EMBED-query", "golden"):
@@ -152,22 +164,26 @@ def test_a_served_name_lists_itself_and_keeps_the_checkpoints(server: ServerProc
         assert server.client.post("/v1/embeddings", json=fields).status_code == 200, name
 
 
-def test_instructions_lists_the_tasks(server: ServerProcess) -> None:
+def test_instructions_lists_the_tasks(server: AppInProcess) -> None:
     answer = server.client.get("/v1/instructions").json()
     assert [task["task"] for task in answer["data"]] == list(TASKS)
     assert answer["default_input_type"] == "none"
 
 
-def test_info(server: ServerProcess) -> None:
+def test_info(server: AppInProcess) -> None:
     info = server.client.get("/info").json()
     assert info["model"] == "my-embed"
     assert info["dimensions"] == 64
-    assert info["devices"][0]["dtype"] == "float32"
-    assert info["devices"][0]["attention"] == "sdpa"
+    (device,) = info["devices"]
+    assert {name: device[name] for name in ("device", "dtype", "attention")} == {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "fake",
+    }
     assert info["limits"]["max_body_bytes"] == LIMIT
 
 
-def test_ids_with_an_instruction_are_refused(server: ServerProcess) -> None:
+def test_ids_with_an_instruction_are_refused(server: AppInProcess) -> None:
     fields = {"model": "my-embed", "input": [1, 315, 2], "input_type": "query"}
     answer = server.client.post("/v1/embeddings", json=fields)
     assert answer.status_code == 400
@@ -177,7 +193,7 @@ def test_ids_with_an_instruction_are_refused(server: ServerProcess) -> None:
     assert server.client.post("/v1/embeddings", json=fields).status_code == 200
 
 
-def test_truncation_keeps_the_end(server: ServerProcess) -> None:
+def test_truncation_keeps_the_end(server: AppInProcess) -> None:
     fields = {"model": "my-embed", "input": "one two three four five", "input_type": "query"}
     whole = server.client.post("/tokenize", json=fields).json()["data"][0]
     start = whole["instruction_tokens"]
@@ -185,7 +201,7 @@ def test_truncation_keeps_the_end(server: ServerProcess) -> None:
     assert kept.json()["data"][0]["ids"] == whole["ids"][:start] + whole["ids"][-3:]
 
 
-def test_minus_one_truncates_to_what_fits(server: ServerProcess) -> None:
+def test_minus_one_truncates_to_what_fits(server: AppInProcess) -> None:
     fields = {"input": "word " * 33_000, "truncate_prompt_tokens": -1}
     cut = server.client.post("/tokenize", json=fields).json()["data"][0]
     assert cut["count"] == 32_768
@@ -193,105 +209,55 @@ def test_minus_one_truncates_to_what_fits(server: ServerProcess) -> None:
     assert error_of(refused)["param"] == "truncate_prompt_tokens"
 
 
-def test_a_huge_instruction_is_refused_at_once(golden_server: ServerProcess) -> None:
+def test_a_huge_instruction_is_refused_at_once(
+    plain: AppInProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is not tokenized: not once on the event loop, nor once for each of many inputs."""
-    started = time.monotonic()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(NVEmbedTokenizer, "_ids", refuse)
     for prompt, inputs in (("word " * 600_000, "x"), ("word " * 20_000, ["x"] * 2048)):
-        answer = golden_server.embed(input=inputs, prompt=prompt)
+        answer = plain.embed(input=inputs, prompt=prompt)
         assert answer.status_code == 400
         assert "token" in error_of(answer)["message"]
-    assert time.monotonic() - started < 5
 
 
-def test_a_truncated_instruction_leaves_nothing_to_embed(server: ServerProcess) -> None:
+def test_a_truncated_instruction_leaves_nothing_to_embed(server: AppInProcess) -> None:
     fields = {"model": "my-embed", "input": "x", "input_type": "query", "truncate_prompt_tokens": 5}
     answer = server.client.post("/v1/embeddings", json=fields)
     assert answer.status_code == 400
     assert "nothing is left to embed" in error_of(answer)["message"]
 
 
-def test_an_expired_deadline_is_a_504(golden_checkpoint: Path, tmp_path: Path) -> None:
-    """The SDK's own time-out passes while another batch runs."""
-    options = ("--runner", "tests.server.runners:Hashing")
-    env = {"FAKE_SECONDS": "3"}
-    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
-        with httpx.Client(base_url=server.url, timeout=20) as other:
-            first = {"model": "golden-embed", "input": "first"}
-            thread = threading.Thread(target=lambda: other.post("/v1/embeddings", json=first))
-            thread.start()
-            server.wait_for_metric("nv_embed_running_requests", 1)
-            answer = server.client.post(
-                "/v1/embeddings",
-                json={"model": "golden-embed", "input": "second"},
-                headers={"x-stainless-read-timeout": "0.2"},
-            )
-            thread.join()
-        assert answer.status_code == 504
-        assert answer.headers["x-should-retry"] == "false"
-        assert error_of(answer)["code"] == "deadline_exceeded"
-        assert server.metric("nv_embed_expired_requests_total") == 1
+def test_metrics_are_there_from_the_start(golden_checkpoint: Path) -> None:
+    settings = Settings()
+    engine = EmbeddingEngine(settings, locate(str(golden_checkpoint)))
+    app = create_app(settings, engine, engine.metrics)
 
+    async def scrape() -> str:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return (await client.get("/metrics")).text
 
-def test_a_full_queue_refuses_whole_requests(golden_checkpoint: Path, tmp_path: Path) -> None:
-    """All or nothing, counted in tokens; the SDKs are told when to come back."""
-    options = ("--runner", "tests.server.runners:Hashing", "--max-queued-tokens", "300000")
-    env = {"FAKE_SECONDS": "0.3"}
-    # 294,000 tokens or so; all different, for equal ones are computed once.
-    bulk = {
-        "model": "golden-embed",
-        "input": [f"{number:04} " + "word " * 140 for number in range(2000)],
-    }
-    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
-
-        def send_bulk() -> None:
-            # It goes away in the end, and frees the queue.
-            with contextlib.suppress(httpx.ReadTimeout):
-                httpx.post(f"{server.url}/v1/embeddings", json=bulk, timeout=8)
-
-        thread = threading.Thread(target=send_bulk)
-        thread.start()
-        server.wait_for_metric("nv_embed_running_requests", 1)
-        refused = server.client.post(
-            "/v1/embeddings", json={"model": "golden-embed", "input": ["word " * 1000] * 20}
-        )
-        assert refused.status_code == 429
-        assert error_of(refused)["code"] == "rate_limit_exceeded"
-        assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert int(refused.headers["retry-after-ms"]) >= 1000
-        small = server.client.post("/v1/embeddings", json={"model": "golden-embed", "input": "x"})
-        assert small.status_code == 200, "there is room for it"
-        thread.join()
-        server.wait_for_metric("nv_embed_queued_tokens", 0)
-
-
-def test_half_a_request_does_not_disturb_others(server: ServerProcess) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as half:
-        half.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
-        fields = {"model": "my-embed", "input": "x"}
-        assert server.client.post("/v1/embeddings", json=fields).status_code == 200
-
-
-def test_metrics_are_there_from_the_start(golden_checkpoint: Path, tmp_path: Path) -> None:
-    with serving(
-        golden_checkpoint, "--runner", "tests.server.runners:Hashing", log=tmp_path / "log"
-    ) as server:
-        text = server.client.get("/metrics").text
+    text = asyncio.run(scrape())
     for line in (
         'nv_embed_requests_total{route="embeddings",status="200"} 0.0',
         "nv_embed_inputs_total 0.0",
         "nv_embed_tokens_total 0.0",
         "nv_embed_rejected_requests_total 0.0",
         "nv_embed_worker_deaths_total 0.0",
-        "nv_embed_workers_ready 1.0",
+        "nv_embed_workers_ready 0.0",
         "nv_embed_batch_tokens_count 0.0",
+        "nv_embed_inflight_bytes 0.0",
         "vllm:num_requests_waiting 0.0",
         "vllm:num_requests_running 0.0",
     ):
         assert f"\n{line}\n" in text, line
 
 
-def test_openapi_yaml_is_the_apps(server: ServerProcess) -> None:
+def test_openapi_yaml_is_the_apps(server: AppInProcess) -> None:
     """`make openapi` writes it. JSON makes tuples and keys of both sides alike."""
     document = orjson.loads(orjson.dumps(openapi_document()))
     assert yaml.safe_load((ROOT / "openapi.yaml").read_text()) == document
@@ -303,3 +269,40 @@ def test_openapi_documents_every_status_of_the_embeddings_route() -> None:
     assert {int(status) for status in operation["responses"]} == {
         *(200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)
     }
+
+
+def test_what_nobody_foresaw_is_a_500_that_names_its_log_line(golden_checkpoint: Path) -> None:
+    with in_process(golden_checkpoint, tracebacks=1) as server:
+        server.engine.error = LookupError("an inner secret")
+        failed = server.embed(input="x")
+        assert failed.status_code == 500
+        error = error_of(failed)
+        request_id = failed.headers["x-request-id"]
+        assert (error["code"], error["type"]) == ("internal_error", "server_error")
+        assert request_id in error["message"]
+        assert "an inner secret" not in failed.text
+        assert "LookupError: an inner secret" in server.log
+        assert f"request_id={request_id}" in server.log
+        server.engine.error = None
+        assert server.embed(input="x").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, math.inf),
+        ({"x-stainless-read-timeout": "30"}, 30),
+        ({"x-stainless-timeout": "20"}, 20),
+        ({"x-stainless-read-timeout": "30", "x-stainless-timeout": "20"}, 30),
+        ({"x-stainless-read-timeout": "soon", "x-stainless-timeout": "20"}, 20),
+        *(({"x-stainless-read-timeout": bad}, math.inf) for bad in ("nan", "inf", "0", "-1", "")),
+    ],
+)
+def test_the_sdks_time_out_is_the_jobs_deadline(
+    plain: AppInProcess, headers: dict[str, str], seconds: float
+) -> None:
+    before = time.monotonic()
+    body = {"model": "golden-embed", "input": "x"}
+    assert plain.client.post("/v1/embeddings", json=body, headers=headers).status_code == 200
+    deadline = plain.engine.jobs[-1].deadline
+    assert before + seconds <= deadline <= time.monotonic() + seconds

@@ -14,6 +14,8 @@ from pyarrow import parquet
 from server import cli
 from tests.checkpoints import golden_cases
 
+pytestmark = pytest.mark.whole
+
 CASES = {case["name"]: case for case in golden_cases()}
 QUERY_PREFIX = CASES["readme queries"]["instruction"]
 

@@ -20,7 +20,9 @@ import pytest
 from server import cli, settings
 from server.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.whole
+
+ROOT = Path(__file__).parents[3]
 COMMANDS: dict[str, argparse.ArgumentParser] = {}
 for found in cli._parser()._actions:
     if isinstance(found, argparse._SubParsersAction):
@@ -233,6 +235,7 @@ def run(*words: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", [["openapi"], ["serve", "--help"], ["--version"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_seen_enough_ends_it_quietly(words: list[str], unbuffered: str) -> None:
@@ -245,6 +248,7 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(words: list[str], unbuffe
     assert ended.returncode == 1 or words != ["openapi"]  # argparse drops what it cannot print
 
 
+@pytest.mark.process
 def test_a_full_disk_is_one_line() -> None:
     with open("/dev/full", "wb") as output:
         ended = run("openapi", stdout=output, stderr=subprocess.PIPE)
@@ -252,6 +256,7 @@ def test_a_full_disk_is_one_line() -> None:
     assert ended.stderr == b"nv-embed: No space left on device\n"
 
 
+@pytest.mark.process
 def test_output_that_is_closed_is_no_fault() -> None:
     program = f"exec {sys.executable} -m server.cli --version >&-"
     ended = subprocess.run(["sh", "-c", program], cwd=ROOT, capture_output=True, timeout=60)
@@ -259,6 +264,7 @@ def test_output_that_is_closed_is_no_fault() -> None:
     assert b"Traceback" not in ended.stderr
 
 
+@pytest.mark.process
 def test_an_ascii_terminal_gets_help_and_the_document_stays_utf8() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     ended = run("encode", "--help", capture_output=True, env=environment)

@@ -15,6 +15,8 @@ from schemathesis.config import SchemathesisConfig
 
 from tests.server.processes import ROOT, ServerProcess, serving
 
+pytestmark = pytest.mark.process
+
 load_all_checks()
 # What a schema cannot say is a 400, too: the model's width, a task's name, BOS and EOS of ids.
 positive_data_acceptance, negative_data_rejection = CHECKS.get_by_names(

@@ -159,6 +159,7 @@ def smi(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
 
 
+@pytest.mark.process
 def test_numbers_become_uuids(smi: dict[str, str], tmp_path: Path) -> None:
     assert choose(["cuda:2", "cpu", "cuda:0"], smi) == [f"cuda:{C}", "cpu", f"cuda:{A}"]
     assert choose(["cuda:0"], {**smi, "CUDA_VISIBLE_DEVICES": "2"}) == [f"cuda:{C}"]
@@ -169,6 +170,7 @@ def test_numbers_become_uuids(smi: dict[str, str], tmp_path: Path) -> None:
     assert not (tmp_path / "calls").exists(), "nobody asks for GPUs that are not wanted"
 
 
+@pytest.mark.process
 def test_auto_takes_every_gpu_and_every_slice(
     smi: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +183,7 @@ def test_auto_takes_every_gpu_and_every_slice(
     assert choose(["auto"], smi) == ["cpu"], "torch cannot use them"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("broken", ["absent", "failing", "not a program"])
 def test_without_nvidia_smi_numbers_have_to_do(
     broken: str, smi: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,6 +203,7 @@ def shown(server: ServerProcess) -> dict[str, dict[str, str]]:
     return {item["device"]: json.loads(item["device_name"]) for item in listed}
 
 
+@pytest.mark.process
 def test_a_lost_gpu_shifts_no_other(
     smi: dict[str, str], golden_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +233,7 @@ def test_a_lost_gpu_shifts_no_other(
     assert (tmp_path / "calls").read_text() == "-L\n", "asked once"
 
 
+@pytest.mark.process
 def test_a_start_on_a_gpu_that_is_not_there_is_a_wrong_call(
     smi: dict[str, str], golden_checkpoint: Path, tmp_path: Path
 ) -> None:

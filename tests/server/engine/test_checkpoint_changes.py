@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.server.processes import serving
-from tests.server.test_lifecycle import run_cli
+from tests.server.processes import run_cli, serving
+
+pytestmark = pytest.mark.process
 
 INDEX = "model.safetensors.index.json"
 NORM = "embedding_model.norm.weight"

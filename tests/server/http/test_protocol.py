@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import select
 import socket
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.chaos.load import rss_bytes
-from tests.server.processes import ServerProcess, serving
+from tests.server.processes import ServerProcess, new_certificate, serving
+
+pytestmark = pytest.mark.process
 
 FAKE = ("--runner", "tests.server.runners:Hashing")
 POST = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -84,10 +82,8 @@ def test_a_url_flood_gets_a_431(server: ServerProcess) -> None:
 def test_a_head_that_never_ends_gets_a_408(server: ServerProcess) -> None:
     with connected(server) as client:
         client.sendall(POST)
-        started = time.monotonic()
         status, _, error = answer_of(read_all(client))
     assert (status, error["code"]) == (408, "request_timeout")
-    assert time.monotonic() - started < 10
 
 
 def test_a_body_that_never_ends_gets_a_408(server: ServerProcess) -> None:
@@ -100,6 +96,13 @@ def test_a_body_that_never_ends_gets_a_408(server: ServerProcess) -> None:
 def test_a_silent_connection_is_closed(server: ServerProcess) -> None:
     with connected(server) as client:
         assert read_all(client) == b""
+
+
+def test_half_a_request_does_not_disturb_others(server: ServerProcess) -> None:
+    with connected(server) as half:
+        half.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        fields = {"model": "golden-embed", "input": "x"}
+        assert server.client.post("/v1/embeddings", json=fields).status_code == 200
 
 
 @pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01\x00", b"hello\r\n\r\n", b"\0" * 99])
@@ -153,9 +156,9 @@ def test_a_client_that_goes_after_a_large_body_is_noticed(
     """A piece above uvicorn's high-water mark stops the reading. When it was the last one, nobody
     asks for more, and the end of the connection must be seen all the same."""
     options = (*FAKE, "--max-batch-tokens", "64")
-    with serving(
-        golden_checkpoint, *options, log=tmp_path / "log", env={"FAKE_SECONDS": "0.3"}
-    ) as server:
+    batches = tmp_path / "batches"
+    env = {"FAKE_SECONDS": "0.3", "FAKE_BATCH_LOG": str(batches)}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
         for kilobytes in range(70, 250, 30):
             inputs = [f"{number} " + "word " * 200 for number in range(kilobytes)]
             body = json.dumps({"model": "golden-embed", "input": inputs}).encode()
@@ -164,10 +167,11 @@ def test_a_client_that_goes_after_a_large_body_is_noticed(
                 time.sleep(0.05)  # the app waits for the body, which then comes in few pieces
                 client.sendall(body)
                 server.wait_for_metric("nv_embed_running_requests", 1)
-            left = time.monotonic()
             server.wait_for_metric("nv_embed_queued_tokens", 0)
-            assert time.monotonic() - left < 5, "it was worked through"
             server.wait_for_metric("nv_embed_running_requests", 0)
+            ran = batches.read_text().splitlines()
+            batches.write_text("")
+            assert len(ran) < len(inputs) // 2, "it was worked through, each input in a batch"
 
 
 def test_a_key_in_a_trailer_opens_nothing(golden_checkpoint: Path, tmp_path: Path) -> None:
@@ -184,84 +188,14 @@ def test_a_key_in_a_trailer_opens_nothing(golden_checkpoint: Path, tmp_path: Pat
         assert server.embed(input="x").status_code == 200
 
 
-def test_a_pipeline_without_end_costs_little_memory(
-    golden_checkpoint: Path, tmp_path: Path
-) -> None:
-    """Megabytes of small requests on one connection whose answers nobody reads."""
-    flood = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 10_000
-    with serving(golden_checkpoint, *FAKE, log=tmp_path / "log") as server:
-        before = rss_bytes(server.process.pid)
-        with connected(server) as client:
-            client.settimeout(1)
-            sent, slowest = 0, 0.0
-            with contextlib.suppress(TimeoutError):
-                while sent < 60_000_000:
-                    sent += client.send(flood)
-                    started = time.monotonic()
-                    assert server.client.get("/livez").status_code == 200
-                    slowest = max(slowest, time.monotonic() - started)
-            assert sent < 60_000_000, "it is read without an end"
-            assert slowest < 1
-            assert rss_bytes(server.process.pid) - before < 20_000_000
-
-
-def test_tls_connections_count_from_their_accept(golden_checkpoint: Path, tmp_path: Path) -> None:
-    """A handshake that nobody begins keeps a place, and only until the time limit of heads."""
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    subprocess.run(
-        f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
-        f"-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout {key} "
-        f"-out {certificate}".split(),
-        check=True,
-        capture_output=True,
-    )
+def test_tls(golden_checkpoint: Path, tmp_path: Path) -> None:
+    certificate, key = new_certificate(tmp_path)
     options = (*FAKE, "--tls-certificate", str(certificate), "--tls-key", str(key))
-    options += ("--max-connections", "20", "--header-timeout", "2")
     trusted = ssl.create_default_context(cafile=str(certificate))
     server = ServerProcess(golden_checkpoint, *options, log=tmp_path / "log", verify=trusted)
     try:
+        assert server.url.startswith("https://")
         server.wait_ready()
-        server.client.close()
-        files = Path(f"/proc/{server.process.pid}/fd")
-        host, port = server.url.removeprefix("https://").split(":")
-
-        def closed_at_once(count: int, start: bytes = b"") -> int:
-            """Open so many connections that send `start`; how many are cut off soon."""
-            for _ in range(count):
-                silent.append(stack.enter_context(socket.create_connection((host, int(port)))))
-                silent[-1].sendall(start)
-            time.sleep(0.5)
-            ready = select.select(silent, [], [], 0)[0]
-            return len(ready)
-
-        with contextlib.ExitStack() as stack:
-            silent: list[socket.socket] = []
-            quiet = len(list(files.iterdir()))
-            started = time.monotonic()
-            assert closed_at_once(100) == 80
-            assert len(list(files.iterdir())) <= quiet + 20
-            for client in silent:
-                client.settimeout(10)
-                with contextlib.suppress(ConnectionError):
-                    assert client.recv(1) == b""
-            assert time.monotonic() - started < 6
-            # Half a handshake, and what is none: their places are free again, too.
-            silent.clear()
-            closed_at_once(15, b"\x16\x03\x01\x02\x00\x01")
-            closed_at_once(5, b"GET / HTTP/1.1\r\n\r\n")
-            fresh = httpx.Client(base_url=server.url, verify=trusted)
-            with fresh:
-                server.wait_until(lambda: _answers(fresh), "served again")
-                body = {"model": "golden-embed", "input": ["x" * 300] * 200}
-                assert fresh.post("/v1/embeddings", json=body).status_code == 200
-        server.wait_until(lambda: len(list(files.iterdir())) <= quiet, "all files are closed")
+        assert server.embed(input="x").status_code == 200
     finally:
         assert server.stop() == 0
-    assert "Traceback" not in server.log
-
-
-def _answers(client: httpx.Client) -> bool:
-    try:
-        return client.get("/livez").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -30,8 +30,8 @@ from server.errors import (
     NonFiniteVectorError,
     ServerError,
 )
+from tests.server.engine.test_batcher import RecordingWorker, turn
 from tests.server.runners import vector_of
-from tests.server.test_batcher import RecordingWorker, turn
 
 FAULTS = {Fault.NOT_FINITE: NonFiniteVectorError, Fault.NO_MEMORY: DeviceMemoryError}
 pick = st.integers(0, 1000)

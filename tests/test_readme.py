@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from server import cli
 from tests.server.processes import ServerProcess
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.process
 def test_the_example_in_python(tmp_path: Path) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     server = ServerProcess(None, log=tmp_path / "log").wait_ready()

@@ -28,6 +28,8 @@ from tests.server.questions import (
 )
 from tests.server.runners import key_of
 
+pytestmark = pytest.mark.process
+
 
 def test_400_concurrent_requests_of_which_100_are_cancelled(
     golden_checkpoint: Path, tmp_path: Path

@@ -12,7 +12,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from server import cli
 from server.offline import bulk, parts, progress
 from server.offline.progress import Progress
 from tests.server.runners import Hashing, vector_of
+
+pytestmark = pytest.mark.whole
 
 LINES = [f"line {number}" for number in range(10)]
 
@@ -73,9 +75,11 @@ class Interrupting(Hashing):
 
 
 @pytest.fixture
-def interrupting(monkeypatch: pytest.MonkeyPatch) -> str:
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(Interrupting, "batches", 0)
-    return f"{__name__}:Interrupting"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
+    yield f"{__name__}:Interrupting"
+    signal.signal(signal.SIGINT, before)
 
 
 # ---- what the output may be called

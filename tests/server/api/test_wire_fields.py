@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.api.instructions import INPUT_TYPES, TASKS
-from tests.server.processes import ServerProcess, serving
+from tests.server.fakes import AppInProcess, in_process
 from tests.server.runners import WIDTH
 
 NAMES = ["golden-embed", "golden-embed-query", "golden-embed-passage", "GOLDEN-EMBED"]
@@ -118,17 +118,13 @@ ALIASES = {"output_dimension": "dimensions", "prompt_name": "input_type", "trunc
 
 
 @pytest.fixture(scope="module")
-def server(
-    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    log = tmp_path_factory.mktemp("wire_fields") / "log"
-    options = ("--runner", "tests.server.runners:Hashing", "--no-access-log")
-    with serving(golden_checkpoint, *options, log=log) as server:
+def server(golden_checkpoint: Path) -> Iterator[AppInProcess]:
+    with in_process(golden_checkpoint, access_log=False) as server:
         yield server
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_field_is_legal_or_named(server: ServerProcess, name: str) -> None:
+def test_a_field_is_legal_or_named(server: AppInProcess, name: str) -> None:
     near, is_legal = FIELDS[name]
     seen = set()
 

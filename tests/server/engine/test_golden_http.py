@@ -14,6 +14,8 @@ import pytest
 from tests.checkpoints import golden_cases
 from tests.server.processes import ServerProcess, serving
 
+pytestmark = pytest.mark.process
+
 TOLERANCE = 2e-5
 TRUNCATED = {"truncated": 12, "truncated query": 24}
 CASES = {case["name"]: case for case in golden_cases()}
@@ -76,6 +78,7 @@ def test_without_torchs_private_operations(golden_checkpoint: Path, tmp_path: Pa
     with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
         (device,) = server.client.get("/info").json()["devices"]
         assert device["products"] == {"float32": "torch"}
+        assert (device["dtype"], device["attention"]) == ("float32", "sdpa")
         assert "products: float32 by torch" in server.log
         assert "mkl (cannot be had: " in server.log
         check(server, CASES["passages"])

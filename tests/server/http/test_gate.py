@@ -1,0 +1,55 @@
+"""What needs a key, what can be closed, and a proxy in front: the app in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.server.fakes import in_process
+
+
+def test_docs_and_metrics_can_be_closed(golden_checkpoint: Path) -> None:
+    options = {"docs": False, "metrics_need_key": True, "api_key": ["secret"]}
+    with in_process(golden_checkpoint, **options) as server:
+        key = {"authorization": "Bearer secret"}
+        for path in ("/docs", "/redoc", "/openapi.json"):
+            assert server.client.get(path, headers=key).status_code == 404
+        assert server.client.get("/metrics").status_code == 401
+        assert server.client.get("/metrics", headers=key).status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+
+
+def test_a_proxy_that_strips_a_prefix(golden_checkpoint: Path) -> None:
+    with in_process(golden_checkpoint, root_path="/api", api_key=["secret"]) as server:
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert server.client.get(path).status_code == 200, path
+        body = {"model": "golden-embed", "input": "a"}
+        assert server.client.post("/v1/embeddings", json=body).status_code == 401
+        key = {"authorization": "Bearer secret"}
+        assert server.client.post("/v1/embeddings", json=body, headers=key).status_code == 200
+        assert 'nv_embed_requests_total{route="embeddings",status="200"} 1.0' in (
+            server.client.get("/metrics").text
+        )
+        schema = server.client.get("/openapi.json", headers=key).json()
+        assert schema["servers"] == [{"url": "/api"}]
+
+
+def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path) -> None:
+    """Probes are open, keys are asked for, and all is counted, with the prefix and without."""
+    key = {"authorization": "Bearer secret"}
+    body = {"model": "golden-embed", "input": "a"}
+    with in_process(golden_checkpoint, root_path="/nv", api_key=["secret"]) as server:
+        for path in ("/nv/livez", "/nv/readyz", "/nv/health", "/nv/metrics", "/livez"):
+            assert server.client.get(path).status_code == 200, path
+        for path in ("/nv/info", "/nv/nv/livez", "/nvlivez", "/nv", "/nv/", "/nv//livez"):
+            assert server.client.get(path).status_code == 401, path
+        for path in ("/nv/v1/embeddings", "/v1/embeddings"):
+            assert server.client.post(path, json=body).status_code == 401
+            assert server.client.post(path, json=body, headers=key).status_code == 200
+        assert server.client.get("/nv/v1/models", headers=key).status_code == 200
+        assert server.client.get("/nv/livez/", headers=key).status_code == 404
+        metrics = server.client.get("/nv/metrics").text
+        assert 'nv_embed_requests_total{route="embeddings",status="200"} 2.0' in metrics
+        assert 'nv_embed_requests_total{route="models",status="200"} 1.0' in metrics
+        assert "GET /nv/livez 200" not in server.log, "probes are not worth a line"
+        page = server.client.get("/nv/docs", headers=key).text
+        assert "/nv/openapi.json" in page

@@ -1,0 +1,84 @@
+"""Which route answers, and what is said where none does: the app in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.fakes import AppInProcess, in_process
+
+
+@pytest.fixture(scope="module")
+def server(golden_checkpoint: Path) -> Iterator[AppInProcess]:
+    with in_process(golden_checkpoint) as server:
+        yield server
+
+
+def message_of(answer: httpx.Response) -> str:
+    error: dict[str, Any] = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/v1/embeddings", "/v1/embeddings"),
+        ("//v1/embeddings", "/v1/embeddings"),
+        ("/v1/embeddings/", "/v1/embeddings"),
+        ("/v1/embedding", "/v1/embeddings"),
+        ("/V1/Embeddings", "/v1/embeddings"),
+        ("/v1/model", "/v1/models"),
+        ("/tokenise", "/tokenize"),
+        ("/heath", "/health"),
+    ],
+)
+def test_a_route_that_is_nearly_one(server: AppInProcess, path: str, meant: str) -> None:
+    answer = server.client.post(httpx.URL(server.url, path=path), json={})
+    assert answer.status_code == 404
+    assert message_of(answer).endswith(f"Unknown route POST {path}: did you mean {meant}?")
+
+
+def test_other_unknown_routes(server: AppInProcess) -> None:
+    for base in ("/", "/v1", "/v1/"):
+        root = message_of(server.client.get(base))
+        for pointer in ("POST /v1/embeddings", "/v1/models", "/docs"):
+            assert pointer in root
+    far = message_of(server.client.get("/v1/chat/completions"))
+    assert far == "Unknown route GET /v1/chat/completions"
+    assert len(message_of(server.client.get("/" + "x" * 5000))) < 300
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "use"),
+    [("GET", "/v1/embeddings", "POST"), ("GET", "/tokenize", "POST"), ("POST", "/info", "GET")],
+)
+def test_a_wrong_method_says_the_right_one(
+    server: AppInProcess, method: str, path: str, use: str
+) -> None:
+    answer = server.client.request(method, path)
+    assert answer.status_code == 405
+    assert message_of(answer) == f"{path} does not take {method}: use {use}"
+    assert answer.headers["allow"] == use
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_pages_say_what_they_need(server: AppInProcess, path: str) -> None:
+    page = server.client.get(path)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.text.count("scripts from cdn.jsdelivr.net") == 2, "hidden, and without scripts"
+    assert "<script onerror=\"document.getElementById('no-scripts').hidden = false\"" in page.text
+    assert 'id="no-scripts" hidden' in page.text
+    assert "'/openapi.json'" in page.text or '"/openapi.json"' in page.text
+
+
+def test_models_are_found_without_v1(server: AppInProcess) -> None:
+    for path in ("/models", "/models/golden-embed", "/models/golden-embed-query"):
+        assert server.client.get(path).json() == server.client.get(f"/v1{path}").json()
+    assert server.client.get("/models/other").status_code == 404
+    metrics = server.client.get("/metrics").text
+    assert 'nv_embed_requests_total{route="models",status="404"} 1.0' in metrics
