@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from server import errors
 from server.engine.metrics import Metrics
@@ -126,3 +127,17 @@ def test_decisions_are_numbered_and_say_what_follows() -> None:
     assert len(re.findall(r"^\*\*", text, re.MULTILINE)) == len(numbers), "an entry has no number"
     for cited in re.findall(r"\bD(\d+)\b", text):
         assert int(cited) in numbers
+
+
+def test_the_workflow_runs_the_gate_and_hooks_run_ruff() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
+    gate = (ROOT / "Makefile").read_text()
+    for entry in entries:
+        command = entry.removeprefix(".venv/bin/").removesuffix(" --force-exclude")
+        assert f"$(BIN)/{command} ." in gate
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(form.read_text()), form
