@@ -15,15 +15,23 @@ SVG = ROOT / "docs/imports.svg"
 LABELS = {"": "files on top", "command": "cli.py"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
-    "command": (320, 60),
-    "http": (150, 150),
-    "offline": (500, 150),
-    "api": (320, 250),
-    "engine": (320, 350),
-    "": (110, 450),
-    "model": (520, 520),
+    "command": (350, 60),
+    "http": (180, 160),
+    "offline": (540, 160),
+    "api": (330, 270),
+    "engine": (450, 390),
+    "": (90, 500),
+    "model": (600, 530),
 }
-BOX = (150, 44)
+# How far an arrow is bent aside, where a straight one would run through a room or over a number.
+BENDS = {
+    ("api", "model"): 200,
+    ("command", ""): -40,
+    ("http", "engine"): -200,
+    ("http", "model"): -400,
+    ("offline", ""): 80,
+}
+BOX = (130, 44)
 PER_ROW, CELL, TOP = 6, (112, 46), 640
 
 
@@ -87,9 +95,7 @@ def _arrow(room: str, used: str, count: int) -> str:
     (x1, y1), (x2, y2) = PLACES[room], PLACES[used]
     half = BOX[1] / 2
     y1, y2 = y1 + half, y2 - half
-    # Bent to the side where it would run through a room between.
-    bend = 160 if (room, used) == ("command", "engine") else 0
-    middle = (x1 + x2) / 2 + bend, (y1 + y2) / 2
+    middle = (x1 + x2) / 2 + BENDS.get((room, used), 0), (y1 + y2) / 2
     at = (x1 + 2 * middle[0] + x2) / 4, (y1 + y2) / 2
     line = (
         f'<path d="M{x1} {y1:g}Q{middle[0]:g} {middle[1]:g} {x2} {y2:g}" fill="none" '
