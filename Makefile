@@ -15,7 +15,7 @@ ARGS ?=
 # Where benchmarks write; tests/bench/results holds those that README shows.
 RESULTS ?= build/bench/results
 
-.PHONY: help install serve test test-fast coverage check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ fix: $(VENV)/.installed-test ## let ruff mend what it can
 
 openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 	$(BIN)/nv-embed openapi > openapi.yaml
+
+graph: $(VENV)/.installed-test ## draw who imports whom: docs/imports.svg
+	PYTHONPATH=. $(BIN)/python -m tests.import_graph
 
 gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
 	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="prove that a checkpoint gives the authors' vectors here",
         description="Check a checkpoint on this machine against the values published with it, and "
-        "measure. Prints a table and, last, a line of JSON; exit status 1 outside tolerance.",
+        "measure. Prints a table and, last, a line of JSON. The exit status is 1 if a check fails.",
     )
     settings.add_flags(verify, ModelSettings)
     verify.add_argument(

@@ -172,9 +172,9 @@ class ModelSettings(MachineSettings):
     )
     quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
         "none",
-        description="8-bit weights. int8-dynamic: 8-bit products on the CPU, smaller and faster "
-        "(refused where they are no faster than float32); float8: the same on GPUs (Ada, Hopper); "
-        "int8: LLM.int8 through bitsandbytes, saves memory, not time",
+        description="8-bit weights. int8-dynamic: on the CPU, less memory and time than float32 "
+        "(refused where it is no faster). float8: the same on GPUs (Ada, Hopper). int8: LLM.int8 "
+        "through bitsandbytes, less memory, not less time; a vector depends a little on its batch",
     )
     cpu_products: Literal["auto", "plain", "allow-slow"] = Field(
         "auto",
@@ -282,8 +282,8 @@ class Settings(EncodeSettings, KeySettings):
         0,
         ge=0,
         le=_BYTES,
-        description="memory for vectors of inputs seen before, by their exact ids; 0: none. How "
-        "fast an answer comes then tells a client whether somebody asked for the same",
+        description="memory for vectors of inputs seen before, by their exact ids; 0: none. "
+        "Beware: with it a fast answer reveals that somebody asked the same before",
     )
 
     served_model_name: Words = Field(
