@@ -230,9 +230,9 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     arguments.device = _settle(arguments, ModelSettings).one_device()
-    from model import verify
+    from model.verify import command
 
-    return verify.run(arguments)
+    return command.run(arguments)
 
 
 def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
