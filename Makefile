@@ -41,8 +41,8 @@ fix: $(VENV)/.installed-test ## let ruff mend what it can
 openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 	$(BIN)/nv-embed openapi > openapi.yaml
 
-gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
-	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
+gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=…, ARGS=--quick)
+	$(BIN)/nv-embed gpu-check --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
 
 chaos: $(VENV)/.installed-test ## break a real server on purpose, at length (minutes)
 	CHAOS=full $(BIN)/pytest tests/chaos $(ARGS)

@@ -81,6 +81,7 @@ SERVER = [
     "bulk",
     "batch_files",
     "encode",
+    "gpu_check",
     "cli",
 ]
 TRAINING = [
@@ -124,6 +125,18 @@ VERIFY = [
     "structure",
     "precisions",
     "command",
+    "report",
+    "conduct",
+    "plan",
+    "gpu_check",
+    "bench",
+    "child",
+    "machine",
+    "parity",
+    "primitives",
+    "speed",
+    "profile",
+    "faults",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING, "model/verify": VERIFY}
 TORCH_FREE = [

@@ -17,13 +17,9 @@ from dataclasses import asdict
 
 import torch
 
-from model import products
-from model.attention import AttentionKernel, choose_kernel
-from model.config import NVEmbedConfig
-from model.errors import CheckpointError, ModelError, UnsupportedError
+from model.errors import CheckpointError, ModelError
 from model.hub import locate
-from model.runner import device_name, resolve_device, resolve_dtype
-from model.tokenizer import NVEmbedTokenizer
+from model.runner import device_name
 from model.verify import authors, precisions, structure
 from model.verify.outcome import Check
 from model.verify.referee import Referee
@@ -38,6 +34,7 @@ from model.verify.subject import (
     peak_memory,
     sample_encodings,
     say,
+    subject_of,
     variant_name,
 )
 
@@ -56,26 +53,20 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     source = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config = NVEmbedConfig.from_dir(source.path)
-    device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device, config, arguments.cpu_products)
     golden = arguments.golden
     if golden is None and (source.path / "golden.json").is_file():
         golden = source.path / "golden.json"
     elif golden is not None and not golden.is_file():
         raise CheckpointError(f"--golden: there is no file {golden}")
-    choose_kernel(arguments.attention, device, dtype)  # refuses what cannot run
-
-    def kernel(wanted: torch.dtype) -> tuple[str, AttentionKernel]:
-        try:
-            return choose_kernel(arguments.attention, device, wanted)
-        except UnsupportedError:  # a 16-bit kernel, asked for the float32 comparison
-            return choose_kernel("auto", device, wanted)
-
-    tokenizer = NVEmbedTokenizer.from_dir(source.path)
-    quantization, mode = arguments.quantization, arguments.cpu_products
-    products.choose(device, dtype, quantization, config.widest_product, mode)  # refuses likewise
-    return Subject(source, config, tokenizer, device, dtype, quantization, kernel, golden, mode)
+    return subject_of(
+        source,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        attention=arguments.attention,
+        golden=golden,
+        cpu_products=arguments.cpu_products,
+    )
 
 
 def verify(subject: Subject) -> bool:

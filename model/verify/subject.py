@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model import host, products
-from model.attention import AttentionKernel
+from model.attention import AttentionKernel, choose_kernel
 from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
@@ -26,7 +26,7 @@ from model.loader import empty_model, load_model
 from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, pack
 from model.products import Products
-from model.runner import wants_filler
+from model.runner import resolve_device, resolve_dtype, wants_filler
 from model.tokenizer import NVEmbedTokenizer, query_prefix
 from model.verify.outcome import Check, at_least, at_most, difference, smallest_cosine
 
@@ -63,6 +63,37 @@ class Subject:
     measure_seconds: float = 3.0
 
 
+def subject_of(
+    source: ModelSource,
+    *,
+    device: str,
+    dtype: str,
+    quantization: str,
+    attention: str,
+    golden: Path | None = None,
+    cpu_products: str = "auto",
+) -> Subject:
+    """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
+    run."""
+    config = NVEmbedConfig.from_dir(source.path)
+    where = resolve_device(device)
+    working = resolve_dtype(dtype, where, config, cpu_products)
+    choose_kernel(attention, where, working)  # refuses what cannot run
+
+    def kernel(wanted: torch.dtype) -> tuple[str, AttentionKernel]:
+        try:
+            return choose_kernel(attention, where, wanted)
+        except UnsupportedError:  # a 16-bit kernel, asked for the float32 comparison
+            return choose_kernel("auto", where, wanted)
+
+    tokenizer = NVEmbedTokenizer.from_dir(source.path)
+    shape = config.widest_product
+    products.choose(where, working, quantization, shape, cpu_products)  # refuses likewise
+    return Subject(
+        source, config, tokenizer, where, working, quantization, kernel, golden, cpu_products
+    )
+
+
 @dataclass(slots=True)
 class Measured:
     """What the checks leave behind for the report and for each other."""
@@ -96,10 +127,12 @@ class Loaded:
             return self.model.backbone(batch, self.attend)  # type: ignore[no-any-return]
 
 
-def load(subject: Subject, dtype: torch.dtype, quantization: str) -> Loaded:
+def load(
+    subject: Subject, dtype: torch.dtype, quantization: str, layers: Products | None = None
+) -> Loaded:
     weights = "" if quantization == "none" else f" with {quantization} weights"
     say(f"loading in {dtype_name(dtype)}{weights}")
-    layers = layers_of(subject, dtype, quantization)
+    layers = layers or layers_of(subject, dtype, quantization)
     model = load_model(
         subject.source.path,
         subject.config,

@@ -1,0 +1,101 @@
+"""Steps of gpu-check that time the parts of a forward alone: products, attention, copies.
+
+Shapes: T rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.attention import choose_kernel
+from model.config import NVEmbedConfig
+from model.packing import pack
+from model.quantization import quantize_rows
+from model.verify.bench import Bench
+
+_PRODUCT_S = 0.2
+"""Seconds of calls that one of them is timed for."""
+
+
+def shapes(config: NVEmbedConfig) -> dict[str, tuple[int, int]]:
+    """The products of a layer: I, O."""
+    width, inter = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (width, config.q_size + 2 * config.kv_size),
+        "o": (config.q_size, width),
+        "gate_up": (width, 2 * inter),
+        "down": (inter, width),
+    }
+
+
+def products(bench: Bench, kind: str, rows: Sequence[int]) -> dict[str, Any]:
+    """Each product of a layer alone, kind: a dtype, float8 or float8-slow."""
+    found: dict[str, Any] = {}
+    for name, (inputs, outputs) in shapes(bench.config).items():
+        found[name] = {}
+        for count in rows:
+            taken = product_s(bench, count, inputs, outputs, kind)
+            tflops = 2 * count * inputs * outputs / taken / 1e12
+            found[name][str(count)] = {"ms": 1e3 * taken, "tflops": tflops}
+    return found
+
+
+@torch.inference_mode()
+def product_s(bench: Bench, rows: int, inputs: int, outputs: int, kind: str) -> float:
+    """Seconds of x [T, I] by W [O, I]; float8 without what quantizes x."""
+    device, eight_bit = bench.device, kind.startswith("float8")
+    if eight_bit:
+        bench.subject("float8")  # refuses where the device has none
+    dtype = torch.bfloat16 if eight_bit else getattr(torch, kind)
+    x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (rows, outputs))
+    if not eight_bit:
+        return bench.seconds_of(lambda: F.linear(x, weight), _PRODUCT_S)
+    (a, a_scales), (b, b_scales) = (
+        quantize_rows(y, torch.float8_e4m3fn, 448.0) for y in (x, weight)
+    )
+    scales = a_scales.float(), b_scales.float().T.contiguous()
+    return bench.seconds_of(
+        lambda: torch._scaled_mm(
+            a,
+            b.T,
+            scale_a=scales[0],
+            scale_b=scales[1],
+            out_dtype=torch.bfloat16,
+            use_fast_accum=kind == "float8",
+        ),
+        _PRODUCT_S,
+    )
+
+
+@torch.inference_mode()
+def bandwidth(bench: Bench, megabytes: int) -> dict[str, float]:
+    """Copying memory on the device: bytes read and written a second."""
+    x = torch.zeros(megabytes << 20, dtype=torch.uint8, device=bench.device)
+    y = torch.empty_like(x)
+    taken = bench.seconds_of(lambda: y.copy_(x), _PRODUCT_S)
+    return {"bytes_per_s": 2 * x.nbytes / taken}
+
+
+@torch.inference_mode()
+def attention(bench: Bench, lengths: Sequence[int], batch_tokens: int) -> dict[str, Any]:
+    """The kernel that serves, on full batches of texts of one length."""
+    config, device = bench.config, bench.device
+    dtype = getattr(torch, bench.job["base"])
+    name, attend = choose_kernel(bench.job["attention"], device, dtype)
+    found: dict[str, Any] = {"kernel": name}
+    for length in lengths:
+        batch = pack(bench.texts(length, batch_tokens), device)
+        q, k, v = (
+            torch.randn(batch.num_tokens, heads, config.head_dim, device=device).to(dtype)
+            for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        )
+        run = partial(attend, q, k, v, batch.seqs, batch.seqs)
+        taken = bench.seconds_of(run, _PRODUCT_S)
+        done = 4 * batch.num_seqs * length**2 * config.q_size
+        found[str(length)] = {"ms": 1e3 * taken, "tflops": done / taken / 1e12}
+    return found
