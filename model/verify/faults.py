@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from model.memory import FittingRunner
 from model.verify.bench import Bench
-from model.verify.outcome import smallest_cosine
+from model.verify.outcome import Check, at_least, smallest_cosine, status_of
 from model.verify.subject import SAME_DTYPE_COSINE
 
 
@@ -36,22 +37,20 @@ def out_of_memory(bench: Bench, variant: str, length: int, batch_tokens: int) ->
     after = torch.cuda.memory_allocated(device)
     again = runner.embed(encodings)
     cosine = smallest_cosine(rows, expected)
-    good = (
-        fitting.budget is not None
-        and not too_large
-        and cosine >= SAME_DTYPE_COSINE
-        and after <= resting
-        and bool(np.isfinite(again).all())
-    )
+    found = {
+        "halved": fitting.budget is not None,
+        "all there": not too_large,
+        "memory given back": after <= resting,
+        "works afterwards": bool(np.isfinite(again).all()),
+    }
+    checks = [Check(name, status_of(good), good, True) for name, good in found.items()]
+    checks.append(at_least("vectors", cosine, SAME_DTYPE_COSINE, "smallest cosine"))
     return {
         "activation_bytes": needed,
         "tokens": sum(map(len, encodings)),
         "budget": fitting.budget,
         "too_large": len(too_large),
-        "smallest_cosine": cosine,
         "resting_bytes": resting,
         "after_bytes": after,
-        "checks": [
-            {"name": "a batch that does not fit", "status": "passed" if good else "failed"},
-        ],
+        "checks": [asdict(check) for check in checks],
     }

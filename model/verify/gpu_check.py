@@ -36,7 +36,8 @@ def run(options: Options) -> int:
     time."""
     source, effort = options.source, asdict(options.effort)
     facts = {"model": source.model_id, "revision": source.revision, "effort": effort}
-    report = Report(options.folder, {**facts, "device": options.device})
+    facts |= {"device": options.device, "within": options.within}
+    report = Report(options.folder, facts)
     report.write()
     print(f"checking {source.model_id} on {options.device}", flush=True)
     status, code = "interrupted", 130
@@ -101,7 +102,10 @@ def _headline(outcome: Outcome) -> str:
 
 def _figures(result: Mapping[str, Any]) -> list[str]:
     checks = result.get("checks", ())
-    figures = [f"{check['name']}: {check['got']}" for check in checks if "got" in check]
+    figures = [
+        f"{check['name']}: {check['note'] if check['status'] == 'skipped' else check['got']}"
+        for check in checks
+    ]
     if len(checks) > 2:
         good = sum(check["status"] == "passed" for check in checks)
         figures = [f"{good} of {len(checks)} checks passed"]

@@ -31,7 +31,7 @@ _PACKAGES = (
     *("nv-embed-server", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"),
     *("bitsandbytes", "flash-attn", "flash-attn-4"),
 )
-_PREFIXES = ("PYTORCH_", "CUDA_", "NVIDIA_VISIBLE", "OMP_", "TORCH_")
+_PREFIXES = ("PYTORCH_", "CUDA_", "NVIDIA_VISIBLE", "OMP_")
 
 
 def device(bench: Bench) -> dict[str, Any]:
@@ -40,11 +40,12 @@ def device(bench: Bench) -> dict[str, Any]:
         there = bench.device
     except UnsupportedError as error:
         raise RuntimeError(str(error)) from error
-    found = torch.cuda.get_device_properties(there)
     return {
         "name": device_name(there),
         "capability": list(torch.cuda.get_device_capability(there)),
-        "multiprocessors": _or_why(lambda: found.multi_processor_count),
+        "multiprocessors": _or_why(
+            lambda: torch.cuda.get_device_properties(there).multi_processor_count
+        ),
         "memory_bytes": _or_why(lambda: torch.cuda.mem_get_info(there)[1]),
         "free_bytes": _or_why(lambda: torch.cuda.mem_get_info(there)[0]),
         "devices": torch.cuda.device_count(),

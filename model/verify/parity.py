@@ -18,7 +18,7 @@ from model.verify.bench import Bench
 from model.verify.outcome import Check, at_least, difference, smallest_cosine
 from model.verify.precisions import DTYPE_COSINE
 from model.verify.referee import Referee
-from model.verify.subject import Loaded, Measured, Subject, layers_of, load, sample_encodings
+from model.verify.subject import Measured, layers_of, load, sample_encodings
 
 
 def tokens(bench: Bench) -> dict[str, Any]:
@@ -61,28 +61,11 @@ def bits(bench: Bench, variant: str) -> dict[str, Any]:
     found = {"alone_and_together": _same_bits(alone, working.embed(samples))}
     short = [index for index, e in enumerate(samples) if len(e) <= cuda_graphs.SIZES[-1]]
     try:
-        recorded = recording_of(subject, working)
+        recorded = bench.recorded(variant)
     except UnsupportedError as error:
         return {**found, "recorded_and_eager": str(error)}
     rows = np.concatenate([recorded([samples[index]]) for index in short])
     return {**found, "recorded_and_eager": _same_bits(rows, alone[short])}
-
-
-def recording_of(subject: Subject, working: Loaded) -> authors.Embed:
-    """The recorded forward of few tokens. Raises UnsupportedError where there is none."""
-    cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], subject.quantization)
-    with torch.inference_mode():
-        recorded = cuda_graphs.GraphedForward(
-            lambda batch: working.model(batch, working.attend), subject.device
-        )
-
-    @torch.inference_mode()
-    def embed(encodings: Any) -> NDArray[np.float32]:
-        rows = recorded(encodings)
-        assert rows is not None, "too many tokens for a recording"
-        return rows.cpu().numpy()
-
-    return embed
 
 
 def _same_bits(got: NDArray[np.float32], expected: NDArray[np.float32]) -> dict[str, Any]:

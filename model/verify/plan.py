@@ -28,14 +28,24 @@ class Effort:
     max_input_tokens: int = 32_768  # what the warm-up runs, as in the server
     lone_tokens: int = 20
     lone_runs: int = 200
+    part_seconds: float = 0.2  # of each product, copy and attention alone
     rows: tuple[int, ...] = (16, 512, 8192)  # of the products
     attention_lengths: tuple[int, ...] = (512, 8192)
     copied_megabytes: int = 1024
-    whole: bool = True  # also int8, the server, and both accumulations of float8
+    int8: bool = True
+    accumulations: bool = True  # float8's, fast and slow, in the whole model
+    server: bool = True
 
 
 WHOLE = Effort()
-QUICK = Effort(seconds=3.0, lengths=(512,), more_lengths=(), whole=False)
+QUICK = Effort(
+    seconds=3.0,
+    lengths=(512,),
+    more_lengths=(),
+    int8=False,
+    accumulations=False,
+    server=False,
+)
 
 
 def first_steps() -> list[Step]:
@@ -63,19 +73,21 @@ def steps(effort: Effort, base: str, server: str | None) -> Iterator[Step]:
     yield _parity("bits.float8", "float8", "bits", variant="float8")
     for recorded in (False, True):
         yield _lone(effort, "float8", recorded)
-    if effort.whole:
+    if effort.accumulations:
         yield _parity("accumulation", "float8", "accumulation")
+    if effort.int8:
         yield from _variant(effort, "int8")
     for kind in (base, "float8", "float8-slow"):
-        yield _primitive(kind, "products", kind=kind, rows=effort.rows)
-    yield _primitive("copy", "bandwidth", megabytes=effort.copied_megabytes)
+        yield _primitive(effort, kind, "products", kind=kind, rows=effort.rows)
+    yield _primitive(effort, "copy", "bandwidth", megabytes=effort.copied_megabytes)
     yield _primitive(
+        effort,
         "attention",
         "attention",
         lengths=effort.attention_lengths,
         batch_tokens=effort.batch_tokens,
     )
-    if effort.whole and server:
+    if effort.server and server:
         options = {"seconds": 2 * effort.seconds, "lone_runs": effort.lone_runs}
         options |= {"lone_tokens": effort.lone_tokens, "length": effort.lengths[0]}
         options |= {"max_input_tokens": effort.max_input_tokens}
@@ -141,6 +153,7 @@ def _parity(part: str, process: str, function: str, **options: Any) -> Step:
     return Step(f"parity.{part}", process, f"model.verify.parity:{function}", _LOAD_S, options)
 
 
-def _primitive(part: str, function: str, **options: Any) -> Step:
+def _primitive(effort: Effort, part: str, function: str, **options: Any) -> Step:
+    options["least_s"] = effort.part_seconds
     measure = f"model.verify.primitives:{function}"
     return Step(f"products.{part}", "products", measure, _STEP_S, options)

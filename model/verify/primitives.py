@@ -18,9 +18,6 @@ from model.packing import pack
 from model.quantization import quantize_rows
 from model.verify.bench import Bench
 
-_PRODUCT_S = 0.2
-"""Seconds of calls that one of them is timed for."""
-
 
 def shapes(config: NVEmbedConfig) -> dict[str, tuple[int, int]]:
     """The products of a layer: I, O."""
@@ -33,20 +30,23 @@ def shapes(config: NVEmbedConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def products(bench: Bench, kind: str, rows: Sequence[int]) -> dict[str, Any]:
-    """Each product of a layer alone, kind: a dtype, float8 or float8-slow."""
+def products(bench: Bench, kind: str, rows: Sequence[int], least_s: float) -> dict[str, Any]:
+    """Each product of a layer alone, each timed for `least_s`. kind: a dtype, float8 (with fast
+    accumulation) or float8-slow."""
     found: dict[str, Any] = {}
     for name, (inputs, outputs) in shapes(bench.config).items():
         found[name] = {}
         for count in rows:
-            taken = product_s(bench, count, inputs, outputs, kind)
+            taken = product_s(bench, count, inputs, outputs, kind, least_s)
             tflops = 2 * count * inputs * outputs / taken / 1e12
             found[name][str(count)] = {"ms": 1e3 * taken, "tflops": tflops}
     return found
 
 
 @torch.inference_mode()
-def product_s(bench: Bench, rows: int, inputs: int, outputs: int, kind: str) -> float:
+def product_s(
+    bench: Bench, rows: int, inputs: int, outputs: int, kind: str, least_s: float
+) -> float:
     """Seconds of x [T, I] by W [O, I]; float8 without what quantizes x."""
     device, eight_bit = bench.device, kind.startswith("float8")
     if eight_bit:
@@ -54,7 +54,7 @@ def product_s(bench: Bench, rows: int, inputs: int, outputs: int, kind: str) -> 
     dtype = torch.bfloat16 if eight_bit else getattr(torch, kind)
     x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (rows, outputs))
     if not eight_bit:
-        return bench.seconds_of(lambda: F.linear(x, weight), _PRODUCT_S)
+        return bench.seconds_of(lambda: F.linear(x, weight), least_s)
     (a, a_scales), (b, b_scales) = (
         quantize_rows(y, torch.float8_e4m3fn, 448.0) for y in (x, weight)
     )
@@ -68,21 +68,23 @@ def product_s(bench: Bench, rows: int, inputs: int, outputs: int, kind: str) -> 
             out_dtype=torch.bfloat16,
             use_fast_accum=kind == "float8",
         ),
-        _PRODUCT_S,
+        least_s,
     )
 
 
 @torch.inference_mode()
-def bandwidth(bench: Bench, megabytes: int) -> dict[str, float]:
+def bandwidth(bench: Bench, megabytes: int, least_s: float) -> dict[str, float]:
     """Copying memory on the device: bytes read and written a second."""
     x = torch.zeros(megabytes << 20, dtype=torch.uint8, device=bench.device)
     y = torch.empty_like(x)
-    taken = bench.seconds_of(lambda: y.copy_(x), _PRODUCT_S)
+    taken = bench.seconds_of(lambda: y.copy_(x), least_s)
     return {"bytes_per_s": 2 * x.nbytes / taken}
 
 
 @torch.inference_mode()
-def attention(bench: Bench, lengths: Sequence[int], batch_tokens: int) -> dict[str, Any]:
+def attention(
+    bench: Bench, lengths: Sequence[int], batch_tokens: int, least_s: float
+) -> dict[str, Any]:
     """The kernel that serves, on full batches of texts of one length."""
     config, device = bench.config, bench.device
     dtype = getattr(torch, bench.job["base"])
@@ -95,7 +97,7 @@ def attention(bench: Bench, lengths: Sequence[int], batch_tokens: int) -> dict[s
             for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         )
         run = partial(attend, q, k, v, batch.seqs, batch.seqs)
-        taken = bench.seconds_of(run, _PRODUCT_S)
+        taken = bench.seconds_of(run, least_s)
         done = 4 * batch.num_seqs * length**2 * config.q_size
         found[str(length)] = {"ms": 1e3 * taken, "tflops": done / taken / 1e12}
     return found

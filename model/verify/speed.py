@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.packing import pack
 from model.verify.bench import Bench, in_ms, walls
-from model.verify.parity import recording_of
 from model.verify.primitives import product_s, shapes
 
 
@@ -35,7 +33,7 @@ def start(bench: Bench, variant: str, **options: int) -> dict[str, Any]:
         stages["tokens_per_s"] = runner.warm_up()
     try:
         with bench.stage(stages, "recording"):
-            recording_of(*bench.loaded(variant))
+            bench.recorded(variant)
     except UnsupportedError as error:
         stages["recording"] = str(error)
     return stages
@@ -62,7 +60,7 @@ def forward(
     if variant == "int8":  # LLM.int8's products are no ceiling
         return found
     ceiling = bench.config.num_hidden_layers * sum(
-        product_s(bench, rows_in, *shape, "float8" if variant == "float8" else variant)
+        product_s(bench, rows_in, *shape, variant, least_s=seconds / 40)
         for shape in shapes(bench.config).values()
     )
     return {**found, "products_ms": 1e3 * ceiling, "share_of_products": ceiling / median}
@@ -77,17 +75,14 @@ def flops(config: NVEmbedConfig, lengths: Sequence[int]) -> int:
 
 def lone(bench: Bench, variant: str, tokens: int, runs: int, recorded: bool) -> dict[str, Any]:
     """One short text at a time: until the host has launched it, on the device, and in all."""
-    subject, working = bench.loaded(variant)
     encodings = bench.texts(tokens, tokens)
-    if recorded:
-        whole: Callable[[Sequence[Encoding]], object] = recording_of(subject, working)
-    else:
-        whole = bench.runner(variant).embed
+    whole = bench.recorded(variant) if recorded else bench.runner(variant).embed
     for _ in range(5):
         whole(encodings)
     times = np.concatenate([walls(lambda: whole(encodings), 0.0, 1) for _ in range(runs)])
     found = {"tokens": tokens, **in_ms(times, 10, 50, 99)}
     if not recorded:
+        _, working = bench.loaded(variant)
         found |= _launch(
             bench, lambda: working.model(pack(encodings, bench.device), working.attend)
         )
