@@ -15,7 +15,11 @@ ARGS ?=
 # Where benchmarks write; tests/bench/results holds those that README shows.
 RESULTS ?= build/bench/results
 
-.PHONY: help install serve test check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+# Another torch than the lock's: make test-torch TORCH_VERSION=2.11.0
+TORCH_VERSION ?= 2.9.0
+OTHER := build/torch-$(TORCH_VERSION)
+
+.PHONY: help install serve test test-torch check fix openapi gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +31,18 @@ serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…
 
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/pytest $(ARGS)
+
+test-torch: $(OTHER)/.installed ## run the model's tests with another torch (TORCH_VERSION=2.9.0)
+	$(OTHER)/bin/pytest tests/model $(ARGS)
+
+$(OTHER)/.installed: requirements-test.lock pyproject.toml
+	@echo "Installing torch $(TORCH_VERSION) into $(OTHER): gigabytes, unless TORCH=cpu …"
+	$(PYTHON) -m venv $(OTHER)
+	grep -v '^torch==' $< > $(OTHER)/requirements.txt
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	    -r $(OTHER)/requirements.txt torch==$(TORCH_VERSION)
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 check: $(VENV)/.installed-test ## ruff, mypy strict, the layering test
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from model.packing import pack
 from model.products import choose
 from tests.checkpoints import golden_cases
 from tests.model.test_config import OFFICIAL
+from tests.model.torches import VARLEN
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -65,7 +66,7 @@ def test_8_bits_are_a_quarter_of_the_official_model(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
-@pytest.mark.parametrize("kernel", ["varlen", "padded"])
+@pytest.mark.parametrize("kernel", ["padded", VARLEN])
 def test_the_cuda_branch_with_8_bits_on_meta_tensors(
     golden_config: NVEmbedConfig, kernel: str, how: str
 ) -> None:

@@ -125,7 +125,7 @@ def test_passes_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFix
     assert (report["device"], report["dtype"], report["attention"]) == ("cpu", "float32", "sdpa")
     assert report["tokens_per_s"] > 0
     assert report["peak_memory_bytes"] > 0
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     checks = {check["name"]: check for check in report["checks"]}
     assert {name for name, check in checks.items() if check["status"] == "skipped"} == {
         "CUDA graphs and eager",
