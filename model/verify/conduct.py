@@ -80,7 +80,7 @@ def _in_one_process(
             try:
                 answer = child.answer(limit)
             except TimeoutError:
-                error = f"no end after {limit:.0f} s: the process was killed"
+                error = f"no end after {limit:g} s: the process was killed"
                 yield Outcome(step, "error", time.monotonic() - started, error=error)
                 return
             if answer is None:
