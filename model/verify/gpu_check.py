@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.verify import plan
 from model.verify.conduct import Outcome, Step, conduct
@@ -32,21 +33,23 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Exit status: 0 all well, 1 some step failed, 130 after Ctrl-C; the report is there each
-    time."""
+    """Exit status: 0 all well, 1 some step failed, 130 after Ctrl-C. Raises UnsupportedError where
+    there is no device. The report is there each time."""
     source, effort = options.source, asdict(options.effort)
     facts = {"model": source.model_id, "revision": source.revision, "effort": effort}
     facts |= {"device": options.device, "within": options.within}
     report = Report(options.folder, facts)
     report.write()
     print(f"checking {source.model_id} on {options.device}", flush=True)
-    status, code = "interrupted", 130
+    status, code = "error", 1
     try:
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
             bad = _all_steps(options, report, Path(work))
-        status, code = ("error", 1) if bad else ("done", 0)
+        if not bad:
+            status, code = "done", 0
         print(f"{bad} steps went wrong" if bad else "all is well")
     except KeyboardInterrupt:
+        status, code = "interrupted", 130
         print("\ninterrupted")
     finally:
         report.finish(status)
@@ -73,10 +76,11 @@ def _all_steps(options: Options, report: Report, work: Path) -> int:
         if outcome.result and "serves_in" in outcome.result:
             report.name_card(outcome.result["name"])
             job["base"] = outcome.result["serves_in"]
+        elif outcome.step.name == "machine":
+            trouble = _headline(outcome)
         bad += _end(report, outcome)
-    if job["base"] == "auto":
-        print("without a device there is nothing to go on with")
-        return bad
+    if job["base"] == "auto":  # without a device there is nothing to go on with
+        raise UnsupportedError(trouble)
     steps = list(plan.steps(options.effort, job["base"], options.server))
     return bad + sum(_end(report, outcome) for outcome in conduct(steps, job, log, _begin))
 

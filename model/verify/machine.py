@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from model import host
-from model.errors import UnsupportedError
 from model.runner import device_name, resolve_dtype
 from model.verify.bench import Bench
 from model.verify.subject import dtype_name
@@ -35,11 +34,8 @@ _PREFIXES = ("PYTORCH_", "CUDA_", "NVIDIA_VISIBLE", "OMP_")
 
 
 def device(bench: Bench) -> dict[str, Any]:
-    """Of the device that is checked. Raises RuntimeError where torch finds no device."""
-    try:
-        there = bench.device
-    except UnsupportedError as error:
-        raise RuntimeError(str(error)) from error
+    """Of the device that is checked. Raises UnsupportedError where torch finds none."""
+    there = bench.device
     return {
         "name": device_name(there),
         "capability": list(torch.cuda.get_device_capability(there)),

@@ -34,15 +34,16 @@ READ = [
 """What is named in place of a file that is read; see `places`."""
 WRITTEN = ["missing/below", "file/below", "loop/below", "/proc/below"]
 TOO_LONG = "x" * 5000
+ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "evaluate")
 READ_PATHS = {
-    *("serve --config", "serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
-    *(f"{name} --config" for name in ("encode", "verify", "train", "mine", "evaluate")),
-    *(f"{name} --model" for name in ("serve", "encode", "verify", "mine", "evaluate")),
+    *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
+    *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
+    *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
     *("encode FILE", "verify --golden", "train SETTINGS", "train --base", "mine FILE"),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     *("mine --teacher", "evaluate --teacher"),
 }
-WRITTEN_PATHS = {"serve --uds", "encode --output", "train --out", "mine --out"}
+WRITTEN_PATHS = {"serve --uds", "encode --output", "train --out", "mine --out", "gpu-check --out"}
 NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --host": ["a" * 64, "a b", "203.0.113.1", "256.256.256.256", "no.such.host.invalid"],
     "serve --root-path": ["api", "/api/", "/a b"],
@@ -50,10 +51,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --api-key": ["a key", "a,b", "x", "schlüssel"],
     "serve --devices": ["gpu", "cuda:x", "auto,cpu", "cuda:99999999999999999999"],
     "encode --task": WORDS,
-    **{
-        f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"]
-        for name in ("encode", "verify", "train", "mine", "evaluate")
-    },
+    **{f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"] for name in ON_ONE_DEVICE},
     **{
         f"{name} --{option}": values
         for name in ("mine", "evaluate")
@@ -66,7 +64,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
 }
 ANY = re.compile(
     r"encode --(prompt|instruction|field)|(serve|encode) --(query-instruction|runner)|"
-    r"serve --served-model-name|\w+ --revision|evaluate --(mteb|results)"
+    r"serve --served-model-name|[\w-]+ --revision|evaluate --(mteb|results)"
 )
 """Options that take every text, or whose text is looked at by another program (mteb, the hub)."""
 
@@ -91,8 +89,9 @@ def nonsense(which: str, action: argparse.Action) -> list[str]:
         return NAMED[which]
     if which in READ_PATHS:
         return [*READ, TOO_LONG]
-    if which in WRITTEN_PATHS:  # a run's folder is made with those above it
-        return [*(WRITTEN[1:] if which == "train --out" else WRITTEN), TOO_LONG]
+    if which in WRITTEN_PATHS:
+        made_with_those_above = which in ("train --out", "gpu-check --out")
+        return [*(WRITTEN[1:] if made_with_those_above else WRITTEN), TOO_LONG]
     if action.choices or (field and settings._choices(field)):
         return WORDS
     if action.type not in (None, Path) or (field and settings._is_number(field)):
@@ -144,6 +143,7 @@ def calls(
                     **model,
                 },
                 "verify": {**model},
+                "gpu-check": {"--out": [str(folder / "out")], **model},
                 "train": {
                     "SETTINGS": [str(folder / "run.json")],
                     "--out": [str(folder / "out/run")],
@@ -318,6 +318,7 @@ def test_the_environment_names_the_model_of_every_command(
     words = {
         "encode": ["t.txt", "-o", "x.npy"],
         "verify": [],
+        "gpu-check": [],
         "mine": ["pairs.jsonl", "-o", "y.jsonl"],
         "evaluate": ["--sts", "sts.jsonl"],
         "serve": [],
