@@ -38,7 +38,7 @@ test-torch: $(OTHER)/.installed ## run the model's tests with another torch (TOR
 $(OTHER)/.installed: requirements-test.lock pyproject.toml
 	@echo "Installing torch $(TORCH_VERSION) into $(OTHER): gigabytes, unless TORCH=cpu …"
 	$(PYTHON) -m venv $(OTHER)
-	grep -v '^torch==' $< > $(OTHER)/requirements.txt
+	grep -vE '^(torch|setuptools)==' $< > $(OTHER)/requirements.txt  # torch says which setuptools
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 	    -r $(OTHER)/requirements.txt torch==$(TORCH_VERSION)
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
