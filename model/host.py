@@ -59,11 +59,12 @@ def let_waiting_threads_sleep() -> None:
     how.
 
     By default they spin for some 10 ms, and beside other busy programs for whole time slices; with
-    sleep alone each of the hundreds of waits in a forward costs a wake-up. About a millisecond of
-    spinning is the best of both. Only what is not imported yet obeys: call it before torch is.
+    sleep alone each of the hundreds of waits in a forward costs a wake-up. About half a
+    millisecond of spinning is the best of both. Only what is not imported yet obeys: call it
+    before torch is.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = "20000"
+        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -29,8 +30,14 @@ _SHORT_CHARS = 1024
 keeps the interpreter's lock, so that longer texts would hold up whatever else the process does."""
 _MARGIN_CHARS = 64 * 1024
 """Of a text without spaces so many characters more are tokenized than could be kept."""
+_FIRST_WORD_CHARS = 1024
+"""Of a text whose end is kept so many characters at most stay beside its instruction."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
+_MAX_CHARACTER_IDS = 4
+"""No character becomes more pieces than its bytes in UTF-8."""
+_CHARS_A_TOKEN = (4, 8, MAX_PIECE_CHARS)
+"""Of a long text so many characters for each token of the limit are tried, in turn."""
 
 
 def query_prefix(task: str) -> str:
@@ -117,9 +124,10 @@ class NVEmbedTokenizer:
         Raises InputTooLongError when it has more than `max_tokens` ids and `truncate` is NONE,
         EmptyPoolError when truncation leaves nothing to pool.
         """
-        prompt = self._clip(text, instruction, max_tokens, truncate)
-        ids = [*self._ids([prompt])[0], EOS_ID]
-        return to_encoding(ids, self.pool_start(instruction), max_tokens, truncate)
+        (result,) = self.encode_batch([text], instruction, max_tokens=max_tokens, truncate=truncate)
+        if isinstance(result, Encoding):
+            return result
+        raise result
 
     def encode_batch(
         self,
@@ -129,58 +137,66 @@ class NVEmbedTokenizer:
         max_tokens: int,
         truncate: Truncation = Truncation.NONE,
     ) -> list[Encoding | InputTooLongError | EmptyPoolError]:
-        """Tokenize many texts on the library's threads; a refused one gives its error in place."""
-        results: list[Encoding | InputTooLongError | EmptyPoolError] = []
-        prompts: list[str | InputTooLongError] = []
-        for text in texts:
-            try:
-                prompts.append(self._clip(text, instruction, max_tokens, truncate))
-            except InputTooLongError as error:
-                # Its traceback holds this frame, which holds it: the texts would stay until the
-                # next collection of cycles.
-                prompts.append(error.with_traceback(None))
-        encoded = iter(self._ids([p for p in prompts if isinstance(p, str)]))
-        start = self.pool_start(instruction) if any(isinstance(p, str) for p in prompts) else 0
-        for prompt in prompts:
-            if isinstance(prompt, InputTooLongError):
-                results.append(prompt)
-                continue
-            try:
-                ids = [*next(encoded), EOS_ID]
-                results.append(to_encoding(ids, start, max_tokens, truncate))
-            except (InputTooLongError, EmptyPoolError) as error:
-                results.append(error.with_traceback(None))
-        return results
+        """Tokenize many texts on the library's threads; a refused one gives its error in place.
 
-    @staticmethod
-    def _clip(text: str, instruction: str, max_tokens: int, truncate: Truncation) -> str:
-        """instruction + text; what cannot fit is refused or shortened by its characters:
-        tokenizing 8 MB takes 16 seconds, and copying them as much memory again.
-
-        A cut is made where a run of spaces begins, and no piece reaches across, so the ids that
-        truncation keeps are those of the whole text. Where there is no space for long (a wall
-        of text), a margin has to do: merges reach only a few pieces back, except in endless
-        repetitions, whose last ids may then differ under START.
+        Of a long text only a part is tokenized, and a longer one where that had too few ids: the
+        library needs some 60 bytes for each id, and 8 MB of text take it 16 seconds.
         """
-        most = MAX_PIECE_CHARS * max_tokens
-        wall = most + min(most, _MARGIN_CHARS)
-        length = len(instruction) + len(text)
-        if length <= most:
-            return instruction + text
-        if truncate is Truncation.NONE or len(instruction) > most:
-            raise InputTooLongError(None, max_tokens)
-        if truncate is Truncation.END:
-            prompt = instruction + text[: wall + 1]
-            end = prompt.find(" ", most)
-            return prompt[: end if 0 <= end <= wall else wall]
-        # What follows the instruction decides how its last piece merges: the text's first word
-        # stays too, unless it is no word.
-        before_last = max(0, len(text) - most)  # where what truncation keeps may begin
-        head = max(text.find(" ", 0, min(before_last, most)), 0)
-        start = max(text.rfind(" ", head, before_last), head)
-        start = _without_spaces_before(text, start)
-        start = max(start, len(text) - wall, head)
-        return instruction + text[:head] + text[start:]
+        longest = MAX_PIECE_CHARS * max_tokens
+        results: dict[int, Encoding | InputTooLongError | EmptyPoolError] = {
+            index: InputTooLongError(None, max_tokens)
+            for index, text in enumerate(texts)
+            if len(instruction) + len(text) > longest
+            and (truncate is Truncation.NONE or len(instruction) > longest)
+        }
+        for chars_a_token in _CHARS_A_TOKEN:
+            left = [index for index in range(len(texts)) if index not in results]
+            most = chars_a_token * max_tokens
+            if not left or len(instruction) > most:
+                continue
+            clips = [_clip(texts[index], instruction, most, truncate) for index in left]
+            encoded = self._ids([clip.prompt for clip in clips])
+            start = self.pool_start(instruction)
+            for index, clip, ids in zip(left, clips, encoded, strict=True):
+                if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
+                    results[index] = _result(ids, clip, start, max_tokens, truncate)
+        return [results[index] for index in range(len(texts))]
+
+
+class _Clip(NamedTuple):
+    """The part of instruction + text that is tokenized."""
+
+    prompt: str
+    is_whole: bool
+    blurred_ids: int  # with so many ids more than truncation keeps, the cut changes none of those
+
+
+def _clip(text: str, instruction: str, most: int, truncate: Truncation) -> _Clip:
+    """What truncation keeps of a text, if that has `most` characters or fewer.
+
+    A cut is made where a run of spaces begins, and no piece reaches across, so the ids that
+    truncation keeps are those of the whole text. Where there is no space for long (a wall of
+    text), a margin has to do: merges reach only a few pieces back, except in endless
+    repetitions, whose last ids may then differ under START.
+    """
+    if len(instruction) + len(text) <= most:
+        return _Clip(instruction + text, True, 0)
+    margin = min(most, _MARGIN_CHARS)
+    wall = most + margin
+    blurred_ids = margin // MAX_PIECE_CHARS
+    if truncate is not Truncation.START:
+        prompt = instruction + text[: wall + 1]
+        end = prompt.find(" ", most)
+        return _Clip(prompt[: end if 0 <= end <= wall else wall], False, blurred_ids)
+    # What follows the instruction decides how its last piece merges: the text's first word
+    # stays too, unless it is no word.
+    before_last = max(0, len(text) - most)  # where what truncation keeps may begin
+    head = max(text.find(" ", 0, min(before_last, _FIRST_WORD_CHARS)), 0)
+    start = max(text.rfind(" ", head, before_last), head)
+    start = _without_spaces_before(text, start)
+    start = max(start, len(text) - wall, head)
+    prompt = instruction + text[:head] + text[start:]
+    return _Clip(prompt, False, blurred_ids + _MAX_CHARACTER_IDS * head)
 
 
 def _without_spaces_before(text: str, end: int) -> int:
@@ -188,6 +204,19 @@ def _without_spaces_before(text: str, end: int) -> int:
     while end and text[end - 1] in " ▁":  # "▁" is what spaces become
         end -= 1
     return end
+
+
+def _result(
+    ids: list[int], clip: _Clip, pool_start: int, max_tokens: int, truncate: Truncation
+) -> Encoding | InputTooLongError | EmptyPoolError:
+    if truncate is Truncation.NONE and not clip.is_whole:
+        return InputTooLongError(None, max_tokens)
+    try:
+        return to_encoding([*ids, EOS_ID], pool_start, max_tokens, truncate)
+    except (InputTooLongError, EmptyPoolError) as error:
+        # Its traceback holds this frame, which holds it: the texts would stay until the next
+        # collection of cycles.
+        return error.with_traceback(None)
 
 
 def to_encoding(

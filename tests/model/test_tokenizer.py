@@ -6,7 +6,7 @@ import random
 import string
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,71 @@ def test_the_character_clip_on_any_words(
     head = max(start, 1)
     tail = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.START)
     assert tail.ids.tolist() == whole[:head] + whole[head - max_tokens :]
+
+
+ODD = "\ufdfa"  # three pieces, one for each of its bytes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ODD * 500_000,
+        "letters " * 17_000 + ODD * 400_000,
+        ODD * 600_000 + " " + ODD * 600_000,
+        prose(100_000),
+    ],
+    ids=["dense", "dense later", "dense on both sides", "prose"],
+)
+@pytest.mark.parametrize("truncate", list(Truncation))
+def test_few_more_pieces_are_made_than_are_kept(
+    tokenizer: NVEmbedTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    truncate: Truncation,
+) -> None:
+    """Each takes the library some 60 bytes, and 16 characters a token could make 1.7 million."""
+    counts = []
+    ids_of = tokenizer._ids
+
+    def counted(prompts: Sequence[str], **options: bool) -> list[list[int]]:
+        ids = ids_of(prompts, **options)
+        counts.append(sum(map(len, ids)))
+        return ids
+
+    monkeypatch.setattr(tokenizer, "_ids", counted)
+    (result,) = tokenizer.encode_batch([text], PREFIX, max_tokens=32_768, truncate=truncate)
+    assert max(counts, default=0) < 700_000
+    if truncate is Truncation.NONE:
+        assert isinstance(result, InputTooLongError)
+    else:
+        assert isinstance(result, Encoding)
+        assert len(result) == 32_768
+
+
+@pytest.mark.parametrize("word", [ODD, "🙂", "letters ", "x", "\n", " "])
+@pytest.mark.parametrize("times", [0.2, 0.5, 1.2, 3, 6, 13])
+def test_how_much_is_tokenized_changes_no_id(
+    tokenizer: NVEmbedTokenizer, word: str, times: float
+) -> None:
+    """Texts that become dense, or stop being so, anywhere between 1 and 16 characters a token."""
+    max_tokens = 6_000
+    text = (
+        word * int(times * max_tokens / len(word))
+        + " "
+        + " ".join(prose(2_000).split())
+        + ODD * 9_000
+    )
+    whole = whole_ids(tokenizer, text, PREFIX)
+    assert len(whole) > max_tokens
+    start = tokenizer.pool_start(PREFIX)
+    for truncate in (Truncation.END, Truncation.START):
+        ids = tokenizer.encode(text, PREFIX, max_tokens=max_tokens, truncate=truncate).ids.tolist()
+        if truncate is Truncation.END:
+            assert ids == whole[:max_tokens]
+        else:
+            assert ids == whole[:start] + whole[start - max_tokens :]
+    with pytest.raises(InputTooLongError):
+        tokenizer.encode(text, PREFIX, max_tokens=max_tokens)
 
 
 def test_a_huge_text_is_refused_or_cut_without_tokenizing_it(tokenizer: NVEmbedTokenizer) -> None:
