@@ -54,7 +54,7 @@ class Bench:
             device=self.job["device"],
             dtype=dtype,
             quantization=quantization,
-            attention=self.job["attention"],
+            attention="auto" if dtype == "float32" else self.job["attention"],
         )
 
     def _precision(self, variant: str) -> tuple[str, str]:

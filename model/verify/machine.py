@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ _FIELDS = (
     *("temperature.gpu", "ecc.mode.current", "pcie.link.gen.current", "pcie.link.width.current"),
     *("mig.mode.current", "compute_mode", "persistence_mode"),
 )
+_OLD_FIELDS = ("name", "uuid", "driver_version", "memory.total")
+AT_WORK = ("clocks.current.sm", "clocks.current.memory", "power.draw", "temperature.gpu")
+"""What to ask for just after a measure: why a card is slow."""
 _PACKAGES = (
     *("nv-embed-server", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"),
     *("bitsandbytes", "flash-attn", "flash-attn-4"),
@@ -82,22 +85,25 @@ def software(bench: Bench) -> dict[str, Any]:
     }
 
 
-def nvidia_smi() -> list[dict[str, str]] | str:
+def nvidia_smi(fields: Sequence[str] = _FIELDS) -> list[dict[str, str]] | str:
     """What it says of each device, or why it says nothing."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "there is no nvidia-smi"
-    command = [program, f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader"]
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603
     except subprocess.CalledProcessError as error:
+        if set(fields) > set(_OLD_FIELDS):  # an older one refuses all for one that it lacks
+            return nvidia_smi(_OLD_FIELDS)
         return f"nvidia-smi failed: {(error.stderr or error.stdout).strip()[:500]}"
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"nvidia-smi failed: {error}"
     rows = csv.reader(ran.stdout.splitlines(), skipinitialspace=True)
-    devices = [dict(zip(_FIELDS, row, strict=False)) for row in rows if row]
+    devices = [dict(zip(fields, row, strict=False)) for row in rows if row]
     for device in devices:  # tells two cards of one report apart, and no card of the world
-        device["uuid"] = hashlib.sha256(device.get("uuid", "").encode()).hexdigest()[:12]
+        if "uuid" in device:
+            device["uuid"] = hashlib.sha256(device["uuid"].encode()).hexdigest()[:12]
     return devices
 
 

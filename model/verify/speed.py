@@ -14,6 +14,7 @@ from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.packing import pack
 from model.verify.bench import Bench, in_ms, walls
+from model.verify.machine import AT_WORK, nvidia_smi
 from model.verify.primitives import product_s, shapes
 
 
@@ -55,6 +56,7 @@ def forward(
         **in_ms(times, 10, 50, 90),
         "tokens_per_s": rows_in / median,
         "tflops": flops(bench.config, [len(e) for e in encodings]) / median / 1e12,
+        "nvidia_smi": nvidia_smi(AT_WORK),
         **bench.memory(),
     }
     if variant == "int8":  # LLM.int8's products are no ceiling
