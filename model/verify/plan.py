@@ -32,6 +32,7 @@ class Effort:
     rows: tuple[int, ...] = (16, 512, 8192)  # of the products
     attention_lengths: tuple[int, ...] = (512, 8192)
     copied_megabytes: int = 1024
+    float16: bool = True  # where bfloat16 serves
     int8: bool = True
     accumulations: bool = True  # float8's, fast and slow, in the whole model
     server: bool = True
@@ -42,6 +43,7 @@ QUICK = Effort(
     seconds=3.0,
     lengths=(512,),
     more_lengths=(),
+    float16=False,
     int8=False,
     accumulations=False,
     server=False,
@@ -67,7 +69,7 @@ def steps(effort: Effort, base: str, server: str | None) -> Iterator[Step]:
     yield _parity("backbone", "referee", "backbone")
     yield Step("parity.float32", "referee", "model.verify.parity:referee", _LOAD_S)
     yield _parity(base, "referee", "cosine", variant=base)
-    if base != "float16":
+    if effort.float16 and base != "float16":
         yield _parity("float16", "float16", "cosine", variant="float16")
     yield from _variant(effort, "float8")
     yield _parity("bits.float8", "float8", "bits", variant="float8")
