@@ -94,9 +94,7 @@ class _Client:
     """One connection, kept."""
 
     def __init__(self, address: str) -> None:
-        parts = urlsplit(address)
-        assert parts.hostname is not None
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=120)
+        self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=120)
 
     def __enter__(self) -> _Client:
         return self
@@ -115,11 +113,12 @@ class _Client:
             raise RuntimeError(f"the server answered {answer.status}: {content[:500]!r}")
         return time.perf_counter() - started
 
-    def is_ready(self) -> bool:
-        self._connection.request("GET", "/readyz")
-        answer = self._connection.getresponse()
-        answer.read()
-        return answer.status == 200
+
+def _is_ready(address: str) -> bool:
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
 
 
 def _requests(address: str, bodies: Sequence[bytes], seconds: float) -> tuple[int, float]:
@@ -159,7 +158,8 @@ def _server(bench: Bench, max_input_tokens: int) -> Iterator[str]:
     device = "cuda:0" if job["device"] == "cuda" else job["device"]
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", job["path"]]
     command += ["--devices", device, "--attention", job["attention"], "--port", "0"]
-    command += ["--served-model-name", _SERVED_NAME, "--cuda-graphs"]
+    command += ["--served-model-name", _SERVED_NAME]
+    command += ["--cuda-graphs"] if bench.records(job["base"]) else []
     command += ["--max-input-tokens", str(max_input_tokens)]
     command += ["--runner", job["runner"]] if job.get("runner") else []
     with log.open("wb") as said:
@@ -187,11 +187,8 @@ def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
     """The address, once the server is ready. The step's own limit ends the waiting."""
     while process.poll() is None:
         found = re.search(r"listening on (http://\S+);", log.read_text(errors="replace"))
-        if found:
-            with _Client(found[1]) as client:
-                while process.poll() is None:
-                    if client.is_ready():
-                        return found[1]
-                    time.sleep(_POLL_S)
+        with contextlib.suppress(OSError):  # it is about to end: poll tells
+            if found and _is_ready(found[1]):
+                return found[1]
         time.sleep(_POLL_S)
     raise RuntimeError(f"the server ended with status {process.returncode}")

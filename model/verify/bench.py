@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from model import cuda_graphs
 from model.batch import Encoding, RunnerOptions
 from model.config import NVEmbedConfig
+from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.runner import ModelRunner, resolve_device
 from model.tokenizer import BOS_ID, EOS_ID
@@ -84,6 +85,15 @@ class Bench:
         subject, model = self.subject(variant), self.runner(variant).model
         layers = layers_of(subject, subject.dtype, subject.quantization)
         return subject, Loaded(model, subject.kernel(subject.dtype)[1], subject.device, layers)
+
+    def records(self, variant: str) -> bool:
+        """Whether a server of `variant` can record forwards here."""
+        subject = self.subject(variant)
+        try:
+            cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], "none")
+        except UnsupportedError:
+            return False
+        return True
 
     def recorded(self, variant: str) -> Embed:
         """The recorded forward of few tokens. Raises UnsupportedError where there is none."""

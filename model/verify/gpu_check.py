@@ -4,6 +4,7 @@ report. Torch-free: a fault on the device cannot end it.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -100,7 +101,9 @@ def _end(report: Report, outcome: Outcome) -> bool:
 def _headline(outcome: Outcome) -> str:
     """What a person wants to see at once."""
     if outcome.error:
-        return outcome.error.strip().splitlines()[-1][:200]
+        lines = outcome.error.strip().splitlines()
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        return (named or lines)[-1][:200]
     return ", ".join(_figures(outcome.result or {}))[:200]
 
 
