@@ -35,6 +35,7 @@ _TEXTS = 64
 """Inputs of a request of the throughput's."""
 _CONNECTIONS = 4
 _POLL_S = 0.1
+_MOST_SAID = 4000
 _SERVED_NAME = "gpu-check"
 
 
@@ -65,9 +66,10 @@ def serving(
     lone_tokens: int,
     length: int,
     max_input_tokens: int,
+    ready_s: float,
 ) -> dict[str, Any]:
     """A server's own figures: lone queries one after another, then lists of texts at once."""
-    with _server(bench, max_input_tokens) as address:
+    with _server(bench, max_input_tokens, ready_s) as address:
         query = _body(bench, lone_tokens, 1)
         with _Client(address) as client:
             for _ in range(5):
@@ -149,7 +151,7 @@ def _requests(address: str, bodies: Sequence[bytes], seconds: float) -> tuple[in
 
 
 @contextlib.contextmanager
-def _server(bench: Bench, max_input_tokens: int) -> Iterator[str]:
+def _server(bench: Bench, max_input_tokens: int, ready_s: float) -> Iterator[str]:
     """A server that is ready, of this run's options and no others; its address."""
     job, log = bench.job, bench.work / "server.log"
     environment = {
@@ -172,9 +174,9 @@ def _server(bench: Bench, max_input_tokens: int) -> Iterator[str]:
             preexec_fn=child.end_with_parent,
         )
     try:
-        yield _ready(process, log)
+        yield _ready(process, log, ready_s)
     except Exception as error:
-        raise RuntimeError(f"{error}\n{log.read_text(errors='replace')[-4000:]}") from error
+        raise RuntimeError(f"{error}\n{_said(log)}") from error
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -183,12 +185,21 @@ def _server(bench: Bench, max_input_tokens: int) -> Iterator[str]:
             process.kill()
 
 
-def _ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address, once the server is ready. The step's own limit ends the waiting."""
-    while process.poll() is None:
+def _said(log: Path) -> str:
+    """The end of the server's log, without our own asking whether it is ready."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(line for line in lines if "/readyz" not in line)[-_MOST_SAID:]
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path, seconds: float) -> str:
+    """The address, once the server is ready. Raises RuntimeError when it does not get so."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
         found = re.search(r"listening on (http://\S+);", log.read_text(errors="replace"))
         with contextlib.suppress(OSError):  # it is about to end: poll tells
             if found and _is_ready(found[1]):
                 return found[1]
         time.sleep(_POLL_S)
+    if process.poll() is None:
+        raise RuntimeError(f"the server is not ready after {seconds:g} s")
     raise RuntimeError(f"the server ended with status {process.returncode}")

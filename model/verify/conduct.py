@@ -80,7 +80,7 @@ def _in_one_process(
             try:
                 answer = child.answer(limit)
             except TimeoutError:
-                error = f"no end after {limit:g} s: the process was killed"
+                error = f"no end after {limit:g} s: {child.aborted()}"
                 yield Outcome(step, "error", time.monotonic() - started, error=error)
                 return
             if answer is None:
@@ -142,6 +142,11 @@ class _Child:
         line, _, self._unread = self._unread.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def aborted(self) -> str:
+        """End it. What it was at is in its last words: faulthandler writes that down."""
+        self._process.send_signal(signal.SIGABRT)
+        return self.last_words()
 
     def last_words(self) -> str:
         """How it ended, and the end of what it wrote."""

@@ -92,7 +92,7 @@ def steps(effort: Effort, base: str, server: str | None) -> Iterator[Step]:
     if effort.server and server:
         options = {"seconds": 2 * effort.seconds, "lone_runs": effort.lone_runs}
         options |= {"lone_tokens": effort.lone_tokens, "length": effort.lengths[0]}
-        options |= {"max_input_tokens": effort.max_input_tokens}
+        options |= {"max_input_tokens": effort.max_input_tokens, "ready_s": _LOAD_S}
         yield Step("server", "server", server, _LOAD_S + _STEP_S, options)
 
 

@@ -78,6 +78,7 @@ def test_what_fails_costs_the_others_nothing(golden_checkpoint: Path, tmp_path: 
     assert "was ended by SIGSEGV" in (found["crashes"].error or "")
     assert "about to crash" in (found["crashes"].error or "")
     assert "no end after 0.5 s" in (found["hangs"].error or "")
+    assert "in hangs" in (found["hangs"].error or "")  # where it was
     assert found["skipped"].error == "not on this machine"
 
 
