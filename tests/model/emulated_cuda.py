@@ -86,6 +86,8 @@ class _Placing(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: OpOverload, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if name_of(op) == "_to_copy" and kwargs.get("device") == torch.device("meta"):
+            kwargs = {**kwargs, "device": CUDA}  # "cuda" without an index: the lent guard says meta
         values = (*args, *kwargs.values())
         there = any(isinstance(x, torch.device) and x.type == "cuda" for x in values)
         if there or any(issubclass(kind, OnCuda) for kind in types):
