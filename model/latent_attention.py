@@ -26,7 +26,8 @@ from model.packing import Segments
 LAYER_NORM_EPS = 1e-5
 FEED_FORWARD_FACTOR = 4
 _ROWS_AT_A_TIME = 4096
-"""Pooled rows: enough for products at full speed."""
+"""Pooled rows: so few that the pooler takes less memory than the backbone for 8,192, and so many
+that its products stay large."""
 
 
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:

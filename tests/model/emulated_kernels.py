@@ -31,8 +31,8 @@ class Kernel:
 
 UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 """They hold what memory held."""
-WHOLE = ("segment_reduce", "scaled_mm")
-"""Not to be taken apart, though torch could."""
+WHOLE = ("segment_reduce", "scaled_dot_product_attention")
+"""Not to be taken apart, though torch could: to choose a kernel a CUDA build asks the driver."""
 
 
 def name_of(op: OpOverload) -> str:

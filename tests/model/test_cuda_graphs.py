@@ -82,17 +82,6 @@ def test_what_is_too_large_is_left_to_the_others(graphed: cuda_graphs.GraphedFor
     assert graphed([encoding(2)] * (cuda_graphs.MAX_SEQS + 1)) is None
 
 
-def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type: ignore[no-untyped-def]
-    cuda = torch.device("cuda", 0)
-    cuda_graphs.check(cuda, "varlen", "float8")
-    with pytest.raises(UnsupportedError, match="flash-attn or varlen"):
-        cuda_graphs.check(cuda, "padded", "none")
-    with pytest.raises(UnsupportedError, match=r"LLM\.int8"):
-        cuda_graphs.check(cuda, "varlen", "int8")
-    with pytest.raises(UnsupportedError, match="need a GPU"):
-        ModelRunner(RunnerOptions(str(golden_checkpoint), cuda_graphs=True))
-
-
 def test_no_recording_is_of_one_token() -> None:
     """FlashAttention fails with 1 as the longest sequence beside empty ones."""
     assert min(cuda_graphs.SIZES) >= 2
@@ -111,6 +100,17 @@ def test_auto_is_where_it_can_be() -> None:
         assert cuda_graphs.wanted(graphs, device, kernel, quantization) is expected  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="need a GPU"):
         cuda_graphs.wanted(True, CPU, "sdpa", "none")
+
+
+def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type: ignore[no-untyped-def]
+    cuda = torch.device("cuda", 0)
+    cuda_graphs.check(cuda, "varlen", "float8")
+    with pytest.raises(UnsupportedError, match="flash-attn or varlen"):
+        cuda_graphs.check(cuda, "padded", "none")
+    with pytest.raises(UnsupportedError, match=r"LLM\.int8"):
+        cuda_graphs.check(cuda, "varlen", "int8")
+    with pytest.raises(UnsupportedError, match="need a GPU"):
+        ModelRunner(RunnerOptions(str(golden_checkpoint), cuda_graphs=True))
 
 
 def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> None:
