@@ -31,8 +31,8 @@ class Kernel:
 
 UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 """They hold what memory held."""
-WHOLE = ("segment_reduce", "scaled_dot_product_attention")
-"""Not to be taken apart, though torch could: to choose a kernel a CUDA build asks the driver."""
+WHOLE = ("scaled_dot_product_attention", "scaled_mm", "segment_reduce")
+"""Not to be taken apart, though torch could: a CUDA build may ask the driver on the way."""
 
 
 def name_of(op: OpOverload) -> str:

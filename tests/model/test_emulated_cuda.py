@@ -30,7 +30,8 @@ from model.errors import UnsupportedError
 from model.memory import FittingRunner
 from model.runner import ModelRunner
 from tests.model import emulated_kernels
-from tests.model.emulated_cuda import CUDA, GUARD_TABLE, Graph, device_guard, emulated
+from tests.model.emulated_cuda import GUARD_TABLE, device_guard, emulated
+from tests.model.emulated_device import CUDA, Graph
 from tests.model.emulated_kernels import Kernel, RefusedError
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
