@@ -29,6 +29,7 @@ MODEL = [
     "tokenizer_file",
     "tokenizer",
     "tasks",
+    "cuda_device",
     "packing",
     "attention",
     "rotary",

@@ -7,6 +7,9 @@ around the attention front only: a CPU build refuses more. Numbers on a GPU: `ma
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,11 +108,30 @@ def old_varlen(
     return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=is_causal)
 
 
+def newest_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    enable_gqa: bool = False,
+    num_splits: int | None = None,
+) -> Tensor:
+    """torch 2.13's parameters: None lets it split keys by how many there are."""
+    assert num_splits == 1
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=False)
+
+
 KERNELS = {
     "sdpa": sdpa_by_length,
     "padded": sdpa_padded,
     "flash-attn": flash_attn_kernel(fake_flash),
-    "varlen": varlen_kernel(new_varlen),
+    "varlen": varlen_kernel(newest_varlen),
+    "varlen, torch 2.11": varlen_kernel(new_varlen),
     "varlen, older torch": varlen_kernel(old_varlen),
 }
 
@@ -215,7 +237,7 @@ def test_auto() -> None:
         ("flash-attn", CPU, torch.bfloat16, "runs on CUDA only"),
         ("flash-attn", CPU, torch.float32, "runs on CUDA only"),
         ("flash-attn", META, torch.float32, "needs float16 or bfloat16, not float32"),
-        ("fast", CPU, torch.float32, "known: auto, flash-attn, varlen, padded, sdpa"),
+        ("fast", CPU, torch.float32, "known: auto, varlen, flash-attn, padded, sdpa"),
     ],
 )
 def test_a_kernel_that_cannot_run_says_why(
@@ -230,6 +252,41 @@ def test_an_old_gpu_gets_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_kernels(CUDA, torch.float16) == ["padded", "sdpa"]
     with pytest.raises(UnsupportedError, match=r"8\.0 \(Ampere\)"):
         choose_kernel("varlen", CUDA, torch.float16)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder `flash_attn` that can be imported from."""
+    folder = tmp_path / "flash_attn"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    sys.modules.pop("flash_attn", None)
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn(flash_attn: Path) -> None:
+    """Its wheel has flash_attn/cute and no flash_attn/__init__.py: what is imported is empty."""
+    (flash_attn / "cute").mkdir()
+    (flash_attn / "cute" / "__init__.py").touch()
+    assert "flash-attn" not in available_kernels(META, torch.bfloat16)
+    assert choose_kernel("auto", META, torch.bfloat16)[0] != "flash-attn"
+    with pytest.raises(UnsupportedError, match="installed as flash_attn is another package"):
+        choose_kernel("flash-attn", META, torch.bfloat16)
+
+
+def test_flash_attn_is_behind_torchs_own(flash_attn: Path) -> None:
+    (flash_attn / "__init__.py").write_text("def flash_attn_varlen_func(): ...")
+    names = available_kernels(META, torch.bfloat16)
+    assert "flash-attn" in names
+    if "varlen" in names:
+        assert names[0] == "varlen"
+    assert choose_kernel("flash-attn", META, torch.bfloat16)[0] == "flash-attn"
+
+
+def test_a_flash_attn_that_cannot_be_imported_says_why(flash_attn: Path) -> None:
+    (flash_attn / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    with pytest.raises(UnsupportedError, match="cannot be imported: undefined symbol"):
+        choose_kernel("flash-attn", META, torch.bfloat16)
 
 
 def test_what_runs_here() -> None:
