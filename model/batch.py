@@ -58,6 +58,7 @@ class RunnerOptions:
     max_input_tokens: int = 32_768
     cuda_graphs: bool = False
     cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
+    fused: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 
 

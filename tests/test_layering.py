@@ -34,6 +34,8 @@ MODEL = [
     "rotary",
     "packed_linear",
     "quantization",
+    "triton_kernels",
+    "fused",
     "products",
     "mistral",
     "latent_attention",
