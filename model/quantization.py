@@ -27,7 +27,7 @@ from model.extras import how_to_install
 
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
 _CHUNK = 1 << 18  # weights that are quantized at a time: 1 MB of float32 stays in the cache
-_CUDA_CHUNK = 1 << 24  # there each piece costs a dozen launches and a wait, however small it is
+_GPU_CHUNK = 1 << 24  # there each piece costs a dozen launches and a wait, however small it is
 OUTLIER_THRESHOLD = 6.0
 """Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
 _INT8_MAX, _INT7_MAX, _FLOAT8_MAX = 127.0, 63.0, 448.0
@@ -330,7 +330,7 @@ def _chunks(parts: Iterable[Tensor], device: torch.device) -> Iterator[tuple[sli
     """A few rows at a time, on `device`, so that what is needed beside the result stays small."""
     row = 0
     for part in parts:
-        size = _CUDA_CHUNK if device.type == "cuda" else _CHUNK
+        size = _CHUNK if device.type == "cpu" else _GPU_CHUNK
         for chunk in torch.split(part, max(1, size // part.shape[1])):
             yield slice(row, row + len(chunk)), chunk.to(device)
             row += len(chunk)

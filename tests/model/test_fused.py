@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +309,54 @@ def test_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UnsupportedError, match="C compiler"):
         fused.choose("triton", gpu)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from model import triton_kernels as kernels
+
+def compiles(name, capability, eight, warps, **constants):
+    kernel = getattr(kernels, name)
+    integers = {"width", "half", "heads"}
+    signature = {
+        arg: "constexpr" if arg in constants
+        else "fp32" if arg == "eps"
+        else "i32" if arg in integers or arg.endswith("stride")
+        else "*fp8e4nv" if arg == "values" and eight
+        else "*fp32" if arg == "scales" and eight
+        else "*bf16"
+        for arg in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(arg),): value for arg, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    target = GPUTarget("cuda", capability, 32)
+    assert triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+
+for capability in (80, 86, 89, 90, 100, 120):
+    for float8 in (False, True)[: 2 if capability >= 89 else 1]:
+        for add in (False, True):
+            compiles("add_norm", capability, float8, 8, add=add, float8=float8, block=4096)
+        compiles("silu_up", capability, float8, 16, float8=float8, block=16384)
+    if capability >= 89:
+        compiles("to_float8", capability, True, 8, block=4096)
+    compiles("rotate", capability, False, 8, head_block=64, block=64)
+print("all")
+"""
+
+
+def test_they_compile_for_every_gpu(tmp_path: Path) -> None:
+    """At the official sizes, to machine code, which takes no GPU. In a process without the
+    interpreter, whose kernels are none to compile."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: see this file's docstring")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "all\n", done.stderr
