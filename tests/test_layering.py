@@ -139,6 +139,7 @@ VERIFY = [
     "primitives",
     "speed",
     "profile",
+    "kernels",
     "faults",
 ]
 LAYERS = {"model": MODEL, "server": SERVER, "model/training": TRAINING, "model/verify": VERIFY}

@@ -1,6 +1,7 @@
 """What the steps of one process share: the checkpoint, one loaded model, and clocks.
 
-A variant is a precision by the name that the report gives it. Shapes: T rows, I inputs, O outputs.
+A variant is a precision by the name that the report gives it, with "-fused" behind it where the
+kernels of model.fused run. Shapes: T rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from model.tokenizer import BOS_ID, EOS_ID
 from model.verify.authors import Embed
 from model.verify.subject import Loaded, Subject, layers_of, subject_of
 
+FUSED = "triton"
+"""The kernels of model.fused that are judged."""
 _QUANTIZED = ("int8", "float8")
+_FUSED = "-fused"
 
 
 class Bench:
@@ -60,7 +64,8 @@ class Bench:
 
     def _precision(self, variant: str) -> tuple[str, str]:
         """Its dtype and quantization."""
-        return (self.job["base"], variant) if variant in _QUANTIZED else (variant, "none")
+        name = precision_of(variant)
+        return (self.job["base"], name) if name in _QUANTIZED else (name, "none")
 
     def runner(self, variant: str, **options: int) -> ModelRunner:
         """The runner that serves `variant`, loaded at its first use; the last one goes."""
@@ -74,6 +79,7 @@ class Bench:
                     dtype=dtype,
                     quantization=quantization,
                     attention=self.job["attention"],
+                    fused=FUSED if variant.endswith(_FUSED) else "plain",
                     **options,  # type: ignore[arg-type]
                 )
             )
@@ -161,6 +167,10 @@ class Bench:
             if elapsed >= least_s:
                 return elapsed / count
             count = max(2 * count, min(10 * count, int(1.2 * count * least_s / max(elapsed, 1e-9))))
+
+
+def precision_of(variant: str) -> str:
+    return variant.removesuffix(_FUSED)
 
 
 def _recording_of(subject: Subject, working: Loaded) -> Embed:

@@ -6,17 +6,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model import cuda_graphs
 from model.batch import Encoding
 from model.errors import UnsupportedError
-from model.quantization import Float8Linear
 from model.verify import authors, structure
-from model.verify.bench import Bench
+from model.verify.bench import Bench, precision_of
 from model.verify.outcome import Check, at_least, difference, smallest_cosine
-from model.verify.precisions import DTYPE_COSINE
+from model.verify.precisions import DTYPE_COSINE, SlowFloat8Linear
 from model.verify.referee import Referee
 from model.verify.subject import Measured, layers_of, load, sample_encodings
 
@@ -99,17 +97,21 @@ def vectors(bench: Bench, variant: str) -> dict[str, Any]:
 
 
 def cosine(bench: Bench, variant: str) -> dict[str, Any]:
-    """`variant` against float32, made here if no process left it."""
+    """`variant` against float32, made here if no process left it; with fused kernels also against
+    the same without."""
     if not (bench.work / f"{variant}.npy").exists():
         vectors(bench, variant)
     got, exact = (_left(bench, name) for name in (variant, "float32"))
     check = at_least(
         f"{variant} and float32",
         smallest_cosine(got, exact),
-        DTYPE_COSINE[variant],
+        DTYPE_COSINE[precision_of(variant)],
         "smallest cosine",
     )
-    return {"cosines": np.einsum("nd,nd->n", got, exact).tolist(), **_checks(check)}
+    found: dict[str, Any] = {"cosines": np.einsum("nd,nd->n", got, exact).tolist()}
+    if precision_of(variant) != variant:
+        found["smallest_to_plain"] = smallest_cosine(got, _left(bench, precision_of(variant)))
+    return {**found, **_checks(check)}
 
 
 def _left(bench: Bench, name: str) -> NDArray[np.float32]:
@@ -120,43 +122,19 @@ def _left(bench: Bench, name: str) -> NDArray[np.float32]:
     return rows
 
 
-class FastFloat8Linear(Float8Linear):
-    """Sums of products in the matrix units' own precision."""
-
-    fast = True
-
-    def _product(
-        self, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        return torch._scaled_mm(
-            values,
-            self.weight,
-            scale_a=scales.float(),
-            scale_b=self.scales[None],
-            out_dtype=dtype,
-            use_fast_accum=self.fast,
-        )
-
-
-class SlowFloat8Linear(FastFloat8Linear):
-    """Sums of products in float32."""
-
-    fast = False
-
-
 def accumulation(bench: Bench) -> dict[str, Any]:
-    """float8 with fast and with slow accumulation, each against float32."""
+    """float8 with sums in float32, against float32 and against float8 as it serves."""
     subject = bench.subject("float8")
     bench.drop()
-    exact = _left(bench, "float32")
-    found, rows = {}, {}
-    for name, kind in (("fast", FastFloat8Linear), ("slow", SlowFloat8Linear)):
-        layers = replace(layers_of(subject, subject.dtype, "float8"), eight_bit=kind)
-        working = load(subject, subject.dtype, "float8", layers)
-        rows[name] = working.embed(sample_encodings(subject))
-        found[f"{name}_and_float32"] = smallest_cosine(rows[name], exact)
-        del working
-    return {**found, "fast_and_slow": smallest_cosine(rows["fast"], rows["slow"])}
+    layers = replace(layers_of(subject, subject.dtype, "float8"), eight_bit=SlowFloat8Linear)
+    working = load(subject, subject.dtype, "float8", layers)
+    rows = working.embed(sample_encodings(subject))
+    fast, exact = (_left(bench, name) for name in ("float8", "float32"))
+    return {
+        "slow_and_float32": smallest_cosine(rows, exact),
+        "fast_and_float32": smallest_cosine(fast, exact),
+        "fast_and_slow": smallest_cosine(fast, rows),
+    }
 
 
 def _checks(*checks: Check) -> dict[str, Any]:

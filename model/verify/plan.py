@@ -7,7 +7,7 @@ full batches in the precision that serves.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model.verify.conduct import Step
@@ -15,6 +15,11 @@ from model.verify.conduct import Step
 _LOAD_S = 240.0
 """To load a model from a slow disk."""
 _STEP_S = 120.0
+KERNELS = (
+    *("add_norm", "silu_up", "rotary"),
+    *("add_norm_float8", "silu_up_float8", "to_float8"),
+)
+"""Those of model.fused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class Effort:
     float16: bool = True  # where bfloat16 serves
     int8: bool = True
     accumulations: bool = True  # float8's, fast and slow, in the whole model
+    fused_models: bool = True  # the kernels in the whole model, not alone only
     server: bool = True
 
 
@@ -46,6 +52,7 @@ QUICK = Effort(
     float16=False,
     int8=False,
     accumulations=False,
+    fused_models=False,
     server=False,
 )
 
@@ -89,6 +96,7 @@ def steps(effort: Effort, base: str, server: str | None) -> Iterator[Step]:
         lengths=effort.attention_lengths,
         batch_tokens=effort.batch_tokens,
     )
+    yield from _fused(effort, base)
     if effort.server and server:
         options = {"seconds": 2 * effort.seconds, "lone_runs": effort.lone_runs}
         options |= {"lone_tokens": effort.lone_tokens, "length": effort.lengths[0]}
@@ -126,6 +134,23 @@ def _variant(effort: Effort, variant: str) -> Iterator[Step]:
     for length in effort.lengths:
         yield _forward(effort, variant, length)
     yield _parity(variant, variant, "cosine", variant=variant)
+
+
+def _fused(effort: Effort, base: str) -> Iterator[Step]:
+    """The fused kernels alone, then in the model, by the measures of the plain one."""
+    for name in KERNELS:
+        options = {"name": name, "rows": effort.batch_tokens, "least_s": effort.part_seconds}
+        measure = "model.verify.kernels:kernel"
+        yield Step(f"fused.kernels.{name}", "kernels", measure, _STEP_S, options)
+    for precision in (base, "float8") if effort.fused_models else ():
+        variant, length = f"{precision}-fused", effort.lengths[0]
+        yield replace(_start(effort, variant), name=f"fused.{precision}.start")
+        yield replace(_forward(effort, variant, length), name=f"fused.{precision}.{length}")
+        cosine = _parity(variant, variant, "cosine", variant=variant)
+        yield replace(cosine, name=f"fused.{precision}.parity")
+        for recorded in (False, True):
+            lone = _lone(effort, variant, recorded)
+            yield replace(lone, name=f"fused.{precision}.{lone.name.rpartition('.')[2]}")
 
 
 def _start(effort: Effort, variant: str) -> Step:

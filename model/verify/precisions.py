@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from model.quantization import Float8Linear
 from model.verify.outcome import Check, at_least, skipped, smallest_cosine
 from model.verify.subject import Measured, Subject, load, no_room, sample_encodings
 
@@ -17,6 +18,12 @@ DTYPE_COSINE = {
     "float8": 0.98,
 }
 """Against float32."""
+
+
+class SlowFloat8Linear(Float8Linear):
+    """Sums in float32, for comparison with those that serve."""
+
+    fast_accumulation = False
 
 
 def check_precisions(subject: Subject, measured: Measured) -> Iterator[Check]:

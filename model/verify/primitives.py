@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from model.attention import choose_kernel
 from model.config import NVEmbedConfig
 from model.packing import pack
-from model.quantization import quantize_rows
+from model.products import layer_of
+from model.quantization import Float8Linear, float8_rows
 from model.verify.bench import Bench
+from model.verify.precisions import SlowFloat8Linear
+
+_FLOAT8 = {"float8": Float8Linear, "float8-slow": SlowFloat8Linear}
 
 
 def shapes(config: NVEmbedConfig) -> dict[str, tuple[int, int]]:
@@ -48,28 +52,14 @@ def product_s(
     bench: Bench, rows: int, inputs: int, outputs: int, kind: str, least_s: float
 ) -> float:
     """Seconds of x [T, I] by W [O, I]; float8 without what quantizes x."""
-    device, eight_bit = bench.device, kind.startswith("float8")
-    if eight_bit:
-        bench.subject("float8")  # refuses where the device has none
+    device, eight_bit = bench.device, _FLOAT8.get(kind)
     dtype = torch.bfloat16 if eight_bit else getattr(torch, kind)
     x, weight = (torch.randn(n, inputs, device=device).to(dtype) for n in (rows, outputs))
-    if not eight_bit:
+    if eight_bit is None:
         return bench.seconds_of(lambda: F.linear(x, weight), least_s)
-    (a, a_scales), (b, b_scales) = (
-        quantize_rows(y, torch.float8_e4m3fn, 448.0) for y in (x, weight)
-    )
-    scales = a_scales.float(), b_scales.float().T.contiguous()
-    return bench.seconds_of(
-        lambda: torch._scaled_mm(
-            a,
-            b.T,
-            scale_a=scales[0],
-            scale_b=scales[1],
-            out_dtype=torch.bfloat16,
-            use_fast_accum=kind == "float8",
-        ),
-        least_s,
-    )
+    bench.subject("float8")  # refuses where the device has none
+    layer, scaled = layer_of(eight_bit, weight, dtype), float8_rows(x)
+    return bench.seconds_of(lambda: layer(scaled), least_s)
 
 
 @torch.inference_mode()

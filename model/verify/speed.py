@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.packing import pack
-from model.verify.bench import Bench, in_ms, walls
+from model.verify.bench import Bench, in_ms, precision_of, walls
 from model.verify.machine import AT_WORK, nvidia_smi
 from model.verify.primitives import product_s, shapes
 
@@ -59,10 +59,11 @@ def forward(
         "nvidia_smi": nvidia_smi(AT_WORK),
         **bench.memory(),
     }
-    if variant == "int8":  # LLM.int8's products are no ceiling
+    precision = precision_of(variant)
+    if precision == "int8":  # LLM.int8's products are no ceiling
         return found
     ceiling = bench.config.num_hidden_layers * sum(
-        product_s(bench, rows_in, *shape, variant, least_s=seconds / 40)
+        product_s(bench, rows_in, *shape, precision, least_s=seconds / 40)
         for shape in shapes(bench.config).values()
     )
     return {**found, "products_ms": 1e3 * ceiling, "share_of_products": ceiling / median}

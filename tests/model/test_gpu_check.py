@@ -65,7 +65,10 @@ def run(
 
 
 FAILING = ["start.int8", "forward.int8.16", "parity.int8"]
-SKIPPED = [] if HAS_VARLEN else ["lone.bfloat16.recorded", "lone.float8.recorded"]
+RECORDED = [
+    f"{part}.{kind}.recorded" for part in ("lone", "fused") for kind in ("bfloat16", "float8")
+]
+SKIPPED = [] if HAS_VARLEN else RECORDED
 KERNEL, OTHERS = ("varlen", ["padded", "sdpa"]) if HAS_VARLEN else ("padded", ["sdpa"])
 
 
@@ -78,7 +81,7 @@ def test_every_step_is_in_the_report(run: tuple[int, dict[str, Any]]) -> None:
         expected = "error" if name in FAILING else "skipped" if name in SKIPPED else "done"
         assert step["status"] == expected, step
     assert report["schema"] == SCHEMA
-    for section in set(SECTIONS) - {"fused"}:
+    for section in SECTIONS:
         assert report[section], section
 
 
@@ -122,6 +125,14 @@ def test_what_was_measured(run: tuple[int, dict[str, Any]]) -> None:
             assert report["lone"][variant]["recorded"]["p50_ms"] > 0
             assert report["start"][variant]["recording"]["seconds"] > 0
             assert parity["bits"][variant]["recorded_and_eager"]["of"] == 8
+        fused = report["fused"][variant]
+        assert fused["16"]["tokens_per_s"] > 0
+        assert fused["parity"]["smallest_to_plain"] > 0.99
+        assert fused["eager"]["p50_ms"] > 0
+    for name in plan.KERNELS:
+        kernel = report["fused"]["kernels"][name]
+        assert kernel["checks"][0]["status"] == "passed"
+        assert kernel["times_as_fast"] == pytest.approx(kernel["plain_ms"] / kernel["fused_ms"])
     assert report["products"]["float8"]["gate_up"]["32"]["tflops"] > 0
     assert report["products"]["attention"]["kernel"] == KERNEL
     assert report["profile"]["full"]["operations"]
