@@ -22,8 +22,9 @@ from model.rotary import HalvesRotary
 from model.verify.bench import FUSED, Bench
 from model.verify.outcome import at_least
 
-_LEAST_COSINE = 0.999
-"""Of rows that two orders of rounding made, to 8 bits at the least."""
+_LEAST_COSINE, _LEAST_FLOAT8 = 0.9999, 0.998
+"""Of a row. To float8 both round by scales that differ a little, so their errors are independent:
+0.9993 is what that gives."""
 Run = Callable[[], Tensor | ScaledRows]
 
 
@@ -44,9 +45,9 @@ def kernel(bench: Bench, name: str, rows: int, least_s: float) -> dict[str, Any]
     if name.endswith("float8"):
         bench.subject("float8")  # refuses where the device has none
     pair, untouched = (_CASES[name](bench, chosen, rows) for _ in range(2))
-    check = at_least(
-        name, _cosine(pair.fused(), untouched.plain()), _LEAST_COSINE, "smallest cosine of a row"
-    )
+    cosine = _cosine(pair.fused(), untouched.plain())
+    least = _LEAST_FLOAT8 if name.endswith("float8") else _LEAST_COSINE
+    check = at_least(name, cosine, least, "smallest cosine of a row")
     fast, slow = (bench.seconds_of(run, least_s) for run in (pair.fused, pair.plain))
     return {
         "rows": rows,

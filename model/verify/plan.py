@@ -77,7 +77,7 @@ def steps(effort: Effort, base: str, server: str | None) -> Iterator[Step]:
     yield Step("parity.float32", "referee", "model.verify.parity:referee", _LOAD_S)
     yield _parity(base, "referee", "cosine", variant=base)
     if effort.float16 and base != "float16":
-        yield _parity("float16", "float16", "cosine", variant="float16")
+        yield _parity("float16", "referee", "cosine", variant="float16")
     yield from _variant(effort, "float8")
     yield _parity("bits.float8", "float8", "bits", variant="float8")
     for recorded in (False, True):
@@ -141,7 +141,7 @@ def _fused(effort: Effort, base: str) -> Iterator[Step]:
     for name in KERNELS:
         options = {"name": name, "rows": effort.batch_tokens, "least_s": effort.part_seconds}
         measure = "model.verify.kernels:kernel"
-        yield Step(f"fused.kernels.{name}", "kernels", measure, _STEP_S, options)
+        yield Step(f"fused.kernels.{name}", "products", measure, _STEP_S, options)
     for precision in (base, "float8") if effort.fused_models else ():
         variant, length = f"{precision}-fused", effort.lengths[0]
         yield replace(_start(effort, variant), name=f"fused.{precision}.start")

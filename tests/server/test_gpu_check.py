@@ -15,7 +15,7 @@ OPTIONS = {
     "lone_tokens": 8,
     "length": 8,
     "max_input_tokens": 64,
-    "ready_s": 8.0,
+    "ready_s": 5.0,
 }
 
 
