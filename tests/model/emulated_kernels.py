@@ -177,6 +177,45 @@ def _scaled_mm(
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
+_ROW_WISE = 1
+"""torch.nn.functional.ScalingType.RowWise as the operation below gets it."""
+
+
+def _check_scaled_mm_v2(
+    capability: tuple[int, int],
+    a: Tensor,
+    b: Tensor,
+    scale_a: list[Tensor],
+    recipe_a: list[int],
+    swizzle_a: list[int],
+    scale_b: list[Tensor],
+    recipe_b: list[int],
+    swizzle_b: list[int],
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    *_: Any,
+) -> None:
+    """What torch.nn.functional.scaled_mm calls."""
+    _need(recipe_a == recipe_b == [_ROW_WISE], "row-wise scales, and nothing else")
+    _check_scaled_mm(capability, a, b, *scale_a, *scale_b, bias, None, out_dtype)
+
+
+def _scaled_mm_v2(
+    a: Tensor,
+    b: Tensor,
+    scale_a: list[Tensor],
+    recipe_a: list[int],
+    swizzle_a: list[int],
+    scale_b: list[Tensor],
+    recipe_b: list[int],
+    swizzle_b: list[int],
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    *_: Any,
+) -> Tensor:
+    return _scaled_mm(a, b, *scale_a, *scale_b, out_dtype=out_dtype)
+
+
 # -- means of segments
 
 
@@ -202,6 +241,7 @@ def _need(holds: bool, message: str) -> None:
 KERNELS = {
     "_flash_attention_forward": Kernel(_check_flash, _flash),
     "_scaled_mm": Kernel(_check_scaled_mm, _scaled_mm),
+    "_scaled_mm_v2": Kernel(_check_scaled_mm_v2, _scaled_mm_v2),
     "segment_reduce": Kernel(_check_segment_reduce, _segment_reduce),
 }
 """By the operation's name."""

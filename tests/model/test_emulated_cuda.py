@@ -304,13 +304,6 @@ def replaced(owner: object, name: str, value: Callable[[Any], Any]) -> Plant:
     return lambda monkeypatch: monkeypatch.setattr(owner, name, value(getattr(owner, name)))
 
 
-def narrow_scales(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def planted(*args: Any, scale_a: Tensor, **kwargs: Any) -> Tensor:
-        return product(*args, scale_a=scale_a.bfloat16(), **kwargs)
-
-    return planted
-
-
 @dataclass(frozen=True)
 class Fault:
     plant: Plant
@@ -348,7 +341,7 @@ FAULTS = {
         "cu_seqlens must have dtype int32",
     ),
     "float8's scales are bfloat16": Fault(
-        replaced(torch, "_scaled_mm", narrow_scales),
+        edited(quantization, "float8_rows", "scales.float())", "scales.bfloat16())"),
         "a scale must be float32, not torch.bfloat16",
         float8=True,
     ),

@@ -35,6 +35,7 @@ from model.products import Products
 from model.quantization import Float8Linear, ScaledRows, float8_rows
 from model.rotary import HalvesRotary
 from tests.model import fused_stand_in as stand_in
+from tests.model.torches import needs_cpu_float8
 
 ON_GPU = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -254,7 +255,7 @@ def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
         return model(pack(encodings, CPU), sdpa_by_length)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("quantize", ["none", "float8"])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("float8", marks=needs_cpu_float8)])
 def test_the_whole_model_is_the_same_with_them(
     wide_checkpoint: Path, kernels: Fused, quantize: str
 ) -> None:
@@ -270,6 +271,7 @@ def test_the_whole_model_is_the_same_with_them(
         assert (cosines > plain - 0.01).all(), (cosines, plain)
 
 
+@needs_cpu_float8
 def test_float8_rows_reach_the_products_once(wide_checkpoint: Path) -> None:
     """With the kernels no float8 layer quantizes by itself but the one behind attention."""
     names: list[str] = []

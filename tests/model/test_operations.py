@@ -21,10 +21,12 @@ from model.fused import Fused
 from model.loader import empty_model
 from model.packing import pack
 from tests.model.test_config import OFFICIAL
+from tests.model.torches import needs_shared_heads
 
 META = torch.device("meta")
 CONFIG = NVEmbedConfig.from_dict(OFFICIAL)
 LAYERS = CONFIG.num_hidden_layers
+pytestmark = needs_shared_heads
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}
 
 

@@ -17,7 +17,7 @@ from model.packing import pack
 from model.products import choose
 from tests.checkpoints import golden_cases
 from tests.model.test_config import OFFICIAL
-from tests.model.torches import VARLEN
+from tests.model.torches import VARLEN, needs_cpu_float8
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -143,6 +143,7 @@ def test_weights_go_to_a_gpu_in_few_pieces() -> None:
     assert pieces <= 450
 
 
+@needs_cpu_float8
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("public", [True, False])
 def test_a_float8_product_is_that_of_its_rows(
