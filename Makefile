@@ -15,7 +15,11 @@ ARGS ?=
 # Where benchmarks write; tests/bench/results holds those that README shows.
 RESULTS ?= build/bench/results
 
-.PHONY: help install serve test test-fast coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+# Another torch than the lock's: make test-torch TORCH_VERSION=2.11.0
+TORCH_VERSION ?= 2.9.0
+OTHER := build/torch-$(TORCH_VERSION)
+
+.PHONY: help install serve test test-fast test-torch coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +42,18 @@ test-fast: $(VENV)/.installed-test ## run those of units, of the model and of th
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included
 	$(BIN)/pytest -n $(TEST_JOBS) -q -m "not timing" --cov --cov-report=term-missing:skip-covered $(ARGS)
 
+test-torch: $(OTHER)/.installed ## run the model's tests with another torch (TORCH_VERSION=2.9.0)
+	$(OTHER)/bin/pytest tests/model $(ARGS)
+
+$(OTHER)/.installed: requirements-test.lock pyproject.toml
+	@echo "Installing torch $(TORCH_VERSION) into $(OTHER): gigabytes, unless TORCH=cpu …"
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|setuptools)==' $< > $(OTHER)/requirements.txt  # torch says which setuptools
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
+	    -r $(OTHER)/requirements.txt torch==$(TORCH_VERSION)
+	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
 check: $(VENV)/.installed-test ## ruff, mypy strict, the layering test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,8 +70,8 @@ openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
 graph: $(VENV)/.installed-test ## draw who imports whom: docs/imports.svg
 	PYTHONPATH=. $(BIN)/python -m tests.import_graph
 
-gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=nvidia/NV-Embed-v2)
-	$(BIN)/nv-embed verify --device cuda --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
+gpu-check: $(VENV)/.installed-test ## prove parity and measure on this GPU (MODEL=…, ARGS=--quick)
+	$(BIN)/nv-embed gpu-check --model $(or $(MODEL),nvidia/NV-Embed-v2) $(ARGS)
 
 chaos: $(VENV)/.installed-test ## break a real server on purpose, at length (minutes)
 	CHAOS=full $(BIN)/pytest tests/chaos $(ARGS)

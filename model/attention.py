@@ -211,10 +211,13 @@ def _pad(x: Tensor, segments: Segments) -> Tensor:
 
 def varlen_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
     """A kernel around torch's `varlen_attn`, whose signature changes between releases."""
-    native_gqa = "enable_gqa" in inspect.signature(attend).parameters
+    parameters = inspect.signature(attend).parameters
+    native_gqa = "enable_gqa" in parameters
+    # One split of the keys, so that a text's bits do not depend on how many there are beside it.
+    always: dict[str, Any] = {"num_splits": 1} if "num_splits" in parameters else {}
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-        options: dict[str, Any] = {}
+        options = dict(always)
         if q.shape[1] != k.shape[1]:
             if native_gqa:
                 options["enable_gqa"] = True
@@ -298,16 +301,19 @@ def _flash_attn_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return f"the flash-attn package is not installed: {how_to_install('flash-attn')}"
     try:
-        importlib.import_module("flash_attn")
+        module = importlib.import_module("flash_attn")
     except ImportError as error:  # often: it was compiled for another torch
         logger.warning("flash-attn is installed and cannot be imported: %s", error)
         return f"the flash-attn package cannot be imported: {error}"
+    if not hasattr(module, "flash_attn_varlen_func"):  # flash-attn-4 installs a folder beside it
+        return f"what is installed as flash_attn is another package: {how_to_install('flash-attn')}"
     return None
 
 
 _KERNELS = {
-    "flash-attn": _Kernel(_load_flash_attn, _flash_attn_refusal),
+    # The same kernel as flash-attn's, compiled with torch: it cannot be for another one.
     "varlen": _Kernel(_load_varlen, _varlen_refusal),
+    "flash-attn": _Kernel(_load_flash_attn, _flash_attn_refusal),
     "padded": _Kernel(lambda: sdpa_padded, _always),
     "sdpa": _Kernel(lambda: sdpa_by_length, _always),
 }

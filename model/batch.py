@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +59,9 @@ class RunnerOptions:
     max_batch_tokens: int = 1024
     max_batch_seqs: int = 256
     max_input_tokens: int = 32_768
-    cuda_graphs: bool = False
+    cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
     cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
+    fused: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 
 

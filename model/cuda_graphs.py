@@ -2,15 +2,18 @@
 
 With few tokens a GPU waits for Python, which launches some hundred kernels one after another; a
 graph is one launch. A recording has fixed shapes and addresses, so a batch is laid into buffers of
-the next larger size: filler rows behind the last sequence, empty sequences behind the last one,
-and as the longest sequence the whole buffer. Kernels that read lengths on the host cannot be
-recorded, nor can LLM.int8, which looks for outliers.
+the next larger size: empty sequences behind the last one, then one of filler rows up to the end,
+so that each row is some sequence's and nothing stays unwritten (FlashAttention 2 forgives NaN left
+in memory, its successors need not); and as the longest sequence the whole buffer. Kernels that read
+lengths on the host cannot be recorded, nor can LLM.int8, which looks for outliers.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +23,11 @@ from model.batch import Encoding
 from model.errors import UnsupportedError
 from model.packing import PackedBatch, Segments, pack
 
+logger = logging.getLogger("nv_embed.cuda_graphs")
+
 SIZES = (16, 32, 64, 128, 256)
-"""Tokens of the recordings: beyond, the GPU has more to do than Python."""
+"""Tokens of the recordings: beyond, the GPU has more to do than Python. None is 1: with 1 as the
+longest sequence FlashAttention lays rows out in a way that fails for empty ones."""
 MAX_SEQS = 16
 RECORDABLE = ("flash-attn", "varlen")
 
@@ -41,11 +47,39 @@ def check(device: torch.device, kernel: str, quantization: str) -> None:
         raise UnsupportedError("CUDA graphs cannot hold LLM.int8: take float8")
 
 
+def wanted(
+    graphs: bool | Literal["auto"], device: torch.device, kernel: str, quantization: str
+) -> bool:
+    """Whether to record: "auto" where it can be. Raises UnsupportedError where it was asked for
+    and cannot be."""
+    try:
+        check(device, kernel, quantization)
+    except UnsupportedError:
+        if graphs is True:
+            raise
+        return False
+    return bool(graphs)
+
+
+def record_or_warn(
+    forward: Callable[[PackedBatch], Tensor], device: torch.device
+) -> GraphedForward | None:
+    """None, with a warning that has the reason, when the recording fails: the same batches run
+    without, a little later."""
+    try:
+        return GraphedForward(forward, device)
+    except RuntimeError as error:  # torch's, lack of memory included
+        # What ended the recording; ending it has failed, too, and says no more than that.
+        reason = error.__context__ or error
+        logger.warning("CUDA graphs cannot be recorded, serving without them: %s", reason)
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recording:
     host: Tensor  # int32, laid out as `_parts`
     device: Tensor  # the same there, which the recorded kernels read
-    replay: Callable[[], Tensor]  # -> [MAX_SEQS, D]
+    replay: Callable[[], Tensor]  # -> [MAX_SEQS + 1, D], the filler's vector last
 
 
 class GraphedForward:
@@ -60,7 +94,7 @@ class GraphedForward:
         record = record or recorder(device)
         self._recordings: dict[int, _Recording] = {}
         for size in reversed(SIZES):  # the largest first: the others fit into its memory
-            host = torch.zeros(sum(_parts(size)), dtype=torch.int32)
+            host = _buffer(size)
             host = host.pin_memory() if device.type == "cuda" else host
             there = host.to(device, copy=True)
             batch = _batch_in(there, size)
@@ -83,13 +117,22 @@ class GraphedForward:
 
 
 def _parts(size: int) -> list[int]:
-    """Ids, positions, pooled rows, bounds of the sequences and of their pooled rows."""
-    return [size, size, size, MAX_SEQS + 1, MAX_SEQS + 1]
+    """Ids, positions, pooled rows, bounds of the sequences and of their pooled rows, in each the
+    filler's as one more."""
+    return [size, size, size, MAX_SEQS + 2, MAX_SEQS + 2]
+
+
+def _buffer(size: int) -> Tensor:
+    """On the host, with nothing in it but filler."""
+    buffer = torch.zeros(sum(_parts(size)), dtype=torch.int32)
+    for bounds in torch.split(buffer, _parts(size))[3:]:
+        bounds[-1] = size
+    return buffer
 
 
 def _batch_in(buffer: Tensor, size: int) -> PackedBatch:
     ids, positions, pool_rows, bounds, pooled = torch.split(buffer, _parts(size))
-    lengths = (0,) * MAX_SEQS  # nobody reads them: they change from replay to replay
+    lengths = (0,) * (MAX_SEQS + 1)  # nobody reads them: they change from replay to replay
     return PackedBatch(
         ids,
         positions,
@@ -101,15 +144,15 @@ def _batch_in(buffer: Tensor, size: int) -> PackedBatch:
 
 def _lay(batch: PackedBatch, host: Tensor, size: int) -> None:
     """Write `batch` into a buffer of `size`: filler is id 0 at position 0, and what is pooled
-    beyond the last sequence is row 0 again."""
+    beyond the last sequence is row 0 again. Both belong to the sequence behind MAX_SEQS."""
     rows = np.arange(batch.num_tokens) if batch.pool_rows is None else batch.pool_rows.numpy()
     parts = [batch.input_ids.numpy(), batch.positions.numpy(), rows]
     bounds = [batch.seqs.cu_seqlens.numpy(), batch.pooled.cu_seqlens.numpy()]
     modes = ["constant"] * 3 + ["edge"] * 2
-    for target, values, mode in zip(
-        torch.split(host, _parts(size)), parts + bounds, modes, strict=True
-    ):
-        target.numpy()[:] = np.pad(values, (0, len(target) - len(values)), mode=mode)  # type: ignore[call-overload]
+    targets = [target.numpy() for target in torch.split(host, _parts(size))]
+    targets[3:] = [target[:-1] for target in targets[3:]]  # the filler always ends at the end
+    for target, values, mode in zip(targets, parts + bounds, modes, strict=True):
+        target[:] = np.pad(values, (0, len(target) - len(values)), mode=mode)  # type: ignore[call-overload]
 
 
 def recorder(device: torch.device) -> Record:

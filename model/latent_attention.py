@@ -5,12 +5,16 @@ referee. `FoldedLatentAttention` is what serves: the latents are constants after
 per head `Wq` and the keys collapse into one matrix, the values and `Wo` into another. It is
 exact algebra; 34 M parameters instead of 537 M at the official size.
 
+A row takes more memory here than in the backbone, most of it eight times its width and in float32.
+So without gradients many rows go through in pieces, whose sums are added up.
+
 Shapes: P pooled rows, N sequences, D width, L latents, H cross heads, C cross head width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +25,45 @@ from model.packing import Segments
 
 LAYER_NORM_EPS = 1e-5
 FEED_FORWARD_FACTOR = 4
+_ROWS_AT_A_TIME = 4096
+"""Pooled rows: so few that the pooler takes less memory than the backbone for 8,192, and so many
+that its products stay large."""
 
 
 def segment_mean(x: Tensor, segments: Segments) -> Tensor:
     """x [P, …] -> float32 [N, …]: the mean of each segment's rows, filler left out."""
+    return _reduced(x, segments, "mean")
+
+
+def _reduced(x: Tensor, segments: Segments, how: str) -> Tensor:
+    """x [P, …] -> float32 [N, …]: the "mean" or the "sum" of each segment's rows."""
     if x.device.type == "cpu":  # segment_reduce is a scalar loop there
         rows = x[: sum(segments.lengths)]
-        if segments.num_seqs == 1:
-            return rows.mean(0, keepdim=True, dtype=torch.float32)
-        means = [
-            part.mean(0, dtype=torch.float32) for part in torch.split(rows, list(segments.lengths))
-        ]
-        return torch.stack(means)
+        parts = torch.split(rows, list(segments.lengths)) if segments.num_seqs > 1 else (rows,)
+        of_rows = torch.mean if how == "mean" else torch.sum
+        return torch.stack([of_rows(part, 0, dtype=torch.float32) for part in parts])
     lengths = segments.cu_seqlens.diff()
-    return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0, unsafe=True)
+    return torch.segment_reduce(x.float(), how, lengths=lengths, axis=0, unsafe=True)
+
+
+def means_of(
+    rows_of: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, segments: Segments
+) -> list[Tensor]:
+    """x [P, …] -> float32 [N, …] for each tensor that `rows_of` makes of some rows of x: the mean
+    of each segment's rows."""
+    if len(x) <= _ROWS_AT_A_TIME or torch.is_grad_enabled():
+        return [segment_mean(made, segments) for made in rows_of(x)]
+    totals: list[Tensor] | None = None
+    for first in range(0, len(x), _ROWS_AT_A_TIME):
+        piece = x[first : first + _ROWS_AT_A_TIME]
+        inside = segments.between(first, first + len(piece))
+        sums = [_reduced(made, inside, "sum") for made in rows_of(piece)]
+        if totals is not None:
+            sums = [total.add_(more) for total, more in zip(totals, sums, strict=True)]
+        totals = sums
+    assert totals is not None
+    lengths = segments.cu_seqlens.diff()[:, None]
+    return [total.div_(lengths) for total in totals]
 
 
 class PooledFeedForward(nn.Module):
@@ -50,11 +79,21 @@ class PooledFeedForward(nn.Module):
         self.up_proj = nn.Linear(width, 2 * inner)
         self.down_proj = nn.Linear(inner, width)
 
-    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
-        """h [P, D] -> float32 [N, D]."""
+    def forward(self, attended: Callable[[Tensor], Tensor], h: Tensor, pooled: Segments) -> Tensor:
+        """The h of the formula is `attended` of some rows of `h` [P, D] -> float32 [N, D]."""
+
+        def rows_of(piece: Tensor) -> tuple[Tensor, Tensor]:
+            piece = attended(piece)
+            return self._gated(piece), piece
+
+        mean, mean_of_h = means_of(rows_of, h, pooled)
+        return self.down_proj(mean.to(h.dtype)).float() + mean_of_h  # type: ignore[no-any-return]
+
+    def _gated(self, h: Tensor) -> Tensor:
         value, gate = self.up_proj(self.norm(h)).chunk(2, dim=-1)
-        mean = segment_mean(value * F.gelu(gate), pooled)
-        return self.down_proj(mean.to(h.dtype)).float() + segment_mean(h, pooled)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled():
+            return value * F.gelu(gate)  # type: ignore[no-any-return]
+        return F.gelu(gate).mul_(value)
 
 
 class LatentAttention(nn.Module):
@@ -75,13 +114,18 @@ class LatentAttention(nn.Module):
     def forward(self, h: Tensor, pooled: Segments) -> Tensor:
         """h [P, D] -> float32 [N, D], not yet normalised."""
         keys, values = self.to_kv(self.norm_context(self.latents)).chunk(2, dim=-1)
-        q, k, v = (  # [H, rows, C]
-            x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-            for x in (self.to_q(self.norm(h)), keys, values)
-        )
-        attended = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        h = self.to_out(attended.transpose(0, 1).flatten(1)) + h
-        return self.feed_forward(h, pooled)  # type: ignore[no-any-return]
+        k, v = self._by_head(keys), self._by_head(values)
+
+        def attended(rows: Tensor) -> Tensor:
+            q = self._by_head(self.to_q(self.norm(rows)))
+            out = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+            return self.to_out(out.transpose(0, 1).flatten(1)) + rows  # type: ignore[no-any-return]
+
+        return self.feed_forward(attended, h, pooled)  # type: ignore[no-any-return]
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """[rows, H·C] -> [H, rows, C]."""
+        return torch.unflatten(x, -1, (self.num_heads, -1)).transpose(0, 1)
 
 
 class FoldedLatentAttention(nn.Module):
@@ -98,9 +142,11 @@ class FoldedLatentAttention(nn.Module):
 
     def forward(self, h: Tensor, pooled: Segments) -> Tensor:
         """h [P, D] -> float32 [N, D], not yet normalised."""
+        return self.feed_forward(self._attended, h, pooled)  # type: ignore[no-any-return]
+
+    def _attended(self, h: Tensor) -> Tensor:
         scores = self.to_latents(self.norm(h)).unflatten(-1, (self.num_heads, -1))
-        h = self.from_latents(scores.softmax(dim=-1).flatten(1)) + h
-        return self.feed_forward(h, pooled)  # type: ignore[no-any-return]
+        return self.from_latents(scores.softmax(dim=-1).flatten(1)) + h  # type: ignore[no-any-return]
 
 
 def normed_latents(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -31,6 +31,14 @@ class Segments:
     def num_seqs(self) -> int:
         return len(self.lengths)
 
+    def between(self, first: int, last: int) -> Segments:
+        """What of each run lies in rows `first` to `last` (not included), counted from `first`:
+        for most, nothing."""
+        ends = np.clip(np.cumsum([0, *self.lengths]), first, last)
+        lengths = np.diff(ends)
+        bounds = self.cu_seqlens.clamp(first, last) - first
+        return Segments(tuple(lengths.tolist()), bounds, int(lengths.max()))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:

@@ -6,6 +6,7 @@ Its surface is three methods, so that anything can stand behind the server in it
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import platform
 import time
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, host, products
+from model import cuda_graphs, fused, host, products
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
+from model.cuda_device import check_architecture, driver_version, why_no_cuda
 from model.errors import UnsupportedError
 from model.fingerprint import Unchanged
 from model.loader import expected_shapes, load_model
@@ -61,8 +63,7 @@ class ModelRunner:
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
-        if options.cuda_graphs:
-            cuda_graphs.check(self.device, kernel, options.quantization)
+        graphs = cuda_graphs.wanted(options.cuda_graphs, self.device, kernel, options.quantization)
         self._graphs: cuda_graphs.GraphedForward | None = None
         layers = products.choose(
             self.device,
@@ -81,6 +82,7 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
             layers=layers,
+            fused=fused.choose(options.fused, self.device),
         )
         unchanged.check()
         self.info = RunnerInfo(
@@ -90,7 +92,7 @@ class ModelRunner:
             quantization=options.quantization + layers.steps,
             attention=kernel,
             width=self.config.hidden_size,
-            cuda_graphs=options.cuda_graphs,
+            cuda_graphs=graphs,
             products=layers.names,
         )
         if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping
@@ -115,8 +117,9 @@ class ModelRunner:
         if self.device.type != "cuda":
             return self._timed([_ramp(8)])
         options = self._options
-        if options.cuda_graphs:  # first: recording hands free memory back
-            self._graphs = cuda_graphs.GraphedForward(self._forward, self.device)
+        if self.info.cuda_graphs:  # first: recording hands free memory back
+            self._graphs = cuda_graphs.record_or_warn(self._forward, self.device)
+            self.info = dataclasses.replace(self.info, cuda_graphs=self._graphs is not None)
         self._warm([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
         return self._timed([_ramp(options.max_batch_tokens // seqs)] * seqs)
@@ -152,9 +155,11 @@ def _ramp(length: int) -> Encoding:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists and that torch has code for."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and driver_version():
+            logger.warning("running on the CPU: %s", why_no_cuda())
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -164,19 +169,21 @@ def resolve_device(name: str) -> torch.device:
     if device.type != "cuda":
         raise UnsupportedError(f"device {name!r} is not supported; known: cpu, cuda, cuda:N")
     if not torch.cuda.is_available():
-        build = "" if torch.version.cuda else "; this torch is a CPU build"
-        raise UnsupportedError(f"{name}: no CUDA device is visible{build}")
+        raise UnsupportedError(f"{name}: {why_no_cuda()}")
     index = device.index or 0
     if index >= torch.cuda.device_count():
         raise UnsupportedError(f"{name}: only {torch.cuda.device_count()} CUDA device(s) visible")
-    return torch.device("cuda", index)
+    device = torch.device("cuda", index)
+    check_architecture(device)
+    return device
 
 
 def resolve_dtype(
     name: str, device: torch.device, config: NVEmbedConfig, cpu_products: str = "auto"
 ) -> torch.dtype:
-    """The working dtype. `auto`: bfloat16 on CUDA and on CPUs where its products are faster than
-    float32's, else float32 if it fits."""
+    """The working dtype. `auto`: on CUDA bfloat16, or float16 on cards without bfloat16's units
+    (before Ampere); bfloat16 on CPUs where its products are faster than float32's, else float32 if
+    it fits."""
     if name in DTYPES:
         if name == "float16" and device.type == "cpu":
             logger.warning("processors compute float16 slowly: it is for GPUs")
@@ -184,7 +191,8 @@ def resolve_dtype(
     if name != "auto":
         raise UnsupportedError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     if device.type == "cuda":
-        return torch.bfloat16
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float16
     if products.fastest_dtype(config.widest_product, cpu_products) == torch.bfloat16:
         return torch.bfloat16
     needed = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())

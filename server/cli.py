@@ -140,6 +140,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify, parser=verify)
 
+    gpu_check = commands.add_parser(
+        "gpu-check",
+        help="prove parity and measure on this GPU, and write a report",
+        description="Compare every precision with float32 on this GPU, time the model, its parts "
+        "and a real server, and write a JSON report, which also holds what failed. Below ten "
+        "minutes on an H100. Exit status 1 when something is outside tolerance or failed.",
+        epilog="Example: nv-embed gpu-check --model nvidia/NV-Embed-v2",
+    )
+    settings.add_flags(gpu_check, ModelSettings)
+    gpu_check.add_argument(
+        "--quick",
+        action="store_true",
+        help="below two minutes: one length of texts, without int8 and the server",
+    )
+    gpu_check.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu-check"),
+        metavar="FOLDER",
+        help="where the report goes (default: %(default)s)",
+    )
+    gpu_check.set_defaults(run=_gpu_check, parser=gpu_check)
+
     _add_training_commands(commands)
 
     openapi = commands.add_parser("openapi", help="print the OpenAPI document as YAML")
@@ -230,9 +253,16 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     arguments.device = _settle(arguments, ModelSettings).one_device()
-    from model import verify
+    from model.verify import command
 
-    return verify.run(arguments)
+    return command.run(arguments)
+
+
+def _gpu_check(arguments: argparse.Namespace) -> int:
+    arguments.device = _settle(arguments, ModelSettings).one_device()
+    from server import gpu_check
+
+    return gpu_check.run(arguments)
 
 
 def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> None:

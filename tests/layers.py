@@ -28,11 +28,14 @@ MODEL = [
     "tokenizer_file",
     "tokenizer",
     "tasks",
+    "cuda_device",
     "packing",
     "attention",
     "rotary",
     "packed_linear",
     "quantization",
+    "triton_kernels",
+    "fused",
     "products",
     "mistral",
     "latent_attention",
@@ -42,8 +45,6 @@ MODEL = [
     "runner",
     "memory",
     "encoder",
-    "checks",
-    "verify",
 ]
 SERVER = {  # by wing; "" are the files on top
     "": ["errors", "process", "logs", "settings"],
@@ -106,7 +107,7 @@ SERVER = {  # by wing; "" are the files on top
         "batch_files",
         "encode",
     ],
-    "command": ["cli"],
+    "command": ["gpu_check", "cli"],
 }
 WINGS = {  # which others each may use, beside the files on top
     "": (),
@@ -149,6 +150,28 @@ TRAINING = [
     "ablation",
     "commands",
 ]
+VERIFY = [
+    "outcome",
+    "subject",
+    "authors",
+    "referee",
+    "structure",
+    "precisions",
+    "command",
+    "report",
+    "conduct",
+    "plan",
+    "gpu_check",
+    "bench",
+    "child",
+    "machine",
+    "parity",
+    "primitives",
+    "speed",
+    "profile",
+    "kernels",
+    "faults",
+]
 
 
 def layers() -> dict[str, list[str]]:
@@ -161,6 +184,7 @@ def layers() -> dict[str, list[str]]:
     return {
         "model": [f"model.{name}" for name in MODEL],
         "model.training": [f"model.training.{name}" for name in TRAINING],
+        "model.verify": [f"model.verify.{name}" for name in VERIFY],
         "server": server,
     }
 

@@ -7,6 +7,9 @@ around the attention front only: a CPU build refuses more. Numbers on a GPU: `ma
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention.varlen import varlen_attn
 
 from model.attention import (
     KERNEL_NAMES,
@@ -31,6 +33,7 @@ from model.attention import (
 )
 from model.errors import UnsupportedError
 from model.packing import Segments
+from tests.model.torches import HAS_VARLEN, VARLEN
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
 
@@ -105,11 +108,30 @@ def old_varlen(
     return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=is_causal)
 
 
+def newest_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    enable_gqa: bool = False,
+    num_splits: int | None = None,
+) -> Tensor:
+    """torch 2.13's parameters: None lets it split keys by how many there are."""
+    assert num_splits == 1
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=False)
+
+
 KERNELS = {
     "sdpa": sdpa_by_length,
     "padded": sdpa_padded,
     "flash-attn": flash_attn_kernel(fake_flash),
-    "varlen": varlen_kernel(new_varlen),
+    "varlen": varlen_kernel(newest_varlen),
+    "varlen, torch 2.11": varlen_kernel(new_varlen),
     "varlen, older torch": varlen_kernel(old_varlen),
 }
 
@@ -170,7 +192,7 @@ def test_sequences_do_not_see_each_other(kernel: AttentionKernel) -> None:
 # -- the CUDA branch -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["varlen", "padded", "sdpa"])
+@pytest.mark.parametrize("name", [VARLEN, "padded", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_cuda_branch_on_meta_tensors(name: str, dtype: torch.dtype) -> None:
     queries, keys = segments([10, 22], META), segments([28, 40], META)
@@ -183,7 +205,8 @@ def test_the_cuda_branch_on_meta_tensors(name: str, dtype: torch.dtype) -> None:
 
 
 def test_the_varlen_front_stays_on_the_gpu() -> None:
-    kernel = varlen_kernel(varlen_attn)
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    kernel = varlen_kernel(varlen.varlen_attn)
     with FakeTensorMode():
         seqs = segments([28, 40], CUDA)
         q = torch.empty(68, 32, 128, dtype=torch.bfloat16, device=CUDA)
@@ -200,7 +223,8 @@ def test_auto() -> None:
     assert choose_kernel("auto", CPU, torch.bfloat16) == ("sdpa", sdpa_by_length)
     # A CUDA device in float32: no varlen kernel takes it.
     assert choose_kernel("auto", META, torch.float32) == ("padded", sdpa_padded)
-    assert choose_kernel("auto", META, torch.bfloat16)[0] in ("flash-attn", "varlen")
+    fastest = ("flash-attn", "varlen") if HAS_VARLEN else ("flash-attn", "padded")
+    assert choose_kernel("auto", META, torch.bfloat16)[0] in fastest
 
 
 @pytest.mark.parametrize(
@@ -213,7 +237,7 @@ def test_auto() -> None:
         ("flash-attn", CPU, torch.bfloat16, "runs on CUDA only"),
         ("flash-attn", CPU, torch.float32, "runs on CUDA only"),
         ("flash-attn", META, torch.float32, "needs float16 or bfloat16, not float32"),
-        ("fast", CPU, torch.float32, "known: auto, flash-attn, varlen, padded, sdpa"),
+        ("fast", CPU, torch.float32, "known: auto, varlen, flash-attn, padded, sdpa"),
     ],
 )
 def test_a_kernel_that_cannot_run_says_why(
@@ -228,6 +252,41 @@ def test_an_old_gpu_gets_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_kernels(CUDA, torch.float16) == ["padded", "sdpa"]
     with pytest.raises(UnsupportedError, match=r"8\.0 \(Ampere\)"):
         choose_kernel("varlen", CUDA, torch.float16)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty folder `flash_attn` that can be imported from."""
+    folder = tmp_path / "flash_attn"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    sys.modules.pop("flash_attn", None)
+
+
+def test_flash_attn_4_is_not_taken_for_flash_attn(flash_attn: Path) -> None:
+    """Its wheel has flash_attn/cute and no flash_attn/__init__.py: what is imported is empty."""
+    (flash_attn / "cute").mkdir()
+    (flash_attn / "cute" / "__init__.py").touch()
+    assert "flash-attn" not in available_kernels(META, torch.bfloat16)
+    assert choose_kernel("auto", META, torch.bfloat16)[0] != "flash-attn"
+    with pytest.raises(UnsupportedError, match="installed as flash_attn is another package"):
+        choose_kernel("flash-attn", META, torch.bfloat16)
+
+
+def test_flash_attn_is_behind_torchs_own(flash_attn: Path) -> None:
+    (flash_attn / "__init__.py").write_text("def flash_attn_varlen_func(): ...")
+    names = available_kernels(META, torch.bfloat16)
+    assert "flash-attn" in names
+    if "varlen" in names:
+        assert names[0] == "varlen"
+    assert choose_kernel("flash-attn", META, torch.bfloat16)[0] == "flash-attn"
+
+
+def test_a_flash_attn_that_cannot_be_imported_says_why(flash_attn: Path) -> None:
+    (flash_attn / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    with pytest.raises(UnsupportedError, match="cannot be imported: undefined symbol"):
+        choose_kernel("flash-attn", META, torch.bfloat16)
 
 
 def test_what_runs_here() -> None:

@@ -20,6 +20,7 @@ from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, Segments, pack
 from model.runner import ModelRunner
 from tests.model.test_attention import segments
+from tests.model.torches import HAS_VARLEN
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,26 @@ def test_what_is_too_large_is_left_to_the_others(graphed: cuda_graphs.GraphedFor
     assert graphed([encoding(2)] * (cuda_graphs.MAX_SEQS + 1)) is None
 
 
+def test_no_recording_is_of_one_token() -> None:
+    """FlashAttention fails with 1 as the longest sequence beside empty ones."""
+    assert min(cuda_graphs.SIZES) >= 2
+
+
+def test_auto_is_where_it_can_be() -> None:
+    cuda = torch.device("cuda", 0)
+    for graphs, device, kernel, quantization, expected in (
+        ("auto", cuda, "varlen", "float8", True),
+        ("auto", cuda, "padded", "none", False),
+        ("auto", cuda, "varlen", "int8", False),
+        ("auto", CPU, "sdpa", "none", False),
+        (False, cuda, "varlen", "none", False),
+        (True, cuda, "varlen", "none", True),
+    ):
+        assert cuda_graphs.wanted(graphs, device, kernel, quantization) is expected  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match="need a GPU"):
+        cuda_graphs.wanted(True, CPU, "sdpa", "none")
+
+
 def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type: ignore[no-untyped-def]
     cuda = torch.device("cuda", 0)
     cuda_graphs.check(cuda, "varlen", "float8")
@@ -93,6 +114,7 @@ def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type:
         ModelRunner(RunnerOptions(str(golden_checkpoint), cuda_graphs=True))
 
 
+@pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
 def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> None:
     """The buffers' views have the shapes and dtypes that the real varlen kernel wants."""
     meta = torch.device("meta")
@@ -103,7 +125,7 @@ def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> N
     def forward(batch: PackedBatch) -> Tensor:
         seen.append(batch)
         rows: Tensor = model(batch, attend)
-        assert rows.shape == (cuda_graphs.MAX_SEQS, golden_config.hidden_size)
+        assert rows.shape == (cuda_graphs.MAX_SEQS + 1, golden_config.hidden_size)
         return rows
 
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -115,6 +137,6 @@ def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> N
     assert [batch.num_tokens for batch in seen] == sorted(cuda_graphs.SIZES, reverse=True)
     for batch in seen:
         assert batch.seqs.cu_seqlens.dtype == torch.int32
-        assert batch.seqs.cu_seqlens.shape == (cuda_graphs.MAX_SEQS + 1,)
+        assert batch.seqs.cu_seqlens.shape == (cuda_graphs.MAX_SEQS + 2,)
         assert batch.pool_rows is not None
         assert batch.pool_rows.shape == batch.input_ids.shape

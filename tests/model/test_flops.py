@@ -15,6 +15,7 @@ from model.config import NVEmbedConfig
 from model.loader import empty_model, expected_shapes
 from model.packing import pack
 from tests.model.test_config import OFFICIAL
+from tests.model.torches import COUNTED_VARLEN
 
 META = torch.device("meta")
 CONFIG = NVEmbedConfig.from_dict(OFFICIAL)
@@ -66,7 +67,7 @@ def encodings(count: int, length: int, pool_start: int) -> list[Encoding]:
     return [Encoding(np.ones(length, dtype=np.int32), pool_start) for _ in range(count)]
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", COUNTED_VARLEN])
 def test_short_passages(kernel: str) -> None:
     """64 passages of 20 tokens: the last linear runs once for each, nothing runs twice."""
     total, _ = count(encodings(64, 20, 0), kernel)
@@ -79,7 +80,7 @@ def test_short_passages(kernel: str) -> None:
     assert expected <= total <= 1.02 * expected
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("kernel", ["sdpa", COUNTED_VARLEN])
 def test_instructed_queries(kernel: str) -> None:
     """64 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each.
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from model import latent_attention
+from model.attention import choose_kernel
+from model.batch import Encoding
 from model.config import NVEmbedConfig
 from model.latent_attention import segment_mean
-from model.loader import expected_shapes, load_model, load_plain_pooler
-from model.packing import Segments
+from model.loader import empty_model, expected_shapes, load_model, load_plain_pooler
+from model.packing import Segments, pack
 from tests.checkpoints import recipe_tensor
+from tests.model.test_config import OFFICIAL
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 LENGTHS = (1, 20, 7, 7, 130)
 
 
@@ -118,3 +126,81 @@ def test_the_gpus_way_to_take_means_on_meta_and_on_values() -> None:
     x, lengths = torch.randn(sum(LENGTHS), 4), segments(LENGTHS).cu_seqlens.diff()
     by_reduce = torch.segment_reduce(x, "mean", lengths=lengths, axis=0, unsafe=True)
     torch.testing.assert_close(by_reduce, segment_mean(x, segments(LENGTHS)))
+
+
+# -- memory ----------------------------------------------------------------------------------
+
+
+class MetaMemory(TorchDispatchMode):
+    """Counts the bytes of meta tensors' storages as an allocator would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = self.peak = 0
+        self._live: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        tree_map(self._book, out)
+        return out
+
+    def _book(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            return
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._live:
+            self._live.add(key)
+            self.used += size
+            self.peak = max(self.peak, self.used)
+            weakref.finalize(storage, self._give_back, key, size)
+
+    def _give_back(self, key: int, size: int) -> None:
+        self._live.discard(key)
+        self.used -= size
+
+
+def peak(rows: int) -> tuple[float, float]:
+    """GB that one text takes at the official size in bfloat16, as on a GPU: (in the backbone, in
+    all)."""
+    model = empty_model(NVEmbedConfig.from_dict(OFFICIAL), dtype=torch.bfloat16)
+    _, attend = choose_kernel("auto", META, torch.bfloat16)
+    batch = pack([Encoding(np.ones(rows, dtype=np.int32))], META)
+    with torch.inference_mode(), MetaMemory() as memory:
+        model.backbone(batch, attend)
+        backbone = memory.peak
+        model(batch, attend)
+    return backbone / 1e9, memory.peak / 1e9
+
+
+@pytest.mark.parametrize("rows", [8_192, 32_768])
+def test_the_pooler_does_not_set_the_peak(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, whole = peak(rows)
+    assert whole == backbone
+    monkeypatch.setattr(latent_attention, "_ROWS_AT_A_TIME", 1 << 20)
+    assert peak(rows)[1] > 1.1 * backbone  # so the counting sees it
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 7, 32, 100, 164, 1000])
+def test_pieces_change_nothing(
+    golden_checkpoint: Path, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that begin, end and lie whole within a piece, and filler behind the last one."""
+    config = NVEmbedConfig.from_dir(golden_checkpoint)
+    h = hidden_states(config)
+    filled = torch.cat([h, h[-1:].expand(11, -1)])
+    expected = F.normalize(
+        torch.stack([published_pooler(part, config) for part in h.split(list(LENGTHS))]), dim=-1
+    ).float()
+    poolers = (
+        load_plain_pooler(golden_checkpoint, config, device=CPU, dtype=torch.float32),
+        load_model(golden_checkpoint, config, device=CPU, dtype=torch.float32).pooler,
+    )
+    monkeypatch.setattr(latent_attention, "_ROWS_AT_A_TIME", rows_at_a_time)
+    for pooler in poolers:
+        with torch.inference_mode():
+            vectors = F.normalize(pooler(filled, segments(LENGTHS)), dim=-1)
+        torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
+        learning = filled.clone().requires_grad_()
+        whole = F.normalize(pooler(learning, segments(LENGTHS)), dim=-1)
+        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)

@@ -81,3 +81,19 @@ def test_filler_makes_few_sizes_and_is_an_eighth_at_most() -> None:
         sizes[tokens] = pack([encoding(tokens)], CPU, filler=True).num_tokens
         assert tokens <= sizes[tokens] < tokens + max(16, tokens / 8)
     assert len(set(sizes.values())) == 16 + 3 * 8
+
+
+def test_what_lies_between_two_rows() -> None:
+    seqs = pack([encoding(3), encoding(2), encoding(4)], CPU).seqs
+    for first, last, lengths in (
+        (0, 9, (3, 2, 4)),
+        (0, 4, (3, 1, 0)),
+        (4, 8, (0, 1, 3)),
+        (8, 12, (0, 0, 1)),  # filler behind the last one
+        (9, 12, (0, 0, 0)),
+    ):
+        inside = seqs.between(first, last)
+        assert inside.lengths == lengths
+        assert inside.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
+        assert inside.cu_seqlens.dtype == torch.int32
+        assert inside.max_seqlen == max(lengths)

@@ -113,9 +113,28 @@ def test_float16_on_a_processor_is_warned_of(
 
 def test_dtypes(golden_config: NVEmbedConfig) -> None:
     assert resolve_dtype("float16", CPU, golden_config) == torch.float16
-    assert resolve_dtype("auto", CUDA, golden_config) == torch.bfloat16
     with pytest.raises(UnsupportedError, match="known: auto, float32, bfloat16, float16"):
         resolve_dtype("float8", CPU, golden_config)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),  # T4
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_auto_on_a_gpu(
+    golden_config: NVEmbedConfig,
+    capability: tuple[int, int],
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert resolve_dtype("auto", CUDA, golden_config) == expected
 
 
 @pytest.mark.parametrize(

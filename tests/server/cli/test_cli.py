@@ -36,15 +36,16 @@ READ = [
 """What is named in place of a file that is read; see `places`."""
 WRITTEN = ["missing/below", "file/below", "loop/below", "/proc/below"]
 TOO_LONG = "x" * 5000
+ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "evaluate")
 READ_PATHS = {
-    *("serve --config", "serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
-    *(f"{name} --config" for name in ("encode", "verify", "train", "mine", "evaluate")),
-    *(f"{name} --model" for name in ("serve", "encode", "verify", "mine", "evaluate")),
+    *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
+    *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
+    *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
     *("encode FILE", "verify --golden", "train SETTINGS", "train --base", "mine FILE"),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     *("mine --teacher", "evaluate --teacher"),
 }
-WRITTEN_PATHS = {"serve --uds", "encode --output", "train --out", "mine --out"}
+WRITTEN_PATHS = {"serve --uds", "encode --output", "train --out", "mine --out", "gpu-check --out"}
 NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --host": ["a" * 64, "a b", "203.0.113.1", "256.256.256.256", "no.such.host.invalid"],
     "serve --root-path": ["api", "/api/", "/a b"],
@@ -52,10 +53,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --api-key": ["a key", "a,b", "x", "schlüssel"],
     "serve --devices": ["gpu", "cuda:x", "auto,cpu", "cuda:99999999999999999999"],
     "encode --task": WORDS,
-    **{
-        f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"]
-        for name in ("encode", "verify", "train", "mine", "evaluate")
-    },
+    **{f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"] for name in ON_ONE_DEVICE},
     **{
         f"{name} --{option}": values
         for name in ("mine", "evaluate")
@@ -68,7 +66,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
 }
 ANY = re.compile(
     r"encode --(prompt|instruction|field)|(serve|encode) --(query-instruction|runner)|"
-    r"serve --served-model-name|\w+ --revision|evaluate --(mteb|results)"
+    r"serve --served-model-name|[\w-]+ --revision|evaluate --(mteb|results)"
 )
 """Options that take every text, or whose text is looked at by another program (mteb, the hub)."""
 
@@ -93,8 +91,9 @@ def nonsense(which: str, action: argparse.Action) -> list[str]:
         return NAMED[which]
     if which in READ_PATHS:
         return [*READ, TOO_LONG]
-    if which in WRITTEN_PATHS:  # a run's folder is made with those above it
-        return [*(WRITTEN[1:] if which == "train --out" else WRITTEN), TOO_LONG]
+    if which in WRITTEN_PATHS:
+        made_with_those_above = which in ("train --out", "gpu-check --out")
+        return [*(WRITTEN[1:] if made_with_those_above else WRITTEN), TOO_LONG]
     if action.choices or (field and settings._choices(field)):
         return WORDS
     if action.type not in (None, Path) or (field and settings._is_number(field)):
@@ -146,6 +145,7 @@ def calls(
                     **model,
                 },
                 "verify": {**model},
+                "gpu-check": {"--out": [str(folder / "out")], **model},
                 "train": {
                     "SETTINGS": [str(folder / "run.json")],
                     "--out": [str(folder / "out/run")],
@@ -290,6 +290,9 @@ def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]
         (["encode", "x", "--format", "parket"], "did you mean parquet?"),
         (["serve", "--log-level", "warn"], "--log-level: must be debug, info, warning or error"),
         (["verify", "--quantization", "int-8"], "did you mean int8?"),
+        (["gpu-check", "--quantization", "float8"], "gpu-check tries all of them"),
+        (["gpu-check", "--dtype", "float32"], "gpu-check tries all of them"),
+        (["gpu-check", "--device", "cpu"], "`nv-embed verify` runs on a CPU"),
         (["serve", "--prot=5"], "unrecognized argument --prot=5; did you mean --port?"),
         (["mine", "x", "-o", "y", "--modl", "z", "--threshold", "0"], "--threshold: must be a num"),
     ],
@@ -324,6 +327,7 @@ def test_the_environment_names_the_model_of_every_command(
     words = {
         "encode": ["t.txt", "-o", "x.npy"],
         "verify": [],
+        "gpu-check": [],
         "mine": ["pairs.jsonl", "-o", "y.jsonl"],
         "evaluate": ["--sts", "sts.jsonl"],
         "serve": [],

@@ -11,19 +11,32 @@ import importlib.metadata
 import json
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
 
-from model import checks, products
-from model.attention import AttentionKernel, choose_kernel
-from model.checks import Check, Measured, Subject
-from model.config import NVEmbedConfig
-from model.errors import CheckpointError, ModelError, UnsupportedError
+from model.errors import CheckpointError, ModelError
 from model.hub import locate
-from model.runner import device_name, resolve_device, resolve_dtype
-from model.tokenizer import NVEmbedTokenizer
+from model.runner import device_name
+from model.verify import authors, precisions, structure
+from model.verify.outcome import Check
+from model.verify.referee import Referee
+from model.verify.subject import (
+    Loaded,
+    Measured,
+    Subject,
+    dtype_name,
+    layers_of,
+    load,
+    no_room,
+    peak_memory,
+    sample_encodings,
+    say,
+    subject_of,
+    variant_name,
+)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,26 +53,20 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
     source = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config = NVEmbedConfig.from_dir(source.path)
-    device = resolve_device(arguments.device)
-    dtype = resolve_dtype(arguments.dtype, device, config, arguments.cpu_products)
     golden = arguments.golden
     if golden is None and (source.path / "golden.json").is_file():
         golden = source.path / "golden.json"
     elif golden is not None and not golden.is_file():
         raise CheckpointError(f"--golden: there is no file {golden}")
-    choose_kernel(arguments.attention, device, dtype)  # refuses what cannot run
-
-    def kernel(wanted: torch.dtype) -> tuple[str, AttentionKernel]:
-        try:
-            return choose_kernel(arguments.attention, device, wanted)
-        except UnsupportedError:  # a 16-bit kernel, asked for the float32 comparison
-            return choose_kernel("auto", device, wanted)
-
-    tokenizer = NVEmbedTokenizer.from_dir(source.path)
-    quantization, mode = arguments.quantization, arguments.cpu_products
-    products.choose(device, dtype, quantization, config.widest_product, mode)  # refuses likewise
-    return Subject(source, config, tokenizer, device, dtype, quantization, kernel, golden, mode)
+    return subject_of(
+        source,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        attention=arguments.attention,
+        golden=golden,
+        cpu_products=arguments.cpu_products,
+    )
 
 
 def verify(subject: Subject) -> bool:
@@ -67,8 +74,8 @@ def verify(subject: Subject) -> bool:
     measured = Measured()
     print(f"model    {subject.source.model_id} ({subject.source.revision or subject.source.path})")
     print(f"device   {subject.device} ({device_name(subject.device)})")
-    print(f"dtype    {checks.dtype_name(subject.dtype)}, quantization {subject.quantization}")
-    layers = checks.layers_of(subject, subject.dtype, subject.quantization)
+    print(f"dtype    {dtype_name(subject.dtype)}, quantization {subject.quantization}")
+    layers = layers_of(subject, subject.dtype, subject.quantization)
     for probe in layers.probes:
         print(f"products {probe}")
     outcomes = []
@@ -88,7 +95,7 @@ def verify(subject: Subject) -> bool:
         "revision": subject.source.revision,
         "device": str(subject.device),
         "device_name": device_name(subject.device),
-        "dtype": checks.dtype_name(subject.dtype),
+        "dtype": dtype_name(subject.dtype),
         "quantization": subject.quantization,
         "attention": measured.attention,
         "products": [asdict(trial) | {"kind": p.kind} for p in layers.probes for trial in p.trials],
@@ -105,41 +112,41 @@ def verify(subject: Subject) -> bool:
 
 def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
     """Every check in turn, cheap ones first; at most one whole model is in memory."""
-    tensors = checks.check_tensors(subject)
+    tensors = authors.check_tensors(subject)
     yield tensors
     if tensors.status == "failed":
         return  # nothing can be loaded
-    yield checks.check_example_ids(subject)
-    yield checks.check_eos(subject)
-    yield checks.check_golden_ids(subject)
-    yield checks.check_backbone(subject)
+    yield authors.check_example_ids(subject)
+    yield authors.check_eos(subject)
+    yield authors.check_golden_ids(subject)
+    yield structure.check_backbone(subject)
 
-    variant = checks.variant_name(subject.dtype, subject.quantization)
-    with checks.peak_memory(subject.device) as peak:
-        working = checks.load(subject, subject.dtype, subject.quantization)
+    variant = variant_name(subject.dtype, subject.quantization)
+    with peak_memory(subject.device) as peak:
+        working = load(subject, subject.dtype, subject.quantization)
         measured.attention = subject.kernel(subject.dtype)[0]
-        yield checks.check_finite(subject, working, measured, variant)
-        measured.tokens_per_s = checks.throughput(subject, working)
+        yield structure.check_finite(subject, working, measured, variant)
+        measured.tokens_per_s = throughput(subject, working)
     measured.peak_memory_bytes = peak.bytes
-    yield checks.check_card(subject, working)
-    yield checks.check_bidirectional(subject, working)
-    yield checks.check_alone(subject, working)
-    yield checks.check_pooler(subject, working)
-    yield from checks.check_kernels(subject, working)
-    yield from checks.check_graphs(subject, working)
+    yield authors.check_card(subject, working.embed)
+    yield structure.check_bidirectional(subject, working)
+    yield structure.check_alone(subject, working)
+    yield structure.check_pooler(subject, working)
+    yield from structure.check_kernels(subject, working)
+    yield from structure.check_graphs(subject, working)
     exact = working if variant == "float32" else None
-    if exact is None:
-        del working  # float32 may need its memory
-        reason = checks.no_room(subject, torch.float32, "none")
-        if reason is None:
-            exact = checks.load(subject, torch.float32, "none")
-            measured.vectors["float32"] = exact.embed(checks.sample_encodings(subject))
+    del working  # float32 may need its memory
+    reason = None if exact else no_room(subject, torch.float32, "none")
+    if reason is None:
+        exact = exact or load(subject, torch.float32, "none")
+        measured.vectors["float32"] = exact.embed(sample_encodings(subject))
     else:
-        del working
-        reason = None
-    yield checks.check_golden_vectors(subject, exact, reason)
+        say(f"float32 layer by layer, for the whole does not fit: {reason}")
+        referee = Referee(subject.source.path, subject.config, subject.device)
+        measured.vectors["float32"] = referee.embed(sample_encodings(subject))
+    yield authors.check_golden_vectors(subject, exact, reason)
     del exact
-    yield from checks.check_precisions(subject, measured)
+    yield from precisions.check_precisions(subject, measured)
 
 
 def _versions() -> dict[str, str | None]:
@@ -151,3 +158,17 @@ def _versions() -> dict[str, str | None]:
             versions[name] = None
     versions["cuda"] = torch.version.cuda
     return versions
+
+
+def throughput(subject: Subject, working: Loaded) -> float:
+    """Tokens per second of full batches of the samples."""
+    say("measuring tokens per second")
+    samples = sample_encodings(subject)
+    tokens = sum(map(len, samples))
+    copies = max(1, (8192 if subject.device.type == "cuda" else 1024) // tokens)
+    working.embed(samples * copies)  # warms up
+    runs, begun, elapsed = 0, time.perf_counter(), 0.0
+    while not runs or elapsed < subject.measure_seconds:
+        working.embed(samples * copies)  # its rows come to the host, so the device is done
+        runs, elapsed = runs + 1, time.perf_counter() - begun
+    return runs * copies * tokens / elapsed

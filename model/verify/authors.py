@@ -1,0 +1,159 @@
+"""Checks against what the authors published: tensors, token ids, vectors, the card's example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.batch import Encoding
+from model.card import PUBLISHED_SCORES, read_card, read_card_text
+from model.errors import CheckpointError
+from model.files import read_json
+from model.loader import Checkpoint
+from model.tokenizer import BOS_ID, EOS_ID, Truncation
+from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
+from model.verify.subject import EXAMPLE, PREFIX, SAMPLES, VECTOR_TOLERANCE, Loaded, Subject
+
+EXAMPLE_IDS = [
+    1, 560, 1356, 28747, 12628, 264, 2996, 28725, 20132, 1455, 1291, 369, 4372, 272, 2996, 13,
+    3294, 28747, 460, 4612, 28709, 4965, 4670, 297, 17619, 1905, 28804, 2,
+]  # fmt: skip
+EXAMPLE_POOL_START = 18
+Embed = Callable[[Sequence[Encoding]], NDArray[np.float32]]
+SCORE_TOLERANCE = {torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 1.0}
+"""Of scores times 100. The published ones carry their own machine's rounding."""
+_MOST_GOLDEN_BYTES = 256 << 20
+
+
+def check_tensors(subject: Subject) -> Check:
+    """The names and shapes of every tensor."""
+    count = 0
+    try:
+        checkpoint = Checkpoint(subject.source.path)
+        count = len(checkpoint.shapes())
+        checkpoint.check(subject.config)
+    except CheckpointError as error:
+        return Check("tensors", "failed", count, "those of the config", note=str(error))
+    return Check("tensors", "passed", count, count, note="names and shapes")
+
+
+def check_example_ids(subject: Subject) -> Check:
+    """The known example: 28 ids, 18 left out of the pool."""
+    encoding = subject.tokenizer.encode(EXAMPLE, PREFIX, max_tokens=4096)
+    same = encoding.ids.tolist() == EXAMPLE_IDS and encoding.pool_start == EXAMPLE_POOL_START
+    return Check(
+        "token ids",
+        status_of(same),
+        f"{len(encoding)} ids, {encoding.pool_start} left out",
+        f"{len(EXAMPLE_IDS)} ids, {EXAMPLE_POOL_START} left out",
+        note="" if same else f"ids {encoding.ids.tolist()}",
+    )
+
+
+def check_eos(subject: Subject) -> Check:
+    """Every encoding begins with BOS and ends with EOS, and has them nowhere else."""
+    inputs = [*SAMPLES, ("", ""), ("", "a literal </s> in the text"), ("", "<s>")]
+    good = 0
+    for instruction, text in inputs:
+        ids = subject.tokenizer.encode(text, instruction, max_tokens=4096).ids.tolist()
+        ends = (ids[0], ids[-1]) == (BOS_ID, EOS_ID)
+        good += ends and not {BOS_ID, EOS_ID} & set(ids[1:-1])
+    return Check("BOS and EOS", status_of(good == len(inputs)), good, len(inputs), note="inputs")
+
+
+def _golden_cases(subject: Subject) -> list[dict[str, Any]]:
+    assert subject.golden is not None
+    cases: list[dict[str, Any]] = read_json(subject.golden, _MOST_GOLDEN_BYTES)
+    try:
+        wanted = {"instruction", "max_length", "texts", "token_ids", "embeddings"}
+        if not all(wanted <= case.keys() for case in cases):
+            raise ValueError(f"a case lacks one of {', '.join(sorted(wanted))}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{subject.golden} cannot be read: {error}") from error
+    return cases
+
+
+def _golden_encodings(subject: Subject, case: dict[str, Any]) -> list[Encoding]:
+    return [
+        subject.tokenizer.encode(
+            text, case["instruction"], max_tokens=case["max_length"], truncate=Truncation.END
+        )
+        for text in case["texts"]
+    ]
+
+
+def check_golden_ids(subject: Subject) -> Check:
+    """The ids of every case of the golden file."""
+    if subject.golden is None:
+        return skipped("golden ids", "the folder holds no golden.json, and no --golden was given")
+    same = total = 0
+    for case in _golden_cases(subject):
+        for encoding, ids in zip(_golden_encodings(subject, case), case["token_ids"], strict=True):
+            total += 1
+            same += encoding.ids.tolist() == ids
+    return Check("golden ids", status_of(same == total), same, total, note="texts")
+
+
+def check_golden_vectors(subject: Subject, exact: Loaded | None, reason: str | None) -> Check:
+    """The float32 vectors of every case of the golden file."""
+    name = "golden vectors"
+    if subject.golden is None:
+        return skipped(name, "the folder holds no golden.json, and no --golden was given")
+    if exact is None:
+        return skipped(name, f"they are float32: {reason}")
+    differences = []
+    for case in _golden_cases(subject):
+        rows = exact.embed(_golden_encodings(subject, case))
+        differences.append(difference(rows, np.array(case["embeddings"], dtype=np.float32)))
+    worst = float(np.max(differences))  # NaN stays NaN, and fails
+    return at_most(name, worst, VECTOR_TOLERANCE, "largest difference, float32")
+
+
+@dataclass(frozen=True, slots=True)
+class CardExample:
+    """The example of a model card as inputs, and the scores that it prints."""
+
+    queries: list[Encoding]
+    passages: list[Encoding]
+    scores: list[list[float]]
+
+
+def card_example(subject: Subject) -> CardExample | str:
+    """The example in the model card that comes with the weights, or why there is none."""
+    card = read_card_text(subject.source.path)
+    if card is None:
+        return "the folder holds no model card (README.md)"
+    example = read_card(card)
+    if example is None:
+        return "the model card holds no example that can be read"
+    identity = f"{subject.source.model_id} {subject.config.name}".lower()
+    published = (scores for model, scores in PUBLISHED_SCORES.items() if model in identity)
+    expected = example.scores or next(published, None)
+    if expected is None:
+        return "the model card prints no scores"
+    encode = subject.tokenizer.encode
+    return CardExample(
+        [encode(query, example.prefix, max_tokens=32768) for query in example.queries],
+        [encode(passage, max_tokens=32768) for passage in example.passages],
+        expected,
+    )
+
+
+def check_card(subject: Subject, embed: Embed) -> Check:
+    """The card's example, by `embed` in the subject's precision."""
+    name = "model card's example"
+    example = card_example(subject)
+    if isinstance(example, str):
+        return skipped(name, example)
+    rows = embed([*example.queries, *example.passages])
+    queries, passages = np.split(rows, [len(example.queries)])
+    got, expected = (queries @ passages.T) * 100, example.scores
+    tolerance = 3.0 if subject.quantization != "none" else SCORE_TOLERANCE[subject.dtype]
+    close = got.shape == np.shape(expected) and difference(got, np.array(expected)) <= tolerance
+    shown = [[finite(round(score, 4)) for score in row] for row in got.tolist()]
+    return Check(name, status_of(close), shown, expected, tolerance)

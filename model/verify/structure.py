@@ -1,0 +1,148 @@
+"""Checks of what holds for every checkpoint: one part of the model against another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model import cuda_graphs
+from model.attention import available_kernels, choose_kernel
+from model.batch import Encoding
+from model.errors import UnsupportedError
+from model.loader import empty_model, load_backbone, load_plain_pooler
+from model.packing import pack
+from model.verify.authors import EXAMPLE_IDS
+from model.verify.outcome import Check, at_most, finite, skipped, status_of
+from model.verify.referee import mistral_model, states_of
+from model.verify.subject import (
+    SAMPLES,
+    VECTOR_TOLERANCE,
+    Loaded,
+    Measured,
+    Subject,
+    layers_of,
+    same,
+    sample_encodings,
+    say,
+    too_large,
+)
+
+FOLDED_COSINE = 0.9999
+REFEREE_LAYERS = 2
+
+
+def check_finite(subject: Subject, working: Loaded, measured: Measured, variant: str) -> Check:
+    """Finite vectors of length 1; they are kept for the comparisons."""
+    rows = measured.vectors[variant] = working.embed(sample_encodings(subject))
+    worst = float(np.abs(np.linalg.norm(rows, axis=1) - 1).max())
+    return at_most("length of the vectors", worst, 1e-5, "distance from 1")
+
+
+def check_bidirectional(subject: Subject, working: Loaded) -> Check:
+    """Another last word must change what the model makes of the first ones."""
+    text = subject.tokenizer.encode(SAMPLES[1][1], max_tokens=4096)
+    changed = text.ids.copy()
+    changed[-2] = EXAMPLE_IDS[4]  # the place before EOS
+    before, after = (
+        working.hidden_states(pack([Encoding(ids)], subject.device)).float()
+        for ids in (text.ids, changed)
+    )
+    moved = (after - before).norm(dim=-1) / before.norm(dim=-1)
+    early = float(moved[1 : len(moved) // 2].median())
+    status = status_of(early > 1e-3)
+    note = "relative change of the early rows when the last word changes"
+    return Check("attention sees ahead", status, finite(early), "> 0.001", note=note)
+
+
+def check_alone(subject: Subject, working: Loaded) -> Check:
+    """A text's vector alone is its vector among others."""
+    samples = sample_encodings(subject)
+    together = working.embed(samples)
+    alone = np.concatenate([working.embed([encoding]) for encoding in samples])
+    return same("alone and together", subject, alone, together)
+
+
+def check_backbone(subject: Subject) -> Check:
+    """The first layers, on the real weights, against transformers' MistralModel (float32)."""
+    name = "backbone's first layers"
+    layers = min(REFEREE_LAYERS, subject.config.num_hidden_layers)
+    model = empty_model(subject.config, dtype=torch.float32).backbone
+    parts = [model.embed_tokens, *list(model.layers)[:layers]]
+    needed = 2 * sum(p.nbytes for part in parts for p in part.parameters())
+    if reason := too_large(needed, subject.device):
+        return skipped(name, reason)
+    say(f"loading {layers} layers twice for the referee")
+    ours, tensors = load_backbone(
+        subject.source.path,
+        subject.config,
+        depth=layers,
+        device=subject.device,
+        dtype=torch.float32,
+        layers=layers_of(subject, torch.float32, "none"),
+    )
+    theirs = mistral_model(subject.config, layers)
+    theirs.load_state_dict(tensors)
+    theirs.to(subject.device)
+    differences = []
+    for sample in sample_encodings(subject):
+        encoding = Encoding(sample.ids)
+        batch = pack([encoding], subject.device)
+        with torch.inference_mode():
+            got = ours(batch, subject.kernel(torch.float32)[1])
+            expected = states_of(theirs, input_ids=batch.input_ids.long()[None])
+        differences.append(float((got - expected).abs().max() / expected.abs().max()))
+    note = f"relative to transformers' MistralModel under a full mask, {layers} layers, float32"
+    return at_most(name, float(np.max(differences)), VECTOR_TOLERANCE, note)
+
+
+def check_pooler(subject: Subject, working: Loaded) -> Check:
+    """The folded pooler against the plain one, on real hidden states in the working dtype."""
+    batch = pack(sample_encodings(subject), subject.device)
+    hidden_states = working.hidden_states(batch)
+    plain = load_plain_pooler(
+        subject.source.path, subject.config, device=subject.device, dtype=subject.dtype
+    )
+    with torch.inference_mode():
+        got, expected = (
+            F.normalize(pooler(hidden_states, batch.pooled), dim=-1).cpu().numpy()
+            for pooler in (working.model.pooler, plain)
+        )
+    return same("folded pooler", subject, got, expected, cosine=FOLDED_COSINE)
+
+
+def check_kernels(subject: Subject, working: Loaded) -> Iterator[Check]:
+    """Every attention kernel that runs here against the one in use."""
+    samples = sample_encodings(subject)
+    used = subject.kernel(subject.dtype)[0]
+    expected = working.embed(samples)
+    for name in available_kernels(subject.device, subject.dtype):
+        if name != used:
+            _, attend = choose_kernel(name, subject.device, subject.dtype)
+            yield same(f"{name} and {used}", subject, working.embed(samples, attend), expected)
+
+
+def check_graphs(subject: Subject, working: Loaded) -> Iterator[Check]:
+    """Recorded forwards against eager ones, sample by sample and the shortest together."""
+    name = "CUDA graphs and eager"
+    try:
+        cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], subject.quantization)
+    except UnsupportedError as error:
+        yield skipped(name, str(error))
+        return
+    with torch.inference_mode():
+        forward = cuda_graphs.GraphedForward(
+            lambda batch: working.model(batch, working.attend), subject.device
+        )
+        samples = [e for e in sample_encodings(subject) if len(e) <= cuda_graphs.SIZES[-1]]
+        short = sorted(samples, key=len)[:4]
+        batches = [*([sample] for sample in samples), short]
+        got = []
+        for batch in batches:
+            rows = forward(batch)
+            assert rows is not None, batch
+            got.append(rows.cpu().numpy())  # at once: the next replay may overwrite them
+    expected = working.embed([encoding for batch in batches for encoding in batch])
+    yield same(name, subject, np.concatenate(got), expected)

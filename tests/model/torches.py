@@ -1,0 +1,56 @@
+"""What the installed torch has, for tests that also run with the oldest that is allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+from torch.utils import flop_counter
+
+from model.quantization import Float8Linear
+
+HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+"""From 2.10 on."""
+VARLEN = pytest.param(
+    "varlen", marks=pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
+)
+COUNTED_VARLEN = pytest.param(
+    "varlen",
+    marks=pytest.mark.skipif(
+        not hasattr(flop_counter, "_varlen_attn_forward_flop"),
+        reason="this torch does not count varlen_attn's operations",
+    ),
+)
+
+
+def _shares_heads() -> bool:
+    if not HAS_VARLEN:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+needs_shared_heads = pytest.mark.skipif(
+    not _shares_heads(), reason="this torch's varlen_attn shares no key heads: they are repeated"
+)
+
+
+def _scales_rows() -> bool:
+    """By the public name where there is one, as model.quantization."""
+    a = torch.zeros(16, 16).to(torch.float8_e4m3fn)
+    layer = Float8Linear(16, 16)
+    layer.weight = torch.nn.Parameter(a.T, requires_grad=False)
+    layer.scales = torch.nn.Parameter(torch.ones(16), requires_grad=False)
+    try:
+        layer(torch.ones(2, 16, dtype=torch.bfloat16))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+needs_cpu_float8 = pytest.mark.skipif(
+    not _scales_rows(), reason="this torch multiplies no float8 rows on a CPU"
+)
