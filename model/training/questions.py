@@ -3,12 +3,14 @@
     python -m model.training.questions DATA --debian DIR --questions DIR
 
 Writes DATA/texts2.jsonl, the fresh texts mixed with as many of DATA/texts.jsonl and the rest of
-these behind them, and DATA/pairs2.jsonl. DEBIAN holds unpacked packages (see `sources`); a file
-or package that is not there is left out. QUESTIONS holds JSON lines, gzipped:
+these behind them, and DATA/pairs2.jsonl. The folder of --debian holds unpacked packages (see
+`sources`), that of --questions JSON lines, gzipped; what is not there is left out:
 
 - medquad.jsonl.gz: question, answer, source (MedQuAD, CC BY 4.0);
 - factbook.jsonl.gz: country, field, text (The World Factbook, public domain);
 - clinc150-train.jsonl.gz: text, intent (CLINC150's training part, CC BY 3.0).
+
+Of Debian's packages perl-doc (Artistic or GPL) and wamerican-huge (SCOWL, permissive) are read.
 
 One disease, country or intent in ten is for `validation_sets` and never trained on: which ones is
 decided here and nowhere else. Knows no tensors.
