@@ -321,7 +321,8 @@ def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> Non
         help="score a model on sets from files, or on mteb's tasks",
         description="Score embeddings: Spearman (STS); nDCG@10, MRR@10 and recall@100 (retrieval); "
         "kNN and logistic regression (classification); V-measure (clustering). Each option may be "
-        "repeated. Prints a table and, last, a line of JSON. The instruction of a set stands "
+        "repeated. Prints a table, each score with its 95 %% interval (bootstrap), and, last, a "
+        "line of JSON. The instruction of a set stands "
         "behind its path: PATH=TASK, TASK being a name that GET /v1/instructions lists (NQ, STS, "
         "Banking77 and others, in any case), a description in words, or nothing for none. Without "
         "it: NQ's for retrieval, STS's for STS, and mteb's general ones for classification "
@@ -358,6 +359,36 @@ def _add_training_commands(commands: argparse._SubParsersAction[_Parser]) -> Non
         "--no-instructions", dest="instructions", action="store_false", help="embed texts bare"
     )
     evaluate.add_argument("--bm25", action="store_true", help="the lexical baseline instead")
+    evaluate.add_argument(
+        "--case",
+        choices=("lower", "upper", "title"),
+        help="retrieval's queries in this case: how much a model minds",
+    )
+    evaluate.add_argument(
+        "--items",
+        type=Path,
+        metavar="FILE",
+        help="keep what each query, pair or text scored, for --against of another run",
+    )
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="another run's --items: prints the differences, with their intervals (paired)",
+    )
+    evaluate.add_argument(
+        "--projection",
+        type=Path,
+        metavar="FILE",
+        help="map the vectors by this file of `initialise` first: with --teacher, the most that "
+        "distillation can reach",
+    )
+    evaluate.add_argument(
+        "--dimensions",
+        type=_whole(1, 65_536),
+        metavar="N",
+        help="score the first N numbers of each vector, made to length 1 again",
+    )
     _add_embedder_arguments(evaluate)
     evaluate.set_defaults(run=_evaluate, parser=evaluate)
 

@@ -85,10 +85,11 @@ def run(trial: Trial, sets: Sets) -> Scores:
         trainer.run(progress=False)
     scores: Scores = {}
     for named in sets.sts:
-        scores[named.path.name] = evaluation.score_sts(trainer.embed_texts, named)
+        scores[named.path.name] = dict(evaluation.score_sts(trainer.embed_texts, named))
     for named in sets.retrieval:
         data = evaluation.read_retrieval(named.path)
-        scores[named.path.name] = evaluation.score_retrieval(trainer.embed_texts, data, named)
+        found = evaluation.score_retrieval(trainer.embed_texts, data, named)
+        scores[named.path.name] = dict(found)
     for named in sets.classification:
         scores[named.path.name] = evaluation.score_labelled(trainer.embed_texts, named, ("knn",))
     (trial.folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

@@ -28,22 +28,15 @@ def grouped_products(
     causal: rows see none behind them, as in the decoder that Mistral was; for the ablation only.
     The queries of a sequence are its last rows.
     """
+    groups = _groups(keys.lengths)
+    parts = [  # split: the gradient of a slice would be a tensor of all rows for each
+        torch.split(x, [sum(lengths[first:last]) for first, last in groups])
+        for x, lengths in ((q, queries.lengths), (k, keys.lengths), (v, keys.lengths))
+    ]
     outputs = []
-    q_at = k_at = 0
-    for first, last in _groups(keys.lengths):
-        q_lengths, k_lengths = queries.lengths[first:last], keys.lengths[first:last]
-        q_rows, k_rows = sum(q_lengths), sum(k_lengths)
-        outputs.append(
-            _attend(
-                q[q_at : q_at + q_rows],
-                k[k_at : k_at + k_rows],
-                v[k_at : k_at + k_rows],
-                np.array(q_lengths),
-                np.array(k_lengths),
-                causal,
-            )
-        )
-        q_at, k_at = q_at + q_rows, k_at + k_rows
+    for (first, last), q_rows, k_rows, v_rows in zip(groups, *parts, strict=True):
+        sizes = np.array(queries.lengths[first:last]), np.array(keys.lengths[first:last])
+        outputs.append(_attend(q_rows, k_rows, v_rows, *sizes, causal))
     return torch.cat(outputs)
 
 

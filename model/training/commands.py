@@ -9,14 +9,19 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.errors import UnsupportedError
 from model.hub import packaged_checkpoint
-from model.training import evaluation, mteb_adapter
+from model.training import bootstrap, evaluation, mteb_adapter
+from model.training.case import CASES, changed
 from model.training.examples import DataError, Example, read_examples, write_examples
 from model.training.mining import mine
 from model.training.plot import plot
@@ -83,18 +88,23 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if not named.path.exists():  # said before an hour of work on the others
             raise DataError(f"there is no {named.path}")
     mteb_tasks = mteb_adapter.named_tasks(arguments.mteb) if arguments.mteb else []
+    if arguments.items:
+        bootstrap.claim(arguments.items)
+    other = bootstrap.Other(arguments.against) if arguments.against else None
     scores: dict[str, dict[str, float]] = {}
-    embed = None if arguments.bm25 else embedder(arguments)
+    embed = None if arguments.bm25 else _measured(arguments)
     for named in sets["retrieval"]:
         data = evaluation.read_retrieval(named.path)
         if data.missing:
             print(f"{named.path}: {data.missing} relevant documents are not in its corpus")
-        scores[named.name] = (
+        if arguments.case:
+            data = data.with_queries(partial(changed, case=CASES[arguments.case]))
+        scores[named.name] = dict(
             evaluation.score_retrieval(embed, data, named) if embed else evaluation.score_bm25(data)
         )
     if embed:
         for named in sets["sts"]:
-            scores[named.name] = evaluation.score_sts(embed, named)
+            scores[named.name] = dict(evaluation.score_sts(embed, named))
         labelled: dict[evaluation.NamedSet, list[str]] = {}
         for named in sets["classification"]:
             labelled.setdefault(named, []).extend(("knn", "logistic"))
@@ -108,10 +118,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
             embed, _mteb_name(arguments, embed), instructions=arguments.instructions
         )
         scores.update(mteb_adapter.evaluate_tasks(model, mteb_tasks, arguments.results))
-    for name, metrics in scores.items():
-        for metric, value in metrics.items():
-            print(f"{name:32} {metric:20} {value:.4f}")
-    print(json.dumps({"model": _name(arguments), "scores": scores}))
+    digests = {
+        named.name: evaluation.digest_of(named.path) for named in chain.from_iterable(sets.values())
+    }
+    if arguments.items:
+        bootstrap.write_items(arguments.items, scores, digests)
+    others = other.matching(scores, digests) if other else {}
+    names = list(dict.fromkeys(named.name for named in sets["retrieval"]))
+    if len(names) > 1:
+        scores |= bootstrap.all_queries(scores, names)
+        others |= bootstrap.all_queries(others, names)
+    judged = list(bootstrap.judge(scores, others))
+    for row in judged:
+        print(row)
+    result = {"model": _name(arguments), "scores": scores}
+    print(json.dumps(result | bootstrap.as_json(judged)))
     return 0
 
 
@@ -133,6 +154,27 @@ def _name(arguments: argparse.Namespace) -> str:
     if arguments.bm25:
         return "bm25"
     return str(arguments.url or arguments.teacher or arguments.model or "the shipped model")
+
+
+def _measured(arguments: argparse.Namespace) -> evaluation.Embedder:
+    """The model that is scored, its vectors projected or cut as the arguments say."""
+    embed, width = embedder(arguments), arguments.dimensions
+    if not arguments.projection and not width:
+        return embed
+    from model.training.teacher import Projection
+
+    projection = Projection.load(arguments.projection) if arguments.projection else None
+
+    def changed_rows(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
+        rows = embed(texts, instruction)
+        if projection:
+            rows = projection(rows)
+        if width and width > rows.shape[1]:
+            raise UnsupportedError(f"--dimensions {width}: the vectors have {rows.shape[1]}")
+        rows = rows[:, :width]
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
+
+    return changed_rows
 
 
 def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:

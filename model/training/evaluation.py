@@ -17,10 +17,11 @@ see `Embedder`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -32,6 +33,7 @@ from model.tasks import TASKS, find_variant, prefix_of
 from model.training import metrics
 from model.training.bm25 import BM25
 from model.training.examples import DataError, read_lines, read_rows, text_of
+from model.training.metrics import Figure
 from model.training.sources import read_labelled_rows
 
 Kind = Literal["sts", "retrieval", "classification", "clustering"]
@@ -67,6 +69,10 @@ class RetrievalSet:
     queries: list[str]
     relevant: list[dict[int, float]]
     """Of each query: place in documents -> grade; places behind the end are missing ones."""
+
+    def with_queries(self, change: Callable[[str], str]) -> RetrievalSet:
+        """The same set, each query changed."""
+        return replace(self, queries=[change(query) for query in self.queries])
 
     @property
     def missing(self) -> int:
@@ -228,19 +234,28 @@ def read_labelled(path: Path) -> LabelledSet:
     return LabelledSet(train, test)
 
 
-def score_sts(embed: Embedder, data: NamedSet) -> dict[str, float]:
+def digest_of(path: Path) -> str:
+    """SHA-256 of a set's file, or of all files of its folder: whether two sets are the same."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def score_sts(embed: Embedder, data: NamedSet) -> dict[str, Figure]:
     first, second, scores = read_sts(data.path)
     vectors = embed(first, prefix_of(data.query)), embed(second, prefix_of(data.passage))
     return {"spearman": metrics.spearman(metrics.cosine_rows(*vectors), scores)}
 
 
-def score_retrieval(embed: Embedder, data: RetrievalSet, named: NamedSet) -> dict[str, float]:
+def score_retrieval(embed: Embedder, data: RetrievalSet, named: NamedSet) -> dict[str, Figure]:
     queries = embed(data.queries, prefix_of(named.query))
     documents = embed(data.documents, prefix_of(named.passage))
     return metrics.retrieval_scores(queries @ documents.T, data.relevant)
 
 
-def score_bm25(data: RetrievalSet) -> dict[str, float]:
+def score_bm25(data: RetrievalSet) -> dict[str, Figure]:
     return metrics.retrieval_scores(BM25(data.documents).scores(data.queries), data.relevant)
 
 
@@ -258,7 +273,7 @@ def score_labelled(embed: Embedder, data: NamedSet, which: Sequence[str]) -> dic
         scores["v_measure"] = metrics.v_measure(test, labels)
     if fitted:
         train = embed([text for text, _ in rows.train], instruction)
-        known: dict[str, Callable[..., float]] = {
+        known: dict[str, Callable[..., Figure]] = {
             "knn": metrics.knn_accuracy,
             "logistic": metrics.logistic_accuracy,
         }

@@ -3,14 +3,14 @@
 Retrieval has trec_eval's measures: gains are the relevance grades, discounts 1 / log2(rank + 1),
 the ideal holds every relevant document, and a query without one is left out. Equal scores are
 ranked by the documents' order (trec_eval: by their ids, backwards), nearest neighbours likewise:
-the same scores always give the same figures.
+the same scores always give the same figures. A score over items is a `Figure`, which keeps them.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,37 @@ def ranks(values: Floats) -> NDArray[np.float64]:
     return mean
 
 
-def spearman(first: Floats, second: Floats) -> float:
-    """Rank correlation of two lists, -1 to 1; 0 where one of them is constant and ranks nothing."""
+class Figure(float):
+    """A score that keeps the items it is made of: one value of each (a query's nDCG, 1 for a right
+    label, a pair's cosine), and where the statistic needs it a second (the people's score)."""
+
+    statistic: str
+    items: tuple[Floats, ...]
+
+    @classmethod
+    def of(cls, statistic: str, *items: Floats) -> Self:
+        """statistic: one of STATISTICS; items: as many arrays [N] as it takes."""
+        figure = cls(STATISTICS[statistic](*items))
+        figure.statistic, figure.items = statistic, items
+        return figure
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())
+
+
+def _spearman(first: Floats, second: Floats) -> float:
     if (first == first[0]).all() or (second == second[0]).all():
         return 0.0
     return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+STATISTICS: dict[str, Callable[..., float]] = {"mean": _mean, "spearman": _spearman}
+
+
+def spearman(first: Floats, second: Floats) -> Figure:
+    """Rank correlation of two lists, -1 to 1; 0 where one of them is constant and ranks nothing."""
+    return Figure.of("spearman", first, second)
 
 
 def cosine_rows(first: Floats, second: Floats) -> Floats:
@@ -52,7 +78,7 @@ def ndcg(gains: Sequence[float], ideal: Sequence[float], k: int) -> float:
 
 def retrieval_scores(
     scores: Floats, relevant: Sequence[Mapping[int, float]], k: int = 10
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """nDCG@k, MRR@k and recall@100 of scores [queries, documents].
 
     relevant: for each query its relevant documents (columns) and their grades. A place behind the
@@ -74,14 +100,14 @@ def retrieval_scores(
             )
         )
     assert found, "no query has a relevant document"
-    means = np.mean(found, axis=0)
     names = (f"ndcg@{k}", f"mrr@{k}", "recall@100")
-    return dict(zip(names, map(float, means), strict=True))
+    columns = np.array(found).T
+    return {name: Figure.of("mean", column) for name, column in zip(names, columns, strict=True)}
 
 
 def knn_accuracy(
     train: Floats, train_labels: Sequence[str], test: Floats, test_labels: Sequence[str], k: int = 5
-) -> float:
+) -> Figure:
     """Votes of the k nearest by cosine, each weighted by it; rows have length 1. With fewer than k
     training rows, of all of them."""
     names, coded = np.unique(np.asarray(train_labels), return_inverse=True)
@@ -90,12 +116,12 @@ def knn_accuracy(
     votes = np.zeros((len(test), len(names)))
     rows = np.arange(len(test))[:, None]
     np.add.at(votes, (rows, coded[nearest]), np.take_along_axis(similar, nearest, axis=1))
-    return float((names[votes.argmax(axis=1)] == np.asarray(test_labels)).mean())
+    return Figure.of("mean", (names[votes.argmax(axis=1)] == np.asarray(test_labels)).astype(float))
 
 
 def logistic_accuracy(
     train: Floats, train_labels: Sequence[str], test: Floats, test_labels: Sequence[str]
-) -> float:
+) -> Figure:
     """Accuracy of a logistic regression on the vectors (scikit-learn, 100 iterations as mteb)."""
     linear_model = _sklearn("linear_model")
     regression = linear_model.LogisticRegression(max_iter=100, C=10.0)
@@ -104,7 +130,7 @@ def logistic_accuracy(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # 100 iterations need not converge
         regression.fit(train, list(train_labels))
-    return float(regression.score(test, list(test_labels)))
+    return Figure.of("mean", (regression.predict(test) == np.asarray(test_labels)).astype(float))
 
 
 def v_measure(vectors: Floats, labels: Sequence[str], seed: int = 0) -> float:

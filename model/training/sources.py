@@ -56,6 +56,17 @@ class Pair:
     task: str
     source: str
 
+    def to_json(self) -> str:
+        """A line of a file of examples."""
+        row = {
+            "query": self.query,
+            "positive": self.positive,
+            "task": self.task,
+            "symmetric": self.task == TASK_STS,
+            "source": self.source,
+        }
+        return json.dumps(row, ensure_ascii=False)
+
 
 @dataclass(frozen=True, slots=True)
 class Section:
@@ -200,8 +211,13 @@ def manual_sections(folder: Path, patterns: Iterable[str]) -> Iterator[Section]:
 
 
 def manual_pairs(root: Path, package: str, rng: random.Random) -> Iterator[Pair]:
+    """Those of one package of MANUALS."""
+    return section_pairs(manual_sections(root / package, MANUALS[package]), package, rng)
+
+
+def section_pairs(sections: Iterable[Section], source: str, rng: random.Random) -> Iterator[Pair]:
     """Heading -> first passage; a sentence -> the passage without it."""
-    for section in manual_sections(root / package, MANUALS[package]):
+    for section in sections:
         limit = LONG_PASSAGE if rng.random() < 0.2 else SHORT_PASSAGE
         for index, passage in enumerate(passages(section.paragraphs, limit)):
             if len(passage) < 60:
@@ -210,12 +226,12 @@ def manual_pairs(root: Path, package: str, rng: random.Random) -> Iterator[Pair]
                 query = section.heading
                 if section.title != section.heading and len(query.split()) < 4:
                     query = f"{section.title}: {section.heading}"
-                yield Pair(query, passage, TASK_DOCUMENTATION, package)
+                yield Pair(query, passage, TASK_DOCUMENTATION, source)
             elif len(parts := split_sentences(passage)) >= 3:
                 at = rng.randrange(len(parts))
                 if 30 <= len(parts[at]) <= 250:
                     rest = " ".join(parts[:at] + parts[at + 1 :])
-                    yield Pair(parts[at], rest, TASK_SENTENCE, package)
+                    yield Pair(parts[at], rest, TASK_SENTENCE, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,15 +474,7 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            row_ = {
-                "query": pair.query,
-                "positive": pair.positive,
-                "task": pair.task,
-                "symmetric": pair.task == TASK_STS,
-                "source": pair.source,
-            }
-            file.write(json.dumps(row_, ensure_ascii=False) + "\n")
+        file.writelines(f"{pair.to_json()}\n" for pair in pairs)
     with (arguments.out / "texts.jsonl").open("w", encoding="utf-8") as file:
         for text, source in texts.items():
             file.write(json.dumps({"text": text, "source": source}, ensure_ascii=False) + "\n")

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from model import console, host
-from model.errors import UnsupportedError
+from model import console, host, user_files
+from model.errors import FileError, UnsupportedError
 from model.extras import how_to_install
 from model.runner import resolve_device
 from model.training.examples import DataError, read_texts
@@ -112,8 +112,9 @@ class Projection:
     @classmethod
     def load(cls, path: Path) -> Projection:
         try:
+            user_files.open_regular(path).close()
             return cls(load_file(str(path))["projection"])
-        except (OSError, KeyError, SafetensorError) as error:
+        except (FileError, OSError, KeyError, SafetensorError) as error:
             raise DataError(f"{path} cannot be read: {error}") from None
 
 

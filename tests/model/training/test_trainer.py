@@ -441,6 +441,8 @@ def test_a_weight_repeats_rows(
         ({"steps": 0}, "at least 1"),
         ({"steps": "9"}, "steps is '9', not a whole number"),
         ({"save_every": True}, "save_every is True"),
+        ({"compile": 1}, "compile is 1, not true or false"),
+        ({"other_case": 1.5}, "other_case is 1.5, it is at most 1"),
         ({"temperature": 0}, "temperature is 0, it is above 0"),
         ({"learning_rate": -1e-3}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),

@@ -43,9 +43,12 @@ READ_PATHS = {
     *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
     *("encode FILE", "verify --golden", "train SETTINGS", "train --base", "mine FILE"),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
-    *("mine --teacher", "evaluate --teacher"),
+    *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
 }
-WRITTEN_PATHS = {"serve --uds", "encode --output", "train --out", "mine --out", "gpu-check --out"}
+WRITTEN_PATHS = {
+    *("serve --uds", "encode --output", "train --out", "mine --out", "evaluate --items"),
+    "gpu-check --out",
+}
 NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --host": ["a" * 64, "a b", "203.0.113.1", "256.256.256.256", "no.such.host.invalid"],
     "serve --root-path": ["api", "/api/", "/a b"],

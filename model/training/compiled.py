@@ -1,0 +1,78 @@
+"""The passes between a layer's matrix products, compiled: norms, rotations, SiLU.
+
+Uncompiled they are a row of operations, each over all rows in memory and back, and take more than
+half of a step on a CPU. Attention stays as it is: its shapes are other ones in every step. Needs a
+C++ compiler on a CPU; torch names it when there is none. Compiling takes half a minute.
+
+Plain functions of tensors are compiled, once for all layers: of modules torch would compile each
+one anew, and after eight of them none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.mistral import MLP, RMSNorm
+from model.rotary import HalvesRotary
+from model.training.network import TrainedNVEmbed
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """When it is needed: torch's compiler takes seconds to import."""
+    return torch.compile(function, dynamic=True)
+
+
+def _added_and_normed(
+    residual: Tensor, update: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    residual = residual + update
+    return residual, F.rms_norm(residual, weight.shape, weight, eps)
+
+
+def _activated(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class CompiledRotary(HalvesRotary):
+    """The same angles; one pass to turn by them."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().rotate(x)
+        return _compiled(_rotated)(x, self.cos, self.sin)  # type: ignore[no-any-return]
+
+
+def _add(norm: RMSNorm, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_grad_enabled():
+        return RMSNorm.add(norm, residual, update)
+    arguments = residual, update, norm.weight, norm.eps
+    return _compiled(_added_and_normed)(*arguments)  # type: ignore[no-any-return]
+
+
+def _mlp(mlp: MLP, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return MLP.forward(mlp, x)
+    return mlp.down_proj(_compiled(_activated)(mlp.gate_up_proj(x)))  # type: ignore[no-any-return]
+
+
+def compile_parts(model: TrainedNVEmbed) -> None:
+    """In place; parameters and their names stay."""
+    model.backbone.rotary = CompiledRotary
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.add = partial(_add, module)  # type: ignore[method-assign]
+        elif isinstance(module, MLP):
+            module.forward = partial(_mlp, module)  # type: ignore[method-assign]

@@ -1,0 +1,34 @@
+"""Compiled passes compute what the others do, forwards and backwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.training.trainer import Trainer
+from tests.model.training.test_trainer import settings_of
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler has some of its own
+def test_the_gradients_are_the_same(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
+    plain = settings_of(tiny_checkpoint, tiny_data)
+    gradients, vectors = [], []
+    for run, compile_it in (("plain", False), ("compiled", True)):
+        trainer = Trainer(dataclasses.replace(plain, compile=compile_it), tmp_path / run)
+        if compile_it:
+            assert trainer.model.backbone.rotary.__name__ == "CompiledRotary"
+        for step in range(2):  # two shapes
+            trainer.step = step
+            trainer.backward(trainer.draw())
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
+        vectors.append(torch.from_numpy(trainer.embed_texts(["red cat", "tea"], "")))
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*vectors)
