@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.mistral import MLP, RMSNorm
+from model.quantization import ScaledRows
 from model.rotary import HalvesRotary
 from model.training.network import TrainedNVEmbed
 
@@ -55,7 +56,7 @@ class CompiledRotary(HalvesRotary):
         return _compiled(_rotated)(x, self.cos, self.sin)  # type: ignore[no-any-return]
 
 
-def _add(norm: RMSNorm, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def _add(norm: RMSNorm, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor | ScaledRows]:
     if not torch.is_grad_enabled():
         return RMSNorm.add(norm, residual, update)
     arguments = residual, update, norm.weight, norm.eps
