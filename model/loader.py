@@ -24,6 +24,7 @@ from model import packed_linear, products, quantization, rotary
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
 from model.files import listed
+from model.fused import Fused
 from model.latent_attention import (
     FEED_FORWARD_FACTOR,
     LatentAttention,
@@ -205,11 +206,12 @@ def load_model(
     dtype: torch.dtype,
     quantize: str = "none",
     layers: Products | None = None,
+    fused: Fused | None = None,
 ) -> NVEmbed:
     """Load a checkpoint folder for inference.
 
     layers: those of `products.choose` for the same device, dtype and quantization, by default
-    what it chooses.
+    what it chooses. fused: the kernels between them, on a GPU; None: torch's own operations.
     Raises CheckpointError when the tensors are not exactly those of `config`, UnsupportedError
     when `quantize` cannot be had.
     """
@@ -218,6 +220,8 @@ def load_model(
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize, eight_bit=layers.eight_bit)
     _suit(model, model.backbone, device, layers)
+    if fused is not None:
+        model.backbone.use(fused)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
@@ -352,12 +356,13 @@ def _stack(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`sources` stacked along dim 0, each copied to its place once."""
+    """`sources` stacked along dim 0. Each goes to the device as it is and is converted there: torch
+    would do that on the host, which has other things to do."""
     rows = sum(source.shape[0] for source in sources)
     stacked = torch.empty(rows, *sources[0].shape[1:], device=device, dtype=dtype)
     start = 0
     for source in sources:
-        stacked[start : start + source.shape[0]].copy_(read(source))
+        stacked[start : start + source.shape[0]].copy_(read(source).to(device))
         start += source.shape[0]
     return stacked
 
@@ -433,7 +438,7 @@ def load_plain_pooler(
         if parameter.startswith("pooler."):
             names[parameter.removeprefix("pooler.")] = sources[0].name
     for parameter, name in names.items():
-        tensor = checkpoint.rows(name).to(device=device, dtype=dtype, copy=True)
+        tensor = checkpoint.rows(name).to(device).to(dtype, copy=True)
         _set(pooler, parameter, nn.Parameter(tensor, requires_grad=False))
     return pooler.eval()
 

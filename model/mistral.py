@@ -9,7 +9,7 @@ Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head wid
 Beside the matrix products time goes into memory traffic, so without gradients what is not needed
 any more is overwritten: the residual by its sum with an update, q and k by their rotated selves,
 and on the CPU the update by the normed sum. There the residual is kept in float32, which spares
-the norms two passes.
+the norms two passes. On a GPU `use` puts model.fused in place of torch's operations.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from model.attention import AttentionKernel
 from model.config import NVEmbedConfig
+from model.fused import Fused
 from model.packed_linear import MKLLinear
 from model.packing import PackedBatch
+from model.quantization import Float8Linear, ScaledRows
 from model.rotary import HalvesRotary, Rotary
 
 _ROWS_AT_A_TIME = 256
@@ -34,20 +36,29 @@ cache for the next."""
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, over the last dimension; statistics in float32."""
 
+    fused: Fused | None = None
+    float8 = False
+    """Whether what comes out is quantized; only with `fused`."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | ScaledRows:
         """x [T, D] -> [T, D]."""
+        if self.fused is not None:
+            return self.fused.norm(x, None, self.weight, self.eps, float8=self.float8)
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return self._norm(x, torch.empty_like(x, dtype=self.weight.dtype))
 
-    def add(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor | ScaledRows]:
         """-> (residual + update, the same normed in update's dtype). Without gradients `residual`
         is overwritten, on the CPU `update`, too."""
+        if self.fused is not None:
+            norm = self.fused.norm
+            return residual, norm(residual, update, self.weight, self.eps, float8=self.float8)
         if torch.is_grad_enabled():
             residual = residual + update
             return residual, self(residual)
@@ -93,7 +104,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | ScaledRows,
         rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
@@ -108,14 +119,15 @@ class SelfAttention(nn.Module):
 
     def forward_pooled(
         self,
-        x: Tensor,
+        x: Tensor | ScaledRows,
         rotary: Rotary,
         batch: PackedBatch,
         attend: AttentionKernel,
     ) -> Tensor:
         """x [T, D] -> [P, D]: keys and values of all rows, queries of the pooled rows."""
         k, v = torch.chunk(self._by_head(self.kv_proj(x)), 2, dim=1)
-        q = self._by_head(self.q_proj(select_rows(x, batch)))
+        of_queries = select_rows(x, batch) if isinstance(x, Tensor) else x.select(batch.pool_rows)
+        q = self._by_head(self.q_proj(of_queries))
         of_pooled = rotary if batch.pool_rows is None else rotary.select(batch.pool_rows)
         out = attend(of_pooled.rotate(q), rotary.rotate(k), v, batch.pooled, batch.seqs)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
@@ -128,6 +140,10 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one product."""
 
+    fused: Fused | None = None
+    float8 = False
+    """Whether `down_proj` takes float8 rows."""
+
     def __init__(self, config: NVEmbedConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
@@ -135,6 +151,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> [T, D]. With MKL's layers in x's place."""
+        if self.fused is not None:
+            active = self.fused.silu_up(self.gate_up_proj(x), float8=self.float8)
+            return self.down_proj(active)  # type: ignore[no-any-return]
         if torch.is_grad_enabled():
             gate, up = self._gate_up(x)
             return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
@@ -209,6 +228,20 @@ class MistralBackbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
 
+    def use(self, fused: Fused) -> None:
+        """Run these kernels between the products. For inference on a GPU, before the weights are
+        loaded and after the layers are chosen: what float8 layers read is then made so."""
+        self.rotary = fused.rotary()
+        for module in self.modules():
+            if isinstance(module, RMSNorm | MLP):
+                module.fused = fused
+            elif isinstance(module, Float8Linear):
+                module.to_rows = fused.to_float8
+            elif isinstance(module, Layer):
+                float8 = isinstance(module.mlp.down_proj, Float8Linear)  # as are all of its layers
+                for owner in (module.input_layernorm, module.post_attention_layernorm, module.mlp):
+                    owner.float8 = float8
+
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> [P, D], the final norm applied."""
         residual: Tensor = self.embed_tokens(batch.input_ids)
@@ -220,6 +253,7 @@ class MistralBackbone(nn.Module):
             residual, update = layer(residual, update, rotary, batch, attend)
         assert update is not None, "a model without layers"
         _, normed = self.norm.add(residual, update)
+        assert isinstance(normed, Tensor), "the final norm feeds no float8 layer"
         return normed
 
 

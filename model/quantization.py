@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.errors import UnsupportedError
@@ -26,6 +27,7 @@ from model.extras import how_to_install
 
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
 _CHUNK = 1 << 18  # weights that are quantized at a time: 1 MB of float32 stays in the cache
+_GPU_CHUNK = 1 << 24  # there each piece costs a dozen launches and a wait, however small it is
 OUTLIER_THRESHOLD = 6.0
 """Columns of activations beyond it are multiplied in 16 bit: the paper's value."""
 _INT8_MAX, _INT7_MAX, _FLOAT8_MAX = 127.0, 63.0, 448.0
@@ -50,6 +52,20 @@ def check(quantization: str, device: torch.device, dtype: torch.dtype) -> None:
             )
 
 
+class ScaledRows(NamedTuple):
+    """Rows in 8 bits: about values * scales."""
+
+    values: Tensor  # [T, I]
+    scales: Tensor  # [T, 1]
+
+    def select(self, rows: Tensor | None) -> ScaledRows:
+        """Those of `rows` alone, None: all. As bytes, which every device can gather."""
+        if rows is None:
+            return self
+        values = self.values.view(torch.uint8).index_select(0, rows).view(self.values.dtype)
+        return ScaledRows(values, self.scales.index_select(0, rows))
+
+
 class ScaledLinear(nn.Module):
     """A linear layer whose weight [I, O] is 8 bit, with a scale for each output [O]; no bias."""
 
@@ -69,8 +85,12 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, I] -> [T, O] in x's dtype."""
-        values, scales = quantize_rows(x, self.store, self.activations_most)
+        values, scales = quantize_rows(x, self.activations_most)
         return self._product(values, scales, x.dtype)
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 rows of a weight [O, I] -> (8-bit values [O, I], scales [O, 1])."""
+        return quantize_rows(weight, self.most)
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -163,15 +183,46 @@ class UnsignedInt7Linear(_OneDNNInt8Linear):
 
 
 class Float8Linear(ScaledLinear):
-    """Products by cuBLAS or CUTLASS with a scale for each row and each column."""
+    """Products by cuBLAS or CUTLASS with a scale for each row and each column, in bfloat16."""
 
     store = torch.float8_e4m3fn
     most = activations_most = _FLOAT8_MAX
+    fast_accumulation = True
+    """Sums stay in the matrix units, whose precision is less than float32's. torch's kernels for
+    scales of rows are known to be slow without."""
+    to_rows: Callable[[Tensor], ScaledRows]
+    """How x is quantized: as `float8_rows` does, or by a kernel of model.fused."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.to_rows = float8_rows
+
+    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return float8_rows(weight)
+
+    def forward(self, x: Tensor | ScaledRows) -> Tensor:
+        """x [T, I], or what `to_rows` makes of it -> [T, O] in bfloat16."""
+        values, scales = x if isinstance(x, ScaledRows) else self.to_rows(x)
+        return self._product(values, scales, torch.bfloat16)
 
     def _product(self, values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        fast = self.fast_accumulation
+        return _float8_product(values, self.weight, scales, self.scales[None], dtype, fast)
+
+
+def _float8_product(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """a [T, I], rows one after another, times b [I, O], columns one after another, scaled by
+    scale_a [T, 1] and scale_b [1, O], both float32. I and O are multiples of 16."""
+    if not hasattr(F, "scaled_mm"):  # an older torch: the same under a private name
         return torch._scaled_mm(
-            values, self.weight, scale_a=scales.float(), scale_b=self.scales[None], out_dtype=dtype
+            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=fast
         )
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(
+        a, b, scale_a, by_row, scale_b, by_row, output_dtype=dtype, use_fast_accum=fast
+    )
 
 
 _LAYERS: dict[str, type[ScaledLinear]] = {
@@ -185,8 +236,21 @@ def usual_layer(quantization: str) -> type[ScaledLinear] | None:
     return _LAYERS.get(quantization)
 
 
-def quantize_rows(x: Tensor, store: torch.dtype, most: float) -> tuple[Tensor, Tensor]:
-    """x [T, I] -> (8-bit values [T, I], scales [T, 1] in x's dtype): x is about values * scales."""
+def float8_rows(x: Tensor) -> ScaledRows:
+    """x [T, I] in bfloat16 or float32 -> float8 values and float32 scales, in few operations.
+
+    Where x is in bfloat16, what is rounded to float8 is, too: that moves 9 bytes for a number in
+    place of 13, and a number between two of float8's may go to the farther one, by 3 % of the step.
+    """
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True)
+    # Rounded to x's dtype, so that what is multiplied back is what was divided by. That may make
+    # the largest value 450, which still rounds to 448.
+    scales = largest.div_(_FLOAT8_MAX).clamp_min_(torch.finfo(x.dtype).tiny)
+    return ScaledRows(torch.div(x, scales).to(torch.float8_e4m3fn), scales.float())
+
+
+def quantize_rows(x: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """x [T, I] -> (int8 values [T, I], scales [T, 1] in x's dtype): x is about values * scales."""
     # Two reductions: each is three times as fast as one of |x|, which has to be stored first.
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
     # Rounded to x's dtype first, so that what is multiplied back is what was divided by. In
@@ -194,17 +258,12 @@ def quantize_rows(x: Tensor, store: torch.dtype, most: float) -> tuple[Tensor, T
     scales = largest.div_(most).clamp_min_(torch.finfo(x.dtype).tiny)
     inverse = 1 / scales.float()
     if x.device.type != "cpu" or len(x) <= _BLOCK:
-        return _rounded(x, inverse, store).to(store), scales
-    values = torch.empty(x.shape, dtype=store)
+        return (x * inverse).round_().to(torch.int8), scales  # in float32 up to here
+    values = torch.empty(x.shape, dtype=torch.int8)
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        values[rows] = _rounded(x[rows], inverse[rows], store)
+        values[rows] = (x[rows] * inverse[rows]).round_()
     return values, scales
-
-
-def _rounded(x: Tensor, inverse: Tensor, store: torch.dtype) -> Tensor:
-    scaled = x * inverse  # float32
-    return scaled.round_() if store == torch.int8 else scaled
 
 
 def _bitsandbytes() -> Any:
@@ -261,7 +320,7 @@ def parameters_of(
     values = torch.empty(rows, layer.in_features, dtype=layer.store, device=device)
     scales = torch.empty(rows, device=device)
     for place, chunk in _chunks(parts, device):
-        values[place], chunk_scales = quantize_rows(chunk.float(), layer.store, layer.most)
+        values[place], chunk_scales = layer.quantized(chunk.float())
         scales[place] = chunk_scales[:, 0]
     yield "weight", nn.Parameter(layer.laid_out(values), requires_grad=False)
     yield "scales", nn.Parameter(scales, requires_grad=False)
@@ -271,7 +330,8 @@ def _chunks(parts: Iterable[Tensor], device: torch.device) -> Iterator[tuple[sli
     """A few rows at a time, on `device`, so that what is needed beside the result stays small."""
     row = 0
     for part in parts:
-        for chunk in torch.split(part, max(1, _CHUNK // part.shape[1])):
+        size = _CHUNK if device.type == "cpu" else _GPU_CHUNK
+        for chunk in torch.split(part, max(1, size // part.shape[1])):
             yield slice(row, row + len(chunk)), chunk.to(device)
             row += len(chunk)
 

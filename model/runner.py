@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, host, products
+from model import cuda_graphs, fused, host, products
 from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import NVEmbedConfig
@@ -82,6 +82,7 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
             layers=layers,
+            fused=fused.choose(options.fused, self.device),
         )
         unchanged.check()
         self.info = RunnerInfo(

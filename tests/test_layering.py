@@ -35,6 +35,8 @@ MODEL = [
     "rotary",
     "packed_linear",
     "quantization",
+    "triton_kernels",
+    "fused",
     "products",
     "mistral",
     "latent_attention",

@@ -7,17 +7,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import products
 from model.config import NVEmbedConfig
 from model.errors import CheckpointError
-from model.loader import Checkpoint, expected_shapes, load_model
+from model.loader import Checkpoint, expected_shapes, load_backbone, load_model
 from model.products import Products
 from model.rotary import as_neighbours
 from tests.checkpoints import config_json, recipe_tensor
@@ -296,3 +298,23 @@ def test_an_unreadable_tensor_list_is_shortened(folder: Path) -> None:
     config = NVEmbedConfig.from_dir(folder)
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         Checkpoint(folder).check(config)
+
+
+def test_weights_are_converted_on_the_device(folder: Path) -> None:
+    """What is copied to its place is there already: between devices torch converts on the host."""
+    copied: list[tuple[torch.device, torch.device]] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if op._schema.name == "aten::copy_":
+                copied.append((args[0].device, args[1].device))
+            return op(*args, **(kwargs or {}))
+
+    config, meta = NVEmbedConfig.from_dir(folder), torch.device("meta")
+    plain = Products(torch.bfloat16, nn.Linear)
+    with Copies():
+        load_backbone(folder, config, depth=1, device=meta, dtype=torch.bfloat16, layers=plain)
+    assert copied
+    assert all(target == source == meta for target, source in copied), copied

@@ -14,11 +14,13 @@ from transformers import MistralConfig, MistralModel
 from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
 from model.batch import Encoding
 from model.config import NVEmbedConfig
+from model.fused import Fused
 from model.loader import Source, tensor_table
 from model.mistral import MistralBackbone
 from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
 from model.packing import pack
 from model.rotary import NeighboursRotary, as_neighbours
+from tests.model import fused_stand_in as stand_in
 
 CPU = torch.device("cpu")
 CONFIG = NVEmbedConfig(
@@ -78,7 +80,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         SERVED["as served, MKL"] = MKLLinear
     if torch.backends.mkldnn.is_available():
         SERVED["as served, oneDNN"] = OneDNNLinear
-FORMS = ("with gradients", "as checkpoints", *SERVED)
+FORMS = ("with gradients", "as checkpoints", "fused", *SERVED)
 TOLERANCE = dict.fromkeys(FORMS, 3e-5) | {"with gradients": 1e-5}
 """Absolute, on states of up to 4. Sums in another order than transformers': either is up to 1e-5
 from the same in float64."""
@@ -109,6 +111,8 @@ def our_states(
         if name.startswith("backbone.")
     }
     assert not weights, f"left over: {list(weights)}"
+    if form == "fused":
+        backbone.use(Fused(stand_in.launch))
     backbone.load_state_dict(fused)
     packed = SERVED.get(form, nn.Linear)
     if issubclass(packed, PackedLinear):

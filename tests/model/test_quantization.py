@@ -93,15 +93,18 @@ def test_8_bits_where_they_cannot_run(wide_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("store", "most"), [(torch.int8, 127), (torch.float8_e4m3fn, 448)])
+@pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn])
 def test_rows_are_quantized_by_their_own_largest_value(
-    dtype: torch.dtype, store: torch.dtype, most: float
+    dtype: torch.dtype, store: torch.dtype
 ) -> None:
     x = torch.randn(100, 40, generator=torch.Generator().manual_seed(1)) * 10 ** torch.linspace(
         -2, 2, 100
     ).unsqueeze(1)
     x[7] = 0
-    values, scales = quantization.quantize_rows(x.to(dtype), store, most)
+    if store == torch.int8:
+        values, scales = quantization.quantize_rows(x.to(dtype), 127)
+    else:
+        values, scales = quantization.float8_rows(x.to(dtype))
     assert (values.dtype, scales.shape) == (store, (100, 1))
     error = (values.float() * scales.float() - x).abs() / x.abs().amax(1, keepdim=True).clamp(1e-9)
     assert error.max() < (0.01 if store == torch.int8 else 0.05)
@@ -122,3 +125,41 @@ def test_int8_dynamic_vectors_do_not_depend_on_the_batch(wide_checkpoint: Path, 
     alone = np.concatenate([encoder.encode([text]) for text in texts])
     cosines = (encoder.encode(texts) * alone).sum(axis=1)
     assert cosines.min() >= (0.99999 if dtype == "float32" else 0.999), cosines
+
+
+def test_weights_go_to_a_gpu_in_few_pieces() -> None:
+    """Each piece costs a dozen launches and a wait, however small it is. Counted at 7B."""
+    config = NVEmbedConfig.from_dict(OFFICIAL)
+    model = empty_model(config, quantize="float8", dtype=torch.bfloat16)
+    layers = [m for m in model.modules() if isinstance(m, quantization.Float8Linear)]
+    pieces = 0
+    for layer in layers:
+        weight = torch.empty(
+            layer.out_features, layer.in_features, dtype=torch.float16, device=META
+        )
+        pieces += sum(1 for _ in quantization._chunks([weight], META))
+    assert len(layers) == 129
+    assert pieces <= 450
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("public", [True, False])
+def test_a_float8_product_is_that_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, fast: bool, public: bool
+) -> None:
+    """By torch's public name for it, and by the private one of older releases."""
+    if not public:
+        monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
+    elif not hasattr(torch.nn.functional, "scaled_mm"):
+        pytest.skip("this torch has none")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 32, generator=generator), torch.randn(48, 32, generator=generator)
+    layer = quantization.Float8Linear(32, 48)
+    layer.fast_accumulation = fast
+    for name, parameter in quantization.parameters_of(layer, [weight], 48, CPU):
+        setattr(layer, name, parameter)
+    assert layer.weight.stride() == (1, 32), "column by column, as cuBLAS wants it"
+    got = layer(x.bfloat16())
+    assert got.dtype == torch.bfloat16
+    expected = x @ weight.T
+    assert (got.float() - expected).norm() < 0.06 * expected.norm()
