@@ -177,6 +177,29 @@ def _scaled_mm(
     return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
 
 
+_BY_ROW = [1]  # ScalingType.RowWise, as torch.nn.functional.scaled_mm hands it down
+
+
+def _v1(*args: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `_scaled_mm_v2` as those of `_scaled_mm`."""
+    a, b, scale_a, recipe_a, swizzle_a, scale_b, recipe_b, swizzle_b, bias, dtype = args[:10]
+    _need(list(recipe_a) == list(recipe_b) == _BY_ROW, "scales of rows")
+    _need(not any(swizzle_a) and not any(swizzle_b), "no swizzled scales")
+    _need(len(scale_a) == len(scale_b) == 1, "one scale a matrix")
+    fast = args[11] if len(args) > 11 else False
+    return (a, b, scale_a[0], scale_b[0], bias), {"out_dtype": dtype, "use_fast_accum": fast}
+
+
+def _check_scaled_mm_v2(capability: tuple[int, int], *args: Any) -> None:
+    positional, named = _v1(*args)
+    _check_scaled_mm(capability, *positional, **named)
+
+
+def _scaled_mm_v2(*args: Any) -> Tensor:
+    positional, named = _v1(*args)
+    return _scaled_mm(*positional, **named)
+
+
 # -- means of segments
 
 
@@ -202,6 +225,7 @@ def _need(holds: bool, message: str) -> None:
 KERNELS = {
     "_flash_attention_forward": Kernel(_check_flash, _flash),
     "_scaled_mm": Kernel(_check_scaled_mm, _scaled_mm),
+    "_scaled_mm_v2": Kernel(_check_scaled_mm_v2, _scaled_mm_v2),
     "segment_reduce": Kernel(_check_segment_reduce, _segment_reduce),
 }
 """By the operation's name."""

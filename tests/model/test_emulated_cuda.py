@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention, cuda_graphs, latent_attention, packing, quantization, rotary
+from model import attention, cuda_graphs, fused, latent_attention, packing, quantization, rotary
 from model.batch import Encoding, RunnerOptions
 from model.errors import UnsupportedError
 from model.memory import FittingRunner
 from model.runner import ModelRunner
-from tests.model import emulated_kernels
+from tests.model import emulated_kernels, fused_stand_in
 from tests.model.emulated_cuda import GUARD_TABLE, device_guard, emulated
 from tests.model.emulated_device import CUDA, Graph
 from tests.model.emulated_kernels import Kernel, RefusedError
@@ -123,6 +124,27 @@ def check(
 @pytest.mark.parametrize(("how", "least"), [("none", 0.9995), ("float8", 0.98)])
 def test_the_runner(check: Check, how: str, least: float, graphs: bool) -> None:
     check(least, "bfloat16 varlen", quantization=how, cuda_graphs=graphs)
+
+
+@needs_varlen
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize(("how", "least"), [("none", 0.9995), ("float8", 0.98)])
+def test_the_runner_with_fused_kernels(
+    check: Check, how: str, least: float, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are called, and with what; the kernels themselves are a stand-in's."""
+    launched: Counter[str] = Counter()
+
+    def launch(kernel: str, programs: int, *args: Any, **constants: Any) -> None:
+        assert {arg.device for arg in args if isinstance(arg, Tensor)} == {CUDA}
+        launched[kernel] += 1
+        fused_stand_in.launch(kernel, programs, *args, **constants)
+
+    monkeypatch.setitem(fused.LAUNCHES, "triton", (lambda: launch, lambda device: None))
+    check(least, "bfloat16 varlen", quantization=how, cuda_graphs=graphs, fused="triton")
+    assert launched.keys() == {"add_norm", "silu_up", "rotate"} | (
+        {"to_float8"} if how == "float8" else set()
+    )
 
 
 @pytest.mark.parametrize(
@@ -304,13 +326,6 @@ def replaced(owner: object, name: str, value: Callable[[Any], Any]) -> Plant:
     return lambda monkeypatch: monkeypatch.setattr(owner, name, value(getattr(owner, name)))
 
 
-def narrow_scales(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def planted(*args: Any, scale_a: Tensor, **kwargs: Any) -> Tensor:
-        return product(*args, scale_a=scale_a.bfloat16(), **kwargs)
-
-    return planted
-
-
 @dataclass(frozen=True)
 class Fault:
     plant: Plant
@@ -348,7 +363,7 @@ FAULTS = {
         "cu_seqlens must have dtype int32",
     ),
     "float8's scales are bfloat16": Fault(
-        replaced(torch, "_scaled_mm", narrow_scales),
+        edited(quantization, "float8_rows", "scales.float()", "scales"),
         "a scale must be float32, not torch.bfloat16",
         float8=True,
     ),
