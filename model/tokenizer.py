@@ -31,7 +31,7 @@ keeps the interpreter's lock, so that longer texts would hold up whatever else t
 _MARGIN_CHARS = 64 * 1024
 """Of a text without spaces so many characters more are tokenized than could be kept."""
 _FIRST_WORD_CHARS = 1024
-"""Of a text whose end is kept so many characters at most stay beside its instruction."""
+"""Of the first word of a text whose end is kept so many characters at most stay, too."""
 MAX_PIECE_CHARS = 16
 """No piece of the vocabulary stands for more characters than this (checked when loading)."""
 _MAX_CHARACTER_IDS = 4
@@ -149,6 +149,7 @@ class NVEmbedTokenizer:
             if len(instruction) + len(text) > longest
             and (truncate is Truncation.NONE or len(instruction) > longest)
         }
+        start = self.pool_start(instruction) if len(results) < len(texts) else 0
         for chars_a_token in _CHARS_A_TOKEN:
             left = [index for index in range(len(texts)) if index not in results]
             most = chars_a_token * max_tokens
@@ -156,7 +157,6 @@ class NVEmbedTokenizer:
                 continue
             clips = [_clip(texts[index], instruction, most, truncate) for index in left]
             encoded = self._ids([clip.prompt for clip in clips])
-            start = self.pool_start(instruction)
             for index, clip, ids in zip(left, clips, encoded, strict=True):
                 if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
                     results[index] = _result(ids, clip, start, max_tokens, truncate)
@@ -188,10 +188,12 @@ def _clip(text: str, instruction: str, most: int, truncate: Truncation) -> _Clip
         prompt = instruction + text[: wall + 1]
         end = prompt.find(" ", most)
         return _Clip(prompt[: end if 0 <= end <= wall else wall], False, blurred_ids)
-    # What follows the instruction decides how its last piece merges: the text's first word
-    # stays too, unless it is no word.
+    # What follows the instruction decides how its last pieces merge: the text's first word stays,
+    # too, or its beginning.
     before_last = max(0, len(text) - most)  # where what truncation keeps may begin
-    head = max(text.find(" ", 0, min(before_last, _FIRST_WORD_CHARS)), 0)
+    reach = min(before_last, _FIRST_WORD_CHARS)
+    head = text.find(" ", 0, reach)
+    head = reach if head < 0 else head
     start = max(text.rfind(" ", head, before_last), head)
     start = _without_spaces_before(text, start)
     start = max(start, len(text) - wall, head)

@@ -224,6 +224,25 @@ def test_how_much_is_tokenized_changes_no_id(
         tokenizer.encode(text, PREFIX, max_tokens=max_tokens)
 
 
+@pytest.mark.parametrize("letters", [10, 1_023, 1_024, 1_500, 3_000])
+@pytest.mark.parametrize(
+    ("instruction", "continued"),
+    [("do: instruc", "tions"), ("do: inter nat", "ional"), ("do: re", "present"), ("", "x")],
+)
+def test_the_first_word_merges_with_the_instruction(
+    tokenizer: NVEmbedTokenizer, letters: int, instruction: str, continued: str
+) -> None:
+    """However long it is: of the instruction's last word the pieces depend on it."""
+    rest = prose(9_000)
+    text = continued + "".join(random.Random(1).choices("aeioubcd", k=letters)) + " " + rest
+    whole = whole_ids(tokenizer, text, instruction)
+    start = tokenizer.pool_start(instruction)
+    for max_tokens in (start + 120, start + 400):
+        tail = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.START)
+        head = max(start, 1)
+        assert tail.ids.tolist() == whole[:head] + whole[head - max_tokens :]
+
+
 def test_a_huge_text_is_refused_or_cut_without_tokenizing_it(tokenizer: NVEmbedTokenizer) -> None:
     huge = prose(1_000) * 1_500  # more than 8 MB: 16 seconds to tokenize
     assert len(huge) > 8_000_000
