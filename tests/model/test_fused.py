@@ -351,6 +351,7 @@ print("all")
 """
 
 
+@pytest.mark.process
 def test_they_compile_for_every_gpu(tmp_path: Path) -> None:
     """At the official sizes, to machine code, which takes no GPU. In a process without the
     interpreter, whose kernels are none to compile."""
