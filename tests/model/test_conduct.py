@@ -10,6 +10,7 @@ import pytest
 from model.verify.conduct import Outcome, Step, conduct
 from model.verify.report import SCHEMA, SECTIONS, Report
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 
 

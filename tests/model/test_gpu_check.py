@@ -19,6 +19,7 @@ from model.verify import gpu_check, plan
 from model.verify.report import SCHEMA, SECTIONS
 from tests.model.torches import HAS_VARLEN
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 BRIEF = plan.Effort(
     seconds=0.0,

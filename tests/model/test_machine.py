@@ -8,6 +8,7 @@ import pytest
 
 from model.verify.machine import nvidia_smi
 
+pytestmark = pytest.mark.process
 ANSWERS = """#!/bin/sh
 case "$1" in *pcie*) echo 'Field "pcie" is not a valid field to query.' >&2; exit 2;; esac
 echo 'NVIDIA H100 80GB HBM3, GPU-11111111, 580.65, 81559 MiB'

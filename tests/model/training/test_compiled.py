@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.training.trainer import Trainer
+from tests.layers import ROOT
 from tests.model.training.test_trainer import settings_of
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 
-@pytest.mark.filterwarnings("default")  # torch's compiler has some of its own
 def test_the_gradients_are_the_same(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
-    plain = settings_of(tiny_checkpoint, tiny_data)
+    """In a fresh process: torch's compiler wants to be the first there to import setuptools."""
+    program = f"from {__name__} import compare; import sys; compare(*sys.argv[1:])"
+    arguments = [str(path) for path in (tiny_checkpoint, tiny_data, tmp_path)]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, cwd=ROOT)
+
+
+def compare(checkpoint: str, data: str, out: str) -> None:
+    plain = settings_of(Path(checkpoint), Path(data))
     gradients, vectors = [], []
     for run, compile_it in (("plain", False), ("compiled", True)):
-        trainer = Trainer(dataclasses.replace(plain, compile=compile_it), tmp_path / run)
+        trainer = Trainer(dataclasses.replace(plain, compile=compile_it), Path(out) / run)
         if compile_it:
             assert trainer.model.backbone.rotary.__name__ == "CompiledRotary"
         for step in range(2):  # two shapes

@@ -182,7 +182,14 @@ def patience() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("command", "action", "value"),
-    [pytest.param(c, a, v, id=f"{c} {name_of(a)} {v[:20]!r}") for c, a, v in cases()],
+    [
+        pytest.param(
+            *(command, action, value),
+            id=f"{command} {name_of(action)} {value[:20]!r}",
+            marks=[pytest.mark.process] if command == "gpu-check" else [],
+        )
+        for command, action, value in cases()
+    ],
 )
 @pytest.mark.usefixtures("patience")
 def test_nonsense_is_one_line_and_a_status(

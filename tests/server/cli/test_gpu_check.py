@@ -8,7 +8,8 @@ import pytest
 
 from model.verify.conduct import Step, conduct
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.process
+ROOT = Path(__file__).parents[3]
 OPTIONS = {
     "seconds": 0.0,
     "lone_runs": 1,
