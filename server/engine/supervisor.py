@@ -309,6 +309,7 @@ class Supervisor:
             raise _RefusedError(message, passes)
         how = [info.device_name, info.dtype, info.quantization, info.attention]
         how += ["CUDA graphs"] if info.cuda_graphs else []
+        how += [f"{info.fused_kernels} kernels"] if info.fused_kernels != "plain" else []
         how += [f"{kind} by {who}" for kind, who in info.products.items()]
         logger.info(
             "worker %d is ready after %.1f s on %s (%s)",
