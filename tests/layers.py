@@ -47,7 +47,7 @@ MODEL = [
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
-    "": ["errors", "process", "logs", "settings"],
+    "": ["errors", "logs", "settings"],
     "engine": [
         "pace",
         "interface",
@@ -85,6 +85,7 @@ SERVER = {  # by wing; "" are the files on top
         "openapi",
     ],
     "http": [
+        "file_limit",
         "connection",
         "tls",
         "listener",
@@ -107,7 +108,22 @@ SERVER = {  # by wing; "" are the files on top
         "batch_files",
         "encode",
     ],
-    "command": ["gpu_check", "cli"],
+    "cli": [
+        "streams",
+        "parsing",
+        "options",
+        "serve",
+        "encode",
+        "verify",
+        "gpu_check_server",
+        "gpu_check",
+        "train",
+        "mine",
+        "evaluate",
+        "openapi",
+        "command_line",
+        "__main__",
+    ],
 }
 WINGS = {  # which others each may use, beside the files on top
     "": (),
@@ -115,7 +131,7 @@ WINGS = {  # which others each may use, beside the files on top
     "api": ("engine",),
     "http": ("api", "engine"),
     "offline": ("api", "engine"),
-    "command": ("http", "offline", "api", "engine"),
+    "cli": ("http", "offline", "api", "engine"),
 }
 TRAINING = [
     "examples",
@@ -182,7 +198,7 @@ VERIFY = [
 def layers() -> dict[str, list[str]]:
     """Package -> the dotted names of its modules, lowest first."""
     server = [
-        f"server.{wing}.{name}" if wing not in ("", "command") else f"server.{name}"
+        f"server.{wing}.{name}" if wing else f"server.{name}"
         for wing, names in SERVER.items()
         for name in names
     ]
@@ -197,9 +213,7 @@ def layers() -> dict[str, list[str]]:
 def wing_of(module: str) -> str:
     """The wing of a module of `server`."""
     parts = module.split(".")
-    if len(parts) > 2:
-        return parts[1]
-    return "command" if parts[1] in SERVER["command"] else ""
+    return parts[1] if len(parts) > 2 else ""
 
 
 def modules(package: str) -> dict[str, Path]:

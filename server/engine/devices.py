@@ -24,6 +24,10 @@ logger = logging.getLogger("nv_embed.devices")
 _MASK = "CUDA_VISIBLE_DEVICES"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The name that every torch takes which we do, then older ones."""
+_SECRETS = frozenset(
+    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+)
+"""Variables that no child has a use for: none asks for keys or downloads."""
 _PROBE_S = 120.0
 _LIST_S = 60.0
 """Without its persistence daemon the driver wakes each GPU first."""
@@ -137,6 +141,11 @@ def worker_options(
 
 
 # Asking
+
+
+def child_environment() -> dict[str, str]:
+    """Our own without its secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
 def choose(names: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -27,7 +27,7 @@ from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
 from server.engine.batcher import Batcher
-from server.engine.devices import choose, worker_options
+from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.metrics import Metrics
@@ -37,7 +37,6 @@ from server.errors import (
     SettingsError,
     UnavailableError,
 )
-from server.process import child_environment
 from server.settings import MAX_REQUEST_TOKENS, Settings
 
 logger = logging.getLogger("nv_embed.engine")

@@ -28,7 +28,6 @@ from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
 from server.engine import devices
 from server.engine.wire import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
 from server.errors import StartError
-from server.process import child_environment
 
 logger = logging.getLogger("nv_embed.supervisor")
 
@@ -218,7 +217,7 @@ class Supervisor:
     async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
         """One worker's whole life."""
         options = self._options[slot]
-        device, environment = devices.in_child(options.device, child_environment())
+        device, environment = devices.in_child(options.device, devices.child_environment())
         try:
             process, reader, writer = await _start(environment)
             told = dataclasses.replace(options, device=device)

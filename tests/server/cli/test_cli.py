@@ -18,13 +18,14 @@ from types import FrameType
 import pytest
 
 from server import cli, settings
+from server.cli import command_line
 from server.settings import Settings
 
 pytestmark = pytest.mark.whole
 
 ROOT = Path(__file__).parents[3]
 COMMANDS: dict[str, argparse.ArgumentParser] = {}
-for found in cli._parser()._actions:
+for found in command_line.parser()._actions:
     if isinstance(found, argparse._SubParsersAction):
         COMMANDS = dict(found.choices)
 
