@@ -18,7 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.batch import (
+    BATCH_SEQS,
+    BatchLimits,
+    Encoding,
+    RunnerOptions,
+    default_batch_tokens,
+)
 from model.errors import NoMemoryError, NonFiniteError
 from model.hub import ModelSource, locate
 from model.memory import FittingRunner
@@ -53,7 +59,7 @@ class Encoder:
         threads: int | None = None,
         cpu_products: str = "auto",
         max_batch_tokens: int | None = None,
-        max_batch_seqs: int = 256,
+        max_batch_seqs: int = BATCH_SEQS,
     ) -> None:
         """Load `model`, a folder, a hub id or what `locate` found; by default the small model
         that ships.
@@ -79,8 +85,8 @@ class Encoder:
                 cpu_products=cpu_products,
             )
         )
-        default_tokens = 8192 if runner.device.type == "cuda" else 1024
-        limits = BatchLimits(max_batch_tokens or default_tokens, max_batch_seqs)
+        default = default_batch_tokens(runner.device.type)
+        limits = BatchLimits(max_batch_tokens or default, max_batch_seqs)
         self._setup(tokenizer, runner, limits, runner.config.max_input_tokens)
 
     @classmethod

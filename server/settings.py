@@ -30,6 +30,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from model.batch import BATCH_SEQS, CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Quantization
 from model.errors import FileError, did_you_mean
 from model.tokenizer import Truncation
 from model.user_files import open_regular, read_text
@@ -170,7 +171,7 @@ class ModelSettings(MachineSettings):
         description="working type; auto: bfloat16 on GPUs and on CPUs that multiply it faster "
         "than float32 (which is tried), else float32",
     )
-    quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
+    quantization: Quantization = Field(
         "none",
         description="8-bit weights. int8-dynamic: on the CPU, less memory and time than float32 "
         "(refused where it is no faster). float8: the same on GPUs (Ada, Hopper). int8: LLM.int8 "
@@ -200,8 +201,8 @@ class EncodeSettings(ModelSettings):
         None,
         ge=1,
         le=_COUNT,
-        description="tokens in one forward; default 8192 on GPUs, 1024 on the CPU, where more "
-        "costs latency and gains no throughput",
+        description=f"tokens in one forward; default {GPU_BATCH_TOKENS} on GPUs, "
+        f"{CPU_BATCH_TOKENS} on the CPU, where more costs latency and gains no throughput",
     )
     max_input_tokens: int | None = Field(
         None,
@@ -270,7 +271,7 @@ class Settings(EncodeSettings, KeySettings):
     )
 
     max_batch_seqs: int = Field(
-        256, ge=1, le=_COUNT, description="inputs in one forward; more would gain nothing"
+        BATCH_SEQS, ge=1, le=_COUNT, description="inputs in one forward; more would gain nothing"
     )
     max_queued_tokens: int = Field(
         1_000_000,

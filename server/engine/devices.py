@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from model.batch import RunnerOptions
+from model.batch import RunnerOptions, default_batch_tokens
 from server.errors import SettingsError
 
 logger = logging.getLogger("nv_embed.devices")
@@ -134,7 +134,7 @@ def worker_options(
             base,
             device=device,
             threads=base.threads or (share if device == "cpu" else None),
-            max_batch_tokens=max_batch_tokens or (1024 if device == "cpu" else 8192),
+            max_batch_tokens=max_batch_tokens or default_batch_tokens(device),
         )
         for device in devices
     ]

@@ -73,18 +73,18 @@ _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?[ \t]*", r
 class ProtocolLimits:
     """Bytes, counts and seconds that one connection may take."""
 
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float
+    max_connections: int
     max_header_bytes: int = 64 * 1024
     max_headers: int = 100
-    header_timeout: float = 10.0
-    body_timeout: float = 120.0
-    write_timeout: float = 60.0
     keep_alive_timeout: float = 75.0
     """Longer than clients keep idle connections (httpx: 5 s), so that they close first: one that
     the server closes while a request is on its way is an error to the client."""
     linger_timeout: float = 1.0
     """After a refusal the rest of the request is read and dropped for so long: closing at once
     would reset the connection, and the client might never see the answer."""
-    max_connections: int = 4096
 
 
 class _State(Enum):
@@ -126,7 +126,7 @@ class _Door:
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. `limits` and `on_refusal` are set by `limited`."""
 
-    limits = ProtocolLimits()
+    limits: ProtocolLimits
     on_refusal: Callable[[int], None]
     flow: _Flow
     handshake: object = None  # counted as a connection until now

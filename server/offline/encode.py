@@ -290,9 +290,14 @@ def _encoder_around(arguments: argparse.Namespace, path: Path) -> Encoder:
     """With another runner than the model, for tests and benchmarks."""
     from model.encoder import Encoder
 
-    runner = load_factory(arguments.runner)(RunnerOptions(path=str(path)))
-    limits = BatchLimits(arguments.max_batch_tokens or 1024, max_seqs=256)
-    return Encoder.of(NVEmbedTokenizer.from_dir(path), runner, limits, max_tokens=32_768)
+    options = RunnerOptions(path=str(path))
+    most_tokens = arguments.max_batch_tokens or options.max_batch_tokens
+    return Encoder.of(
+        NVEmbedTokenizer.from_dir(path),
+        load_factory(arguments.runner)(options),
+        BatchLimits(most_tokens, options.max_batch_seqs),
+        max_tokens=options.max_input_tokens,
+    )
 
 
 def _defaults(arguments: argparse.Namespace) -> Defaults:
