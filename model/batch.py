@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Quantization = Literal["none", "int8", "int8-dynamic", "float8"]
-"""How weights are kept; model/quantization.py has the how."""
+"""How weights are kept: model.quantization."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192
-"""Tokens in one forward unless an option says otherwise: larger batches gain nothing there."""
+"""Tokens in one forward unless an option says otherwise. On a CPU more costs latency and gains no
+throughput."""
 BATCH_SEQS = 256
-"""Inputs in one forward, likewise."""
+"""Inputs in one forward, likewise; more would gain nothing."""
 
 
 def default_batch_tokens(device: str) -> int:

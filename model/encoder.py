@@ -18,13 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.batch import (
-    BATCH_SEQS,
-    BatchLimits,
-    Encoding,
-    RunnerOptions,
-    default_batch_tokens,
-)
+from model.batch import BATCH_SEQS, BatchLimits, Encoding, RunnerOptions, default_batch_tokens
 from model.errors import NoMemoryError, NonFiniteError
 from model.hub import ModelSource, locate
 from model.memory import FittingRunner

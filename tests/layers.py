@@ -60,6 +60,8 @@ SERVER = {  # by wing; "" are the files on top
         "wire",
         "worker",
         "start_worker",
+        "worker_process",
+        "worker_link",
         "supervisor",
         "batcher",
         "engine",

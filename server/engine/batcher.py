@@ -21,9 +21,9 @@ from server.engine.metrics import Metrics
 from server.engine.pace import Pace
 from server.engine.quarantine import Quarantine
 from server.engine.request_queue import Entry, QueuedRequest, RequestQueue
-from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
+from server.engine.worker_link import Worker
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,

@@ -13,9 +13,9 @@ import pytest
 from model.batch import BatchLimits, Encoding, RunnerInfo
 from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
-from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
+from server.engine.worker_link import Worker
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
