@@ -63,6 +63,8 @@ SERVER = {  # by wing; "" are the files on top
         "worker_process",
         "worker_link",
         "supervisor",
+        "pending_answer",
+        "batches_out",
         "batcher",
         "engine",
     ],

@@ -253,7 +253,7 @@ class EmbeddingEngine:
             delay = max(0.0, deadline - time.monotonic())
             timer = asyncio.get_running_loop().call_later(delay, self._batcher.expire, request)
         try:
-            return await request.waiter.future
+            return await request.answer.future
         except asyncio.CancelledError:
             self._batcher.drop(request)
             raise
