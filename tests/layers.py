@@ -47,7 +47,7 @@ MODEL = [
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
-    "": ["errors", "logs", "settings"],
+    "": ["errors", "logs", "api_keys", "settings", "configuration"],
     "engine": [
         "pace",
         "interface",
@@ -115,6 +115,7 @@ SERVER = {  # by wing; "" are the files on top
     "cli": [
         "streams",
         "parsing",
+        "flags",
         "options",
         "serve",
         "encode",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from server import settings
+from server.cli.flags import add_flags
 from server.cli.options import settle
 from server.cli.parsing import Commands, whole_number
 from server.settings import EncodeSettings
@@ -22,7 +22,7 @@ def add(commands: Commands) -> None:
     )
     _add_files(parser)
     _add_prefix(parser)
-    settings.add_flags(parser, EncodeSettings)
+    add_flags(parser, EncodeSettings)
     parser.set_defaults(run=run, parser=parser)
 
 

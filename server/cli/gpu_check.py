@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server import settings
+from server.cli.flags import add_flags
 from server.cli.options import settle
 from server.cli.parsing import Commands
 from server.errors import SettingsError
@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         "minutes on an H100. Exit status 1 when something is outside tolerance or failed.",
         epilog="Example: nv-embed gpu-check --model nvidia/NV-Embed-v2",
     )
-    settings.add_flags(parser, ModelSettings)
+    add_flags(parser, ModelSettings)
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from server import logs, settings
+from server import configuration, logs
+from server.cli.flags import add_flags
 from server.cli.parsing import whole_number
 from server.settings import KeySettings, ModelSettings, T
 
@@ -17,7 +18,7 @@ def settle(arguments: argparse.Namespace, kind: type[T]) -> T:
     """
     names = {*kind.model_fields, "config"}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    options = settings.load_as(kind, given, os.environ)
+    options = configuration.load_as(kind, given, os.environ)
     logs.configure(options.log_format, options.log_level)
     vars(arguments).update({name: getattr(options, name) for name in kind.model_fields})
     return options
@@ -42,7 +43,7 @@ def add_embedder(parser: argparse.ArgumentParser) -> None:
             metavar="FILE" if name else "KEY",
             help=f"{kind} [NV_EMBED_API_KEY{name.upper().replace('-', '_')}]",
         )
-    settings.add_flags(parser, ModelSettings, but="model")
+    add_flags(parser, ModelSettings, but="model")
     parser.add_argument(
         "--max-tokens",
         type=whole_number(3, 32_768),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server import settings
+from server.cli.flags import add_flags
 from server.cli.options import settle
 from server.cli.parsing import Commands
 from server.settings import MachineSettings
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--base", type=Path, help="where the settings' relative paths start (default: beside them)"
     )
-    settings.add_flags(parser, MachineSettings)  # what else there is stands in SETTINGS
+    add_flags(parser, MachineSettings)  # what else there is stands in SETTINGS
     parser.set_defaults(run=run, parser=parser)
 
 

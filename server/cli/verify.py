@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server import settings
+from server.cli.flags import add_flags
 from server.cli.options import settle
 from server.cli.parsing import Commands
 from server.settings import ModelSettings
@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         description="Check a checkpoint on this machine against the values published with it, and "
         "measure. Prints a table and, last, a line of JSON. The exit status is 1 if a check fails.",
     )
-    settings.add_flags(parser, ModelSettings)
+    add_flags(parser, ModelSettings)
     parser.add_argument(
         "--golden",
         type=Path,
