@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from model.tasks import TASKS
-from server.api import schemas, serialize
+from server.api import parsing, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
@@ -44,7 +44,7 @@ class _Endpoints:
         self, wire: schemas.InstructedInput, model: str | None, deadline: float = float("inf")
     ) -> EmbedJob:
         options = encoding_options(wire, model, self._names, self._defaults)
-        return EmbedJob(schemas.parse_inputs(wire.input), options, deadline)
+        return EmbedJob(parsing.parse_inputs(wire.input), options, deadline)
 
     async def create_embeddings(self, request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.errors import did_you_mean
-from server.api import schemas, serialize
+from server.api import parsing, schemas, serialize
 from server.api.encoding_options import encoding_options
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
@@ -26,7 +26,8 @@ from server.api.names import ServedNames
 from server.api.openai_errors import error_body
 from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
-from server.offline.text_files import InputFileError, Source, read_objects
+from server.offline.sources import Source
+from server.offline.text_files import InputFileError, read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
@@ -102,10 +103,10 @@ class BatchAnswers:
         self, line: BatchLine
     ) -> tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError:
         try:
-            wire, unknown = schemas.read_body(schemas.EmbeddingsRequest, line.body)
+            wire, unknown = parsing.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
             options = encoding_options(wire, wire.model, self.names, self.defaults)
-            inputs = schemas.parse_inputs(wire.input)
+            inputs = parsing.parse_inputs(wire.input)
             width = self.encoder.runner.info.width
             serialize.check_dimensions(wire.dimensions, width, self.truncated_dimensions)
             return wire, self.tokenizer.tokenize(inputs, options)
@@ -116,7 +117,7 @@ class BatchAnswers:
         """As the header of an answer over HTTP does."""
         if not names or len(self._said) >= _SAID_AT_MOST:
             return
-        said = ignored_names(names, schemas.known_fields(schemas.EmbeddingsRequest))
+        said = ignored_names(names, parsing.known_fields(schemas.EmbeddingsRequest))
         if said not in self._said:
             self._said.add(said)
             logger.warning("fields of requests that nobody knows are ignored: %s", said)
