@@ -52,6 +52,7 @@ SERVER = {  # by wing; "" are the files on top
         "pace",
         "interface",
         "inputs",
+        "tokenizing",
         "metrics",
         "request_queue",
         "quarantine",

@@ -23,7 +23,6 @@ from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, j
 from server.engine.interface import EmbedJob, Engine
 from server.settings import Settings
 
-EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
 _ID_BYTES = 4 + 6
@@ -113,8 +112,8 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
     """The dialect's routes over one engine."""
     router = APIRouter(route_class=RequestRoute)
     endpoints = _Endpoints(engine, settings)
-    for path in EMBEDDINGS_PATHS:
-        documented = path == EMBEDDINGS_PATHS[0]
+    for path in schemas.EMBEDDINGS_PATHS:
+        documented = path == schemas.EMBEDDINGS_PATHS[0]
         router.add_api_route(
             path,
             endpoints.create_embeddings,

@@ -112,6 +112,10 @@ class InstructedInput(Wire):
     )
 
 
+EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
+"""Where an EmbeddingsRequest may be sent; the first is the documented one."""
+
+
 class EmbeddingsRequest(InstructedInput):
     """OpenAI's CreateEmbeddingRequest, and the optional fields above."""
 

@@ -251,13 +251,9 @@ class Batcher:
 
 
 def _fault_error(fault: Fault, entry: Entry[PendingAnswer]) -> ServerError:
-    param = f"input[{entry.index}]"
     if fault is Fault.NOT_FINITE:
-        return NonFiniteVectorError(f"the model's vector for {param} is not finite", param=param)
-    return DeviceMemoryError(
-        f"{param} has {len(entry)} tokens, which do not fit into the device's memory: shorten it",
-        param=param,
-    )
+        return NonFiniteVectorError.of(entry.index)
+    return DeviceMemoryError.of(entry.index, len(entry))
 
 
 def _deadly(index: int) -> BatchFailedError:

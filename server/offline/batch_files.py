@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nv_embed.encode")
 
-URLS = ("/v1/embeddings", "/embeddings")
 _FIELDS = ("custom_id", "method", "url", "body")
 _SAID_AT_MOST = 10
 _INPUT_BYTES = 2048
@@ -70,8 +69,10 @@ def read_requests(source: Source) -> Iterator[BatchLine]:
             raise InputFileError(f"{at}: no custom_id")
         if line.get("method", "POST") != "POST":
             raise InputFileError(f"{at}: method is {line['method']!r}, only POST is served")
-        if line.get("url") not in URLS:
-            raise InputFileError(f"{at}: url is {line.get('url')!r}, only {URLS[0]} is served")
+        if line.get("url") not in schemas.EMBEDDINGS_PATHS:
+            raise InputFileError(
+                f"{at}: url is {line.get('url')!r}, only {schemas.EMBEDDINGS_PATHS[0]} is served"
+            )
         body = line.get("body")
         inputs = body.get("input") if isinstance(body, dict) else None
         count = len(inputs) if isinstance(inputs, list) and not _is_ids(inputs) else 1
@@ -169,17 +170,10 @@ class _Answers:
     ) -> ServerError | None:
         """What is wrong with a request's vectors."""
         for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
-            param = f"input[{place}]"
             if row in self.lost:
-                return DeviceMemoryError(
-                    f"{param} has {len(encoding)} tokens, which do not fit into the device's "
-                    "memory: shorten it",
-                    param=param,
-                )
+                return DeviceMemoryError.of(place, len(encoding))
             if not np.isfinite(vectors[row]).all():
-                return NonFiniteVectorError(
-                    f"the model's vector for {param} is not finite", param=param
-                )
+                return NonFiniteVectorError.of(place)
         return None
 
 
