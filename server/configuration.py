@@ -21,7 +21,7 @@ from model.errors import FileError, did_you_mean
 from model.tokenizer import Truncation
 from model.user_files import read_text
 from server.errors import SettingsError
-from server.settings import EMPTY, ENV_PREFIX, Settings, T
+from server.settings import EMPTY, ENV_PREFIX, Settings, SettingsT
 
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
@@ -29,7 +29,9 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     return load_as(Settings, flags, environment)
 
 
-def load_as(kind: type[T], flags: Mapping[str, Any], environment: Mapping[str, str]) -> T:
+def load_as(
+    kind: type[SettingsT], flags: Mapping[str, Any], environment: Mapping[str, str]
+) -> SettingsT:
     """As `load`, the fields of `kind` alone; names, but not values, are checked of the others."""
     known = Settings.model_fields
     from_environment = {

@@ -35,11 +35,11 @@ MAX_REQUEST_TOKENS = 300_000
 EMPTY = "a value is empty: leave the option out, or give it one"
 """The one rule, for flags, environment and file. An unset variable of a shell or a compose file
 would otherwise mean much: every address, no key, another model."""
-_COUNT = 2**31 - 1
+_MOST_COUNT = 2**31 - 1
 """Frames and tensors hold counts in 32 bits."""
-_BYTES = 2**50
+_MOST_BYTES = 2**50
 _DAY_S = 86_400
-_THREADS = 1024
+_MOST_THREADS = 1024
 """With too many, OpenMP ends the process, and no error can be shown."""
 DEVICE = r"auto|cpu|cuda(:(\d{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+))?"
 """What --devices takes."""
@@ -85,7 +85,7 @@ class MachineSettings(BaseModel):
     threads: int | None = Field(
         None,
         ge=1,
-        le=_THREADS,
+        le=_MOST_THREADS,
         description="CPU threads of each worker; default: the usable cores shared by CPU workers",
     )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or JSON")
@@ -167,14 +167,14 @@ class EncodeSettings(ModelSettings):
     max_batch_tokens: int | None = Field(
         None,
         ge=1,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description=f"tokens in one forward; default {GPU_BATCH_TOKENS} on GPUs, "
         f"{CPU_BATCH_TOKENS} on the CPU, where more costs latency and gains no throughput",
     )
     max_input_tokens: int | None = Field(
         None,
         ge=2,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="longest input, BOS, instruction and EOS counted; default: the model's own",
     )
     truncate: Truncation = Field(
@@ -238,18 +238,21 @@ class Settings(EncodeSettings, KeySettings):
     )
 
     max_batch_seqs: int = Field(
-        BATCH_SEQS, ge=1, le=_COUNT, description="inputs in one forward; more would gain nothing"
+        BATCH_SEQS,
+        ge=1,
+        le=_MOST_COUNT,
+        description="inputs in one forward; more would gain nothing",
     )
     max_queued_tokens: int = Field(
         1_000_000,
         ge=1,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="tokens that may wait; beyond it requests get 429 and Retry-After",
     )
     cache_bytes: int = Field(
         0,
         ge=0,
-        le=_BYTES,
+        le=_MOST_BYTES,
         description="memory for vectors of inputs seen before, by their exact ids; 0: none. "
         "Beware: with it a fast answer reveals that somebody asked the same before",
     )
@@ -263,12 +266,15 @@ class Settings(EncodeSettings, KeySettings):
         [], description="origin allowed to call from browsers, or *; default: none"
     )
     max_body_bytes: int = Field(
-        32 * 1024 * 1024, ge=1024, le=_BYTES, description="largest request body; beyond it a 413"
+        32 * 1024 * 1024,
+        ge=1024,
+        le=_MOST_BYTES,
+        description="largest request body; beyond it a 413",
     )
     max_inflight_bytes: int = Field(
         1024**3,
         ge=1024,
-        le=_BYTES,
+        le=_MOST_BYTES,
         description="bytes of bodies and answers in memory at once; beyond it requests get 429",
     )
     docs: bool = Field(True, description="serve /docs, /redoc and /openapi.json")
@@ -280,7 +286,7 @@ class Settings(EncodeSettings, KeySettings):
     max_connections: int = Field(
         4096,
         ge=1,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="open connections, if the limit on open files allows so many; beyond it a 503",
     )
     header_timeout: float = Field(
@@ -357,4 +363,4 @@ class Settings(EncodeSettings, KeySettings):
 
 
 HIDDEN = {"runner"}
-T = TypeVar("T", bound=MachineSettings)
+SettingsT = TypeVar("SettingsT", bound=MachineSettings)

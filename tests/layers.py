@@ -92,6 +92,7 @@ SERVER = {  # by wing; "" are the files on top
     ],
     "http": [
         "file_limit",
+        "request_head",
         "connection",
         "tls",
         "listener",

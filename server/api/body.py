@@ -36,8 +36,8 @@ class BodyReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     async def read(
-        self, request: Request, wire: type[parsing.W]
-    ) -> tuple[parsing.W, dict[str, str]]:
+        self, request: Request, wire: type[parsing.WireT]
+    ) -> tuple[parsing.WireT, dict[str, str]]:
         """-> (the body, headers for its answer). Raises ServerErrors and ClientDisconnect."""
         body = await _read_body(request, self._max_bytes)
         if len(body) <= json_fields.STEP:

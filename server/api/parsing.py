@@ -14,12 +14,12 @@ from server.engine.interface import Input
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
 
-W = TypeVar("W", bound=Wire)
+WireT = TypeVar("WireT", bound=Wire)
 _UNUSED = frozenset({"user"})
 """Known, and ignored whatever they are."""
 
 
-def read_body(wire: type[W], body: bytes | bytearray) -> tuple[W, list[str]]:
+def read_body(wire: type[WireT], body: bytes | bytearray) -> tuple[WireT, list[str]]:
     """JSON bytes as `wire`, and the names of the fields that nobody knows.
 
     Raises InvalidRequestError.
@@ -39,7 +39,7 @@ def read_body(wire: type[W], body: bytes | bytearray) -> tuple[W, list[str]]:
     return parse_fields(wire, fields), unknown
 
 
-def parse_fields(wire: type[W], fields: dict[str, Any]) -> W:
+def parse_fields(wire: type[WireT], fields: dict[str, Any]) -> WireT:
     """What a JSON object holds as `wire`. Raises InvalidRequestError naming the field."""
     try:
         return wire.model_validate(fields)

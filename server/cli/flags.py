@@ -12,11 +12,14 @@ from server.settings import ENV_PREFIX, HIDDEN, MachineSettings, Settings
 
 
 def add_flags(
-    parser: argparse._ActionsContainer, kind: type[MachineSettings] = Settings, *, but: str = ""
+    parser: argparse._ActionsContainer,
+    kind: type[MachineSettings] = Settings,
+    *,
+    leave_out: str = "",
 ) -> None:
-    """One flag per field of `kind`, `but` left out. Values stay text: configuration reads them."""
+    """One flag per field of `kind`, but `leave_out`. Values stay text: configuration reads them."""
     for name, field in kind.model_fields.items():
-        if name == but:
+        if name == leave_out:
             continue
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         if field.annotation is bool:

@@ -8,10 +8,10 @@ import os
 from server import configuration, logs
 from server.cli.flags import add_flags
 from server.cli.parsing import whole_number
-from server.settings import KeySettings, ModelSettings, T
+from server.settings import KeySettings, ModelSettings, SettingsT
 
 
-def settle(arguments: argparse.Namespace, kind: type[T]) -> T:
+def settle(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
     """What flags, environment and file say of the options of `kind`; `arguments` gets it, too.
 
     Raises SettingsError.
@@ -43,7 +43,7 @@ def add_embedder(parser: argparse.ArgumentParser) -> None:
             metavar="FILE" if name else "KEY",
             help=f"{kind} [NV_EMBED_API_KEY{name.upper().replace('-', '_')}]",
         )
-    add_flags(parser, ModelSettings, but="model")
+    add_flags(parser, ModelSettings, leave_out="model")
     parser.add_argument(
         "--max-tokens",
         type=whole_number(3, 32_768),

@@ -17,7 +17,7 @@ from server.errors import SettingsError
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a command adds itself to."""
-_MOST = 10_000_000
+_LARGEST = 10_000_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
 
 
-def whole_number(least: int, most: int = _MOST) -> Callable[[str], int]:
+def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:
     """A whole number of an option, within bounds."""
 
     def read(text: str) -> int:

@@ -71,7 +71,7 @@ class Batcher:
             raise _deadly(culprit)
         known = self._cached(encodings) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, but=known
+            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, known=known
         )
         for index, row in known.items():
             request.answer.set_row(index, row)

@@ -59,12 +59,12 @@ class QueuedRequest(Generic[AnswerT]):
         *,
         deadline: float = float("inf"),
         arrived: float = 0.0,
-        but: Collection[int] = (),
+        known: Collection[int] = (),
     ) -> QueuedRequest[AnswerT]:
-        """but: indices of encodings whose vectors are known already."""
+        """known: indices of encodings whose vectors are known already."""
         request = cls(answer, deadline, arrived)
         request.waiting.extend(
-            Entry(e, i, request) for i, e in enumerate(encodings) if i not in but
+            Entry(e, i, request) for i, e in enumerate(encodings) if i not in known
         )
         request.is_query = len(request.waiting) == 1
         return request

@@ -33,7 +33,7 @@ logger = logging.getLogger("nv_embed.supervisor")
 
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
-_SAME = 3
+_HOPELESS_AFTER = 3
 """So many failures in a row for the same reason, and there is no point in another try."""
 _LOAD_S = 60.0
 _LOAD_BYTES_PER_S = 20e6
@@ -119,11 +119,11 @@ class Supervisor:
             known.clear()
         if reason is not None:
             known.append(reason)
-            del known[:-_SAME]
+            del known[:-_HOPELESS_AFTER]
         all_known = [self._reasons.get(other, []) for other in range(len(self._options))]
-        if not self._was_ready and all(len(reasons) >= _SAME for reasons in all_known):
+        if not self._was_ready and all(len(reasons) >= _HOPELESS_AFTER for reasons in all_known):
             last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
-            raise StartError(f"{last} (the same {_SAME} times in a row)")
+            raise StartError(f"{last} (the same {_HOPELESS_AFTER} times in a row)")
 
     async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
         """One worker's whole life."""
@@ -136,7 +136,7 @@ class Supervisor:
         except OSError as error:  # out of processes, files or memory
             self.trouble[slot] = "its worker cannot be started"
             logger.error("worker %d cannot be started: %s", slot, error)
-            if error.errno not in worker_process.PASSES:
+            if error.errno not in worker_process.TEMPORARY:
                 life.reason = f"a worker cannot be started: {error}"
             return
         try:
@@ -189,7 +189,7 @@ class Supervisor:
         except RefusedError as error:
             logger.error("worker %d %s", slot, error)
             life.trouble, life.patience = "its worker cannot start; see the log", STOP_S
-            life.reason = None if error.passes else error.message
+            life.reason = None if error.temporary else error.message
         except UselessWorkerError as error:
             logger.error("worker %d %s", slot, error)
             life.trouble, life.patience = "its worker sent nonsense; see the log", 0.0
@@ -214,12 +214,12 @@ class Supervisor:
                 message = (
                     f"its vectors have {info.width} values, and config.json says {self._width}"
                 )
-                raise RefusedError(message, final=True, passes=False)
+                raise RefusedError(message, final=True, temporary=False)
         except RefusedError as refusal:
             message = f"{device}: {refusal.message}" if has_uuid else refusal.message
             if refusal.final and not self._was_ready:
                 raise StartError(message) from None
-            raise RefusedError(message, final=refusal.final, passes=refusal.passes) from None
+            raise RefusedError(message, final=refusal.final, temporary=refusal.temporary) from None
         if has_uuid:
             info = dataclasses.replace(info, device=device)
         properties = [info.device_name, info.dtype, info.quantization, info.attention]

@@ -30,12 +30,12 @@ class UselessWorkerError(Exception):
 
 
 class RefusedError(UselessWorkerError):
-    """It says so itself, and ends. final: no new try would help. passes: for want of what others
+    """It says so itself, and ends. final: no new try would help. temporary: for want of what others
     have for the moment."""
 
-    def __init__(self, message: str, *, final: bool, passes: bool) -> None:
+    def __init__(self, message: str, *, final: bool, temporary: bool) -> None:
         super().__init__(f"cannot start: {message}")
-        self.message, self.final, self.passes = message, final, passes
+        self.message, self.final, self.temporary = message, final, temporary
 
 
 class WorkerEvents(Protocol):
@@ -119,10 +119,10 @@ async def greeting(reader: asyncio.StreamReader) -> tuple[RunnerInfo, float]:
         if kind is not Kind.REFUSED:
             raise ValueError(kind)
         message, final = str(said["message"]), bool(said["final"])
-        passes = bool(said.get("passes"))
+        temporary = bool(said.get("temporary"))
     except (ValueError, TypeError, KeyError):
         raise UselessWorkerError("sent what is no greeting") from None
-    raise RefusedError(message, final=final, passes=passes)
+    raise RefusedError(message, final=final, temporary=temporary)
 
 
 async def relay(worker: Worker, reader: asyncio.StreamReader, events: WorkerEvents) -> None:

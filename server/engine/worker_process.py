@@ -19,7 +19,7 @@ STOP_S = 1.0
 KILLED_S = 10.0
 """How long it may take after it was killed: the kernel frees its memory first. Its successor would
 find its device full."""
-PASSES = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
+TEMPORARY = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
 """Errors for want of what others have for the moment."""
 _DEADLY_BY_ITSELF = frozenset(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)

@@ -107,7 +107,7 @@ def test_where_halving_is_off_a_query_rides_in_a_whole_batch() -> None:
 def test_a_query_is_what_has_one_input_to_compute() -> None:
     encodings = [Encoding(np.full(2, next(_NUMBERS), dtype=np.int32)) for _ in range(3)]
     for known, is_query in ({}, False), ({0}, False), ({0, 2}, True), ({1, 2}, True):
-        assert QueuedRequest.of(encodings, "a", but=known).is_query is is_query
+        assert QueuedRequest.of(encodings, "a", known=known).is_query is is_query
     bulk = request("bulk", *[2] * 100)
     queue = queue_of(bulk)
     entries, _ = queue.next_batch(BatchLimits(2, 1), 0.0)
