@@ -21,6 +21,8 @@ TORCH_FREE = [
     "model.user_files",
     "model.host",
     "model.memory",
+    "server.cli",
+    "server.http.lifecycle",
 ]
 
 
