@@ -8,6 +8,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Quantization = Literal["none", "int8", "int8-dynamic", "float8"]
+"""How weights are kept: model.quantization."""
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192
+"""Tokens in one forward unless an option says otherwise. On a CPU more costs latency and gains no
+throughput."""
+BATCH_SEQS = 256
+"""Inputs in one forward, likewise; more would gain nothing."""
+
+
+def default_batch_tokens(device: str) -> int:
+    """device: cpu, cuda, cuda:N."""
+    return GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:
@@ -56,8 +69,8 @@ class RunnerOptions:
     quantization: str = "none"
     attention: str = "auto"
     threads: int | None = None  # CPU threads; None: torch's own choice
-    max_batch_tokens: int = 1024
-    max_batch_seqs: int = 256
+    max_batch_tokens: int = CPU_BATCH_TOKENS
+    max_batch_seqs: int = BATCH_SEQS
     max_input_tokens: int = 32_768
     cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
     cpu_products: str = "auto"  # auto, plain, allow-slow: model.products

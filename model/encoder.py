@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.batch import BatchLimits, Encoding, RunnerOptions
+from model.batch import BATCH_SEQS, BatchLimits, Encoding, RunnerOptions, default_batch_tokens
 from model.errors import NoMemoryError, NonFiniteError
 from model.hub import ModelSource, locate
 from model.memory import FittingRunner
@@ -54,7 +54,7 @@ class Encoder:
         cpu_products: str = "auto",
         fused_kernels: str = "plain",
         max_batch_tokens: int | None = None,
-        max_batch_seqs: int = 256,
+        max_batch_seqs: int = BATCH_SEQS,
     ) -> None:
         """Load `model`, a folder, a hub id or what `locate` found; by default the small model
         that ships.
@@ -81,8 +81,8 @@ class Encoder:
                 fused_kernels=fused_kernels,
             )
         )
-        default_tokens = 8192 if runner.device.type == "cuda" else 1024
-        limits = BatchLimits(max_batch_tokens or default_tokens, max_batch_seqs)
+        default = default_batch_tokens(runner.device.type)
+        limits = BatchLimits(max_batch_tokens or default, max_batch_seqs)
         self._setup(tokenizer, runner, limits, runner.config.max_input_tokens)
 
     @classmethod

@@ -16,16 +16,17 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.batch import Quantization
 from model.errors import UnsupportedError
 from model.extras import how_to_install
 
-QUANTIZATIONS = ("none", "int8", "int8-dynamic", "float8")
+QUANTIZATIONS = get_args(Quantization)
 _CHUNK = 1 << 18  # weights that are quantized at a time: 1 MB of float32 stays in the cache
 _GPU_CHUNK = 1 << 24  # there each piece costs a dozen launches and a wait, however small it is
 OUTLIER_THRESHOLD = 6.0

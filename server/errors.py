@@ -27,7 +27,7 @@ SettingsError and StartError are no answers to a client: they end the start.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class SettingsError(Exception):
@@ -75,6 +75,16 @@ class ContextLengthExceededError(InvalidRequestError):
 
 class DeviceMemoryError(InvalidRequestError):
     code = "input_too_large"
+
+    @classmethod
+    def of(cls, index: int, num_tokens: int) -> Self:
+        """Of the input with this index."""
+        param = f"input[{index}]"
+        return cls(
+            f"{param} has {num_tokens} tokens, which do not fit into the device's memory: "
+            "shorten it",
+            param=param,
+        )
 
 
 class InvalidKeyError(InvalidRequestError):
@@ -140,6 +150,12 @@ class BatchFailedError(InternalError):
 class NonFiniteVectorError(InternalError):
     code = "non_finite_vector"
     retry = False
+
+    @classmethod
+    def of(cls, index: int) -> Self:
+        """Of the input with this index."""
+        param = f"input[{index}]"
+        return cls(f"the model's vector for {param} is not finite", param=param)
 
 
 class UnavailableError(ServerError):

@@ -1,38 +1,30 @@
-"""Every option: its default, its reason, its names.
+"""Every option: its name, its default, its reason, and what it may not be.
 
 One class feeds the flags (`--max-batch-tokens`), the environment (`NV_EMBED_MAX_BATCH_TOKENS`)
-and the file of `--config` (`max_batch_tokens: …`), in this order of precedence. Commands without a
-server take the part that they need, by the same names and from the same places. Unknown names,
-empty or malformed values and contradictions stop the start.
+and the file of `--config` (`max_batch_tokens: …`). Commands without a server take the part that
+they need, by the same names. Knows not where values come from (server/configuration.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
-from model.errors import FileError, did_you_mean
+from model.batch import BATCH_SEQS, CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Quantization
 from model.tokenizer import Truncation
-from model.user_files import open_regular, read_text
+from server.api_keys import checked, read_keys
 from server.errors import SettingsError
 
 ENV_PREFIX = "NV_EMBED_"
@@ -43,15 +35,11 @@ MAX_REQUEST_TOKENS = 300_000
 EMPTY = "a value is empty: leave the option out, or give it one"
 """The one rule, for flags, environment and file. An unset variable of a shell or a compose file
 would otherwise mean much: every address, no key, another model."""
-SHORT_KEY = 16
-"""A key with fewer characters is warned of: it could be guessed."""
-_LEAST_KEY = 4
-"""A key with fewer characters is an accident: what was left of a line, a lone letter."""
-_COUNT = 2**31 - 1
+_MOST_COUNT = 2**31 - 1
 """Frames and tensors hold counts in 32 bits."""
-_BYTES = 2**50
+_MOST_BYTES = 2**50
 _DAY_S = 86_400
-_THREADS = 1024
+_MOST_THREADS = 1024
 """With too many, OpenMP ends the process, and no error can be shown."""
 DEVICE = r"auto|cpu|cuda(:(\d{1,4}|(GPU|MIG)-[0-9A-Za-z/-]+))?"
 """What --devices takes."""
@@ -77,28 +65,8 @@ def _parts(item: object) -> list[object]:
     return parts
 
 
-def _keys(value: object) -> object:
-    """One key, or a list of them. Never split: each part of a key would open the server."""
-    keys = [value] if isinstance(value, str) else value
-    for key in keys if isinstance(keys, list) else []:
-        if isinstance(key, str) and (problem := _key_problem(key)):
-            raise ValueError(problem)
-    return keys
-
-
-def _key_problem(key: str) -> str | None:
-    """What is wrong with a key, in words that do not hold it."""
-    if not re.fullmatch("[!-~]+", key):
-        return "a key has a space or a character that is not ASCII: clients could not send it"
-    if "," in key:
-        return "a key has a comma: give each key its own --api-key, or its own line in a file"
-    if len(key) < _LEAST_KEY:
-        return f"a key has fewer than {_LEAST_KEY} characters"
-    return None
-
-
 Words = Annotated[list[str], BeforeValidator(_split)]
-Keys = Annotated[list[SecretStr], BeforeValidator(_keys)]
+Keys = Annotated[list[SecretStr], BeforeValidator(checked)]
 
 
 class MachineSettings(BaseModel):
@@ -117,7 +85,7 @@ class MachineSettings(BaseModel):
     threads: int | None = Field(
         None,
         ge=1,
-        le=_THREADS,
+        le=_MOST_THREADS,
         description="CPU threads of each worker; default: the usable cores shared by CPU workers",
     )
     log_format: Literal["text", "json"] = Field("text", description="log lines as text or JSON")
@@ -170,7 +138,7 @@ class ModelSettings(MachineSettings):
         description="working type; auto: bfloat16 on GPUs and on CPUs that multiply it faster "
         "than float32 (which is tried), else float32",
     )
-    quantization: Literal["none", "int8", "int8-dynamic", "float8"] = Field(
+    quantization: Quantization = Field(
         "none",
         description="8-bit weights. int8-dynamic: on the CPU, less memory and time than float32 "
         "(refused where it is no faster). float8: the same on GPUs (Ada, Hopper). int8: LLM.int8 "
@@ -205,14 +173,14 @@ class EncodeSettings(ModelSettings):
     max_batch_tokens: int | None = Field(
         None,
         ge=1,
-        le=_COUNT,
-        description="tokens in one forward; default 8192 on GPUs, 1024 on the CPU, where more "
-        "costs latency and gains no throughput",
+        le=_MOST_COUNT,
+        description=f"tokens in one forward; default {GPU_BATCH_TOKENS} on GPUs, "
+        f"{CPU_BATCH_TOKENS} on the CPU, where more costs latency and gains no throughput",
     )
     max_input_tokens: int | None = Field(
         None,
         ge=2,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="longest input, BOS, instruction and EOS counted; default: the model's own",
     )
     truncate: Truncation = Field(
@@ -257,7 +225,7 @@ class KeySettings(ModelSettings):
         """All keys of the flag, the environment and the file. Raises SettingsError."""
         keys = [key.get_secret_value() for key in self.api_key]
         if self.api_key_file is not None:
-            keys += _read_keys(self.api_key_file)
+            keys += read_keys(self.api_key_file)
         return [key.encode() for key in keys]
 
 
@@ -276,18 +244,21 @@ class Settings(EncodeSettings, KeySettings):
     )
 
     max_batch_seqs: int = Field(
-        256, ge=1, le=_COUNT, description="inputs in one forward; more would gain nothing"
+        BATCH_SEQS,
+        ge=1,
+        le=_MOST_COUNT,
+        description="inputs in one forward; more would gain nothing",
     )
     max_queued_tokens: int = Field(
         1_000_000,
         ge=1,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="tokens that may wait; beyond it requests get 429 and Retry-After",
     )
     cache_bytes: int = Field(
         0,
         ge=0,
-        le=_BYTES,
+        le=_MOST_BYTES,
         description="memory for vectors of inputs seen before, by their exact ids; 0: none. "
         "Beware: with it a fast answer reveals that somebody asked the same before",
     )
@@ -301,12 +272,15 @@ class Settings(EncodeSettings, KeySettings):
         [], description="origin allowed to call from browsers, or *; default: none"
     )
     max_body_bytes: int = Field(
-        32 * 1024 * 1024, ge=1024, le=_BYTES, description="largest request body; beyond it a 413"
+        32 * 1024 * 1024,
+        ge=1024,
+        le=_MOST_BYTES,
+        description="largest request body; beyond it a 413",
     )
     max_inflight_bytes: int = Field(
         1024**3,
         ge=1024,
-        le=_BYTES,
+        le=_MOST_BYTES,
         description="bytes of bodies and answers in memory at once; beyond it requests get 429",
     )
     docs: bool = Field(True, description="serve /docs, /redoc and /openapi.json")
@@ -318,7 +292,7 @@ class Settings(EncodeSettings, KeySettings):
     max_connections: int = Field(
         4096,
         ge=1,
-        le=_COUNT,
+        le=_MOST_COUNT,
         description="open connections, if the limit on open files allows so many; beyond it a 503",
     )
     header_timeout: float = Field(
@@ -395,213 +369,4 @@ class Settings(EncodeSettings, KeySettings):
 
 
 HIDDEN = {"runner"}
-T = TypeVar("T", bound=MachineSettings)
-
-
-def add_flags(
-    parser: argparse._ActionsContainer, kind: type[MachineSettings] = Settings, *, but: str = ""
-) -> None:
-    """One flag per field of `kind`, `but` left out. Values stay text: `load` validates them."""
-    for name, field in kind.model_fields.items():
-        if name == but:
-            continue
-        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif _is_list(field):
-            options |= {"action": "append", "metavar": name.upper()}
-        else:
-            options["metavar"] = f"{{{','.join(_choices(field))}}}" if _choices(field) else None
-            options["metavar"] = options["metavar"] or name.upper()
-        options["help"] = argparse.SUPPRESS if name in HIDDEN else _help(name, field)
-        flags = [_flag(name)]
-        if name == "devices" and issubclass(kind, Settings):
-            flags.append("--device")
-        elif name == "devices":  # the commands without a server run on one
-            flags, options["metavar"] = ["--device"], "DEVICE"
-            options["help"] = f"auto, cpu, cuda or cuda:N (default: auto) [{ENV_PREFIX}DEVICES]"
-        parser.add_argument(*flags, **options)
-    parser.add_argument(
-        "--config",
-        dest="config",
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="YAML, JSON or TOML file of the server's options (model: NAME, port: N) "
-        f"[{ENV_PREFIX}CONFIG]",
-    )
-
-
-def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
-    """The server's. Flags over environment over file over defaults. Raises SettingsError."""
-    return load_as(Settings, flags, environment)
-
-
-def load_as(kind: type[T], flags: Mapping[str, Any], environment: Mapping[str, str]) -> T:
-    """As `load`, the fields of `kind` alone; names, but not values, are checked of the others."""
-    known = Settings.model_fields
-    from_environment = {
-        name.removeprefix(ENV_PREFIX).lower(): (name, value)
-        for name, value in environment.items()
-        if name.startswith(ENV_PREFIX)
-    }
-    for option, (name, value) in from_environment.items():
-        if option not in known and option != "config":
-            names = [ENV_PREFIX + field.upper() for field in known]
-            raise SettingsError(f"unknown environment variable {name}{did_you_mean(name, names)}")
-        _check_given(name, value)
-    given: dict[str, tuple[str, Any]] = {**from_environment}
-    for option, value in flags.items():
-        _check_given(_flag(option), value)
-        given[option] = (_flag(option), value)
-    _, path = given.pop("config", ("", None))
-    for option, value in _read_file(Path(path)).items() if path else ():
-        if option not in known:
-            raise SettingsError(f"{path}: unknown option {option!r}{did_you_mean(option, known)}")
-        origin = f"{path} ({option})"
-        _check_given(origin, value)
-        given.setdefault(option, (origin, value))
-    values = {}
-    for option, (origin, value) in given.items():
-        if option in kind.model_fields:
-            values[option] = value
-            if isinstance(value, bool) and _is_number(known[option]):  # pydantic's 1 or 0
-                raise SettingsError(f"{origin}: must be a number, not {str(value).lower()}")
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        if not problem["loc"]:
-            raise SettingsError(problem["msg"].removeprefix("Value error, ")) from None
-        option = str(problem["loc"][0])
-        raise SettingsError(f"{given[option][0]}: {_words(problem, known[option])}") from None
-
-
-def _check_given(origin: str, value: object) -> None:
-    """Raises SettingsError when nothing was given in place of a value."""
-    for item in value if isinstance(value, list) and value else [value]:
-        if item is None or item in ([], {}) or (isinstance(item, str) and not item.strip()):
-            raise SettingsError(f"{origin}: {EMPTY}")
-        if isinstance(item, str) and "\0" in item:
-            raise SettingsError(f"{origin}: a value holds NUL")
-
-
-def _words(problem: ErrorDetails, field: FieldInfo) -> str:
-    """What is wrong with a value."""
-    context = problem.get("ctx", {})
-    known = {
-        "greater_than_equal": f"must be at least {context.get('ge')}",
-        "less_than_equal": f"must be at most {context.get('le')}",
-        "greater_than": f"must be above {context.get('gt')}",
-        **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
-        "int_parsing_size": "has too many digits",
-        **dict.fromkeys(("float_parsing", "float_type", "finite_number"), "must be a number"),
-        **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
-        "string_type": "must be a text",
-        "path_type": "must be a path",
-        "list_type": "must be one value or a list",
-    }
-    text, value = known.get(problem["type"]), problem["input"]
-    if choices := _choices(field):
-        text = f"must be {', '.join(choices[:-1])} or {choices[-1]}"
-    if text is None or "SecretStr" in repr(field.annotation):
-        return text or problem["msg"].removeprefix("Value error, ")
-    shown = repr(value) if len(repr(value)) <= 64 else f"{repr(value)[:64]}…"
-    return f"{text}, not {shown}" + did_you_mean(str(value), choices)
-
-
-def exposed(settings: Settings, config: str | None) -> Iterator[str]:
-    """Warnings about secrets that are easy to read or to guess; `config`: the file of options.
-
-    Raises SettingsError for a file of keys or certificates that cannot be read.
-    """
-    files = {"--api-key-file": settings.api_key_file, "--tls-key": settings.tls_key}
-    for option, path in {**files, "--tls-certificate": settings.tls_certificate}.items():
-        try:
-            if path is not None:
-                open_regular(path).close()  # OpenSSL would wait for a FIFO
-        except (OSError, FileError) as error:
-            raise SettingsError(f"{option}: {error}") from None
-    if config is not None and "api_key" in _read_file(Path(config)):
-        files["--config"] = Path(config)
-    for option, path in files.items():
-        mode = path.stat().st_mode & 0o777 if path is not None and path.is_file() else 0
-        if mode & 0o077:
-            yield f"{option}: {path} is open to others (mode {mode:04o}); chmod 600 closes it"
-    short = sum(len(key) < SHORT_KEY for key in settings.api_keys())
-    if short:
-        yield f"{short} API key(s) have fewer than {SHORT_KEY} characters and could be guessed"
-
-
-def _read_keys(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines()]
-    except (OSError, ValueError, FileError) as error:
-        raise SettingsError(f"--api-key-file: {error}") from None
-    found = {number: line for number, line in enumerate(lines, 1) if line and line[0] != "#"}
-    for number, key in found.items():
-        if problem := _key_problem(key):
-            raise SettingsError(f"--api-key-file: {path}, line {number}: {problem}")
-    if not found:
-        raise SettingsError(f"--api-key-file: {path} holds no key")
-    return list(found.values())
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses an option that stands twice, as TOML does: which one was meant?"""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                problem = f"{key.value} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = read_text(path)
-        is_toml = path.suffix.lower() == ".toml"
-        raw = tomllib.loads(text) if is_toml else yaml.load(text, _Loader)  # noqa: S506
-    except yaml.MarkedYAMLError as error:  # its text quotes the line, which may hold a key
-        where = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
-        problem = re.sub(r"'[^']{2,}'", "a word", str(error.problem))
-        raise SettingsError(f"--config: {path}, {where}: {problem}") from None
-    except RecursionError:
-        raise SettingsError(f"--config: {path} is nested too deeply") from None
-    except (OSError, ValueError, FileError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise SettingsError(f"--config: {path} cannot be read: {said}") from None
-    if raw is None:
-        return {}
-    if not isinstance(raw, dict):
-        raise SettingsError(f"--config: {path} must hold options, one `name: value` each")
-    return {str(name).replace("-", "_"): value for name, value in raw.items()}
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _choices(field: FieldInfo) -> list[str]:
-    """The values of an option that has only a few."""
-    if field.annotation is Truncation:
-        return [value.value for value in Truncation]
-    return [str(value) for value in get_args(field.annotation) if isinstance(value, str)]
-
-
-def _is_list(field: FieldInfo) -> bool:
-    return isinstance(field.default, list)
-
-
-def _is_number(field: FieldInfo) -> bool:
-    return bool({int, float} & {field.annotation, *get_args(field.annotation)})
-
-
-def _help(name: str, field: FieldInfo) -> str:
-    default = field.default
-    if isinstance(default, list):
-        default = ",".join(default)
-    shown = f" (default: {default})" if default not in (None, "", False) else ""
-    return f"{field.description}{shown} [{ENV_PREFIX}{name.upper()}]".replace("%", "%%")
+SettingsT = TypeVar("SettingsT", bound=MachineSettings)

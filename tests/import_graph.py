@@ -12,10 +12,10 @@ from xml.sax.saxutils import escape
 from tests.layers import ROOT, SERVER, layers, modules, uses, wing_of
 
 SVG = ROOT / "docs/imports.svg"
-LABELS = {"": "files on top", "command": "cli.py"}
+LABELS = {"": "files on top"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
-    "command": (350, 60),
+    "cli": (350, 60),
     "http": (180, 160),
     "offline": (540, 160),
     "api": (330, 270),
@@ -26,7 +26,7 @@ PLACES = {
 # How far an arrow is bent aside, where a straight one would run through a room or over a number.
 BENDS = {
     ("api", "model"): 200,
-    ("command", ""): -40,
+    ("cli", ""): -40,
     ("http", "engine"): -200,
     ("http", "model"): -400,
     ("offline", ""): 80,

@@ -47,11 +47,12 @@ MODEL = [
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
-    "": ["errors", "process", "logs", "settings"],
+    "": ["errors", "logs", "api_keys", "settings", "configuration"],
     "engine": [
         "pace",
         "interface",
         "inputs",
+        "tokenizing",
         "metrics",
         "request_queue",
         "quarantine",
@@ -60,7 +61,11 @@ SERVER = {  # by wing; "" are the files on top
         "wire",
         "worker",
         "start_worker",
+        "worker_process",
+        "worker_link",
         "supervisor",
+        "pending_answer",
+        "batches_out",
         "batcher",
         "engine",
     ],
@@ -74,6 +79,7 @@ SERVER = {  # by wing; "" are the files on top
         "instructions",
         "names",
         "schemas",
+        "parsing",
         "encoding_options",
         "serialize",
         "disconnects",
@@ -85,6 +91,8 @@ SERVER = {  # by wing; "" are the files on top
         "openapi",
     ],
     "http": [
+        "file_limit",
+        "request_head",
         "connection",
         "tls",
         "listener",
@@ -96,18 +104,38 @@ SERVER = {  # by wing; "" are the files on top
         "lifecycle",
     ],
     "offline": [
+        "sources",
         "text_files",
         "vector_files",
+        "kept_rows",
         "parts",
         "job",
+        "shards",
         "manifest",
         "progress",
         "texts",
         "bulk",
         "batch_files",
+        "call",
         "encode",
     ],
-    "command": ["gpu_check", "cli"],
+    "cli": [
+        "streams",
+        "parsing",
+        "flags",
+        "options",
+        "serve",
+        "encode",
+        "verify",
+        "gpu_check_server",
+        "gpu_check",
+        "train",
+        "mine",
+        "evaluate",
+        "openapi",
+        "command_line",
+        "__main__",
+    ],
 }
 WINGS = {  # which others each may use, beside the files on top
     "": (),
@@ -115,7 +143,7 @@ WINGS = {  # which others each may use, beside the files on top
     "api": ("engine",),
     "http": ("api", "engine"),
     "offline": ("api", "engine"),
-    "command": ("http", "offline", "api", "engine"),
+    "cli": ("http", "offline", "api", "engine"),
 }
 TRAINING = [
     "examples",
@@ -182,7 +210,7 @@ VERIFY = [
 def layers() -> dict[str, list[str]]:
     """Package -> the dotted names of its modules, lowest first."""
     server = [
-        f"server.{wing}.{name}" if wing not in ("", "command") else f"server.{name}"
+        f"server.{wing}.{name}" if wing else f"server.{name}"
         for wing, names in SERVER.items()
         for name in names
     ]
@@ -197,9 +225,7 @@ def layers() -> dict[str, list[str]]:
 def wing_of(module: str) -> str:
     """The wing of a module of `server`."""
     parts = module.split(".")
-    if len(parts) > 2:
-        return parts[1]
-    return "command" if parts[1] in SERVER["command"] else ""
+    return parts[1] if len(parts) > 2 else ""
 
 
 def modules(package: str) -> dict[str, Path]:

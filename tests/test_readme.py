@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from server import cli
+from server.cli import command_line
 from tests.server.processes import ROOT, ServerProcess
 
 README = (ROOT / "README.md").read_text()
@@ -67,7 +67,7 @@ def test_the_example_with_curl(server: ServerProcess) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_option_that_is_named_exists(page: Path) -> None:
     known = {"--profile", "--gpus", "--system-site-packages"}  # docker's and venv's
-    parser = cli._parser()
+    parser = command_line.parser()
     commands = [dict(a.choices) for a in parser._actions if isinstance(a.choices, dict)]
     for part in (parser, *commands[0].values()):
         known |= set(part._option_string_actions)

@@ -1,4 +1,4 @@
-"""What `nv-embed train`, `mine` and `evaluate` do; server/cli.py defines their arguments.
+"""What `nv-embed train`, `mine` and `evaluate` do; server/cli/ defines their arguments.
 
 Prints for people on stdout and, last, one line of JSON where there are figures.
 """

@@ -17,6 +17,7 @@ from dataclasses import asdict
 
 import torch
 
+from model.batch import default_batch_tokens
 from model.errors import CheckpointError, ModelError
 from model.hub import locate
 from model.runner import device_name
@@ -175,7 +176,7 @@ def throughput(subject: Subject, working: Loaded) -> float:
     say("measuring tokens per second")
     samples = sample_encodings(subject)
     tokens = sum(map(len, samples))
-    copies = max(1, (8192 if subject.device.type == "cuda" else 1024) // tokens)
+    copies = max(1, default_batch_tokens(subject.device.type) // tokens)
     working.embed(samples * copies)  # warms up
     runs, begun, elapsed = 0, time.perf_counter(), 0.0
     while not runs or elapsed < subject.measure_seconds:

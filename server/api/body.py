@@ -13,7 +13,7 @@ from functools import partial
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from server.api import json_fields, schemas
+from server.api import json_fields, parsing
 from server.api.byte_budget import ByteBudgetError
 from server.api.disconnects import cancelled_on_disconnect
 from server.api.hints import ignored_names
@@ -36,21 +36,21 @@ class BodyReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     async def read(
-        self, request: Request, wire: type[schemas.W]
-    ) -> tuple[schemas.W, dict[str, str]]:
+        self, request: Request, wire: type[parsing.WireT]
+    ) -> tuple[parsing.WireT, dict[str, str]]:
         """-> (the body, headers for its answer). Raises ServerErrors and ClientDisconnect."""
         body = await _read_body(request, self._max_bytes)
         if len(body) <= json_fields.STEP:
-            fields, unknown = schemas.read_body(wire, body)
+            fields, unknown = parsing.read_body(wire, body)
         else:
-            work = partial(schemas.read_body, wire, body)
+            work = partial(parsing.read_body, wire, body)
             with cancelled_on_disconnect(request):
                 loop = asyncio.get_running_loop()
                 fields, unknown = await loop.run_in_executor(self._thread, work)
         if not unknown:
             return fields, {}
         context_of(request.scope).log["ignored_fields"] = len(unknown)
-        return fields, {IGNORED_HEADER: ignored_names(unknown, schemas.known_fields(wire))}
+        return fields, {IGNORED_HEADER: ignored_names(unknown, parsing.known_fields(wire))}
 
 
 def hold(request: Request, size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from model.tasks import TASKS
-from server.api import schemas, serialize
+from server.api import parsing, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
@@ -23,7 +23,6 @@ from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, j
 from server.engine.interface import EmbedJob, Engine
 from server.settings import Settings
 
-EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
 _ID_BYTES = 4 + 6
@@ -44,7 +43,7 @@ class _Endpoints:
         self, wire: schemas.InstructedInput, model: str | None, deadline: float = float("inf")
     ) -> EmbedJob:
         options = encoding_options(wire, model, self._names, self._defaults)
-        return EmbedJob(schemas.parse_inputs(wire.input), options, deadline)
+        return EmbedJob(parsing.parse_inputs(wire.input), options, deadline)
 
     async def create_embeddings(self, request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
@@ -113,8 +112,8 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
     """The dialect's routes over one engine."""
     router = APIRouter(route_class=RequestRoute)
     endpoints = _Endpoints(engine, settings)
-    for path in EMBEDDINGS_PATHS:
-        documented = path == EMBEDDINGS_PATHS[0]
+    for path in schemas.EMBEDDINGS_PATHS:
+        documented = path == schemas.EMBEDDINGS_PATHS[0]
         router.add_api_route(
             path,
             endpoints.create_embeddings,

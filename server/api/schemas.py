@@ -7,8 +7,7 @@ optional field, and unknown fields are ignored: clients send many. (`/tokenize` 
 
 from __future__ import annotations
 
-import functools
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AliasChoices,
@@ -18,16 +17,11 @@ from pydantic import (
     Field,
     StrictInt,
     StrictStr,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
 from model.tokenizer import Truncation
-from server.api import json_fields
-from server.api.json_text import JSONTextError, loads
-from server.engine.interface import Input
-from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
 
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2}
@@ -59,7 +53,7 @@ def _truncation(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
     model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
 
     @model_validator(mode="before")
@@ -71,12 +65,7 @@ class _Wire(BaseModel):
         return body
 
 
-W = TypeVar("W", bound="_Wire")
-_UNUSED = frozenset({"user"})
-"""Known, and ignored whatever they are."""
-
-
-class InstructedInput(_Wire):
+class InstructedInput(Wire):
     """Inputs, and the fields that decide their instruction; see README, Instructions."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
@@ -121,6 +110,10 @@ class InstructedInput(_Wire):
         ge=-1,
         description="Keep this many of the last tokens, -1 for as many as fit (vLLM's field).",
     )
+
+
+EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
+"""Where an EmbeddingsRequest may be sent; the first is the documented one."""
 
 
 class EmbeddingsRequest(InstructedInput):
@@ -251,83 +244,3 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
-
-
-def parse_body(wire: type[W], body: bytes | bytearray) -> W:
-    """JSON bytes as `wire`. Raises InvalidRequestError naming the field."""
-    return read_body(wire, body)[0]
-
-
-def read_body(wire: type[W], body: bytes | bytearray) -> tuple[W, list[str]]:
-    """The same, and the names of the fields that nobody knows."""
-    known = known_fields(wire)
-    try:
-        if len(body) <= json_fields.STEP:
-            fields = loads(body)
-            if not isinstance(fields, dict):
-                raise InvalidRequestError("The body must be a JSON object")
-            unknown = [] if known.issuperset(fields) else [n for n in fields if n not in known]
-        else:
-            fields, others = json_fields.read_fields(body, known - _UNUSED)
-            unknown = [name for name in others if name not in known]
-    except JSONTextError as error:
-        raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
-    return parse_fields(wire, fields), unknown
-
-
-def parse_fields(wire: type[W], fields: dict[str, Any]) -> W:
-    """What a JSON object holds as `wire`. Raises InvalidRequestError naming the field."""
-    try:
-        return wire.model_validate(fields)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-    name = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
-    raise InvalidRequestError(f"{name}: {problem['msg']}", param=name)
-
-
-@functools.cache
-def known_fields(wire: type[_Wire]) -> frozenset[str]:
-    """All names that a body may have, aliases included."""
-    names: set[str] = set()
-    for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
-        alias = field.validation_alias
-        names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
-    return frozenset(names)
-
-
-def parse_inputs(value: object) -> list[Input]:
-    """The `input` of a request, in all its forms, as a list of inputs."""
-    is_ids = isinstance(value, list) and set(map(type, value)) == {int}
-    if isinstance(value, str) or is_ids:
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise InvalidRequestError(
-            "input must be a string, a list of strings, token ids, or a list of lists of token "
-            "ids, and not empty",
-            param="input",
-        )
-    if len(value) > MAX_REQUEST_INPUTS:
-        raise InvalidRequestError(
-            f"input has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param="input"
-        )
-    if len({type(item) for item in value}) > 1:
-        raise InvalidRequestError(
-            "input must not mix texts, token ids and other values", param="input"
-        )
-    for index, item in enumerate(value):
-        if problem := _item_problem(item):
-            param = "input" if len(value) == 1 else f"input[{index}]"
-            raise InvalidRequestError(f"{param} {problem}", param=param)
-    return value
-
-
-def _item_problem(item: object) -> str | None:
-    if isinstance(item, str):
-        return None if item else "is an empty string: send a text"
-    if not isinstance(item, list):
-        return "must be a string or a list of token ids"
-    if not item:
-        return "is an empty list: send token ids"
-    return None if set(map(type, item)) == {int} else "must hold token ids, which are integers"

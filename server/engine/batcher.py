@@ -1,8 +1,8 @@
 """Moves batches from the queue to the workers and resolves the requests' futures.
 
-The only one that resolves a future or puts an entry back. A batch is
-composed as late as possible: when a worker is idle, or when a full one waits for a CUDA worker
-that has one batch in hand. No sleeps, no polling.
+The only one that resolves a future or puts an entry back. A batch is composed as late as possible:
+when a worker is idle, or when a full one waits for a CUDA worker that has one batch in hand. No
+sleeps, no polling. What workers have in hand is kept by `batches_out`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding
+from server.engine.batches_out import Batch, BatchesOut
 from server.engine.metrics import Metrics
 from server.engine.pace import Pace
+from server.engine.pending_answer import PendingAnswer
 from server.engine.quarantine import Quarantine
 from server.engine.request_queue import Entry, QueuedRequest, RequestQueue
-from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
+from server.engine.worker_link import Worker
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -37,55 +38,6 @@ logger = logging.getLogger("nv_embed.batcher")
 
 _CUDA_DEPTH = 2
 """Batches out at once per CUDA worker, so that it need not wait for the next; CPU workers: 1."""
-_LATE_S = 1.0
-"""A timer that is so late tells of this process, which was stopped or held up, not of a worker."""
-_OVERDUE = 0.5
-"""Of a batch's patience, after which its worker is no sign of readiness any more."""
-
-
-class Answer:
-    """The waiter of a request: gathers its rows, then wakes who awaits `future`."""
-
-    __slots__ = ("future", "missing", "rows")
-
-    def __init__(self, num_inputs: int) -> None:
-        self.future: asyncio.Future[list[NDArray[np.float32]]] = (
-            asyncio.get_running_loop().create_future()
-        )
-        self.rows: list[NDArray[np.float32] | None] = [None] * num_inputs
-        self.missing = num_inputs
-
-    @property
-    def done(self) -> bool:
-        return self.future.done()
-
-    def lacks(self, index: int) -> bool:
-        """Whether this row is still awaited."""
-        return not self.done and self.rows[index] is None
-
-    def set_row(self, index: int, row: NDArray[np.float32]) -> None:
-        assert self.rows[index] is None, index
-        self.rows[index] = row
-        self.missing -= 1
-        if not self.missing and not self.done:
-            self.future.set_result([row for row in self.rows if row is not None])
-
-    def fail(self, error: ServerError) -> None:
-        if not self.done:
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True)
-class _Batch:
-    rows: dict[bytes, list[Entry[Answer]]]  # key -> the equal inputs that its row answers
-    tokens: int
-    handed_over: float
-    patience: float  # seconds until its worker counts as hung
-    watch: asyncio.TimerHandle | None = None  # kills the worker when no answer comes
-
-    @property
-    def entries(self) -> list[Entry[Answer]]:
-        return [entry for equal in self.rows.values() for entry in equal]
 
 
 class Batcher:
@@ -96,24 +48,20 @@ class Batcher:
     ) -> None:
         """hang_timeout: seconds that an answer may take, at least, before its worker is killed.
         cache_bytes: how much is kept of what was computed."""
-        self.queue: RequestQueue[Answer] = RequestQueue()
-        self.workers: list[Worker] = []
+        self.queue: RequestQueue[PendingAnswer] = RequestQueue()
         self.cache = VectorCache(cache_bytes)
         self._metrics = metrics
-        self._out: dict[Worker, dict[int, _Batch]] = {}
-        self._batch_ids = 0
         self._scheduled = False
         self._pace = Pace(hang_timeout)
-        self._last_answer: dict[Worker, float] = {}
+        self._out = BatchesOut(metrics, self._pace)
         self._quarantine = Quarantine()
-        self._at_work: dict[bytes, _Batch] = {}
 
     # Requests
 
     def submit(
         self, encodings: Sequence[Encoding], *, deadline: float = float("inf")
-    ) -> QueuedRequest[Answer]:
-        """Queue a request; `request.waiter.future` gives its rows, one per encoding.
+    ) -> QueuedRequest[PendingAnswer]:
+        """Queue a request; `request.answer.future` gives its rows, one per encoding.
 
         Raises BatchFailedError for an input that is known to kill workers.
         """
@@ -123,10 +71,10 @@ class Batcher:
             raise _deadly(culprit)
         known = self._cached(encodings) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, Answer(len(encodings)), deadline=deadline, arrived=now, but=known
+            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, known=known
         )
         for index, row in known.items():
-            request.waiter.set_row(index, row)
+            request.answer.set_row(index, row)
         if request.waiting:
             self.queue.append(request)
             self._schedule()
@@ -139,12 +87,12 @@ class Batcher:
         self._metrics.cache_misses.inc(len(rows) - len(known))
         return known
 
-    def drop(self, request: QueuedRequest[Answer]) -> None:
+    def drop(self, request: QueuedRequest[PendingAnswer]) -> None:
         """Nobody wants the answer any more: free what waits; rows already out are ignored."""
         self.queue.discard(request)
-        request.waiter.future.cancel()
+        request.answer.future.cancel()
 
-    def expire(self, request: QueuedRequest[Answer]) -> None:
+    def expire(self, request: QueuedRequest[PendingAnswer]) -> None:
         """The deadline has passed: a request with inputs that still wait fails."""
         if request.queued:
             self._metrics.expired.inc()
@@ -152,26 +100,25 @@ class Batcher:
 
     def fail_all(self, error: ServerError) -> None:
         """Fail everything that is queued or out."""
-        for batches in self._out.values():
-            for batch in batches.values():
-                for entry in batch.entries:
-                    self._fail(entry.request, error)
+        for batch in self._out:
+            for entry in batch.entries:
+                self._fail(entry.request, error)
         for request in self.queue.clear():
             self._fail(request, error)
 
     @property
     def running_requests(self) -> int:
         """Requests with an input in a worker's hands."""
-        out = (batch for batches in self._out.values() for batch in batches.values())
-        return len({id(entry.request) for batch in out for entry in batch.entries})
+        return len({id(entry.request) for batch in self._out for entry in batch.entries})
+
+    @property
+    def workers(self) -> list[Worker]:
+        """The ready ones."""
+        return self._out.workers
 
     def is_stuck(self) -> bool:
-        """Whether no worker has answered lately: each has a batch that is long overdue."""
-        now = time.monotonic()
-        return bool(self._out) and all(
-            any(now - b.handed_over > _OVERDUE * b.patience for b in batches.values())
-            for batches in self._out.values()
-        )
+        """Whether no worker has answered lately."""
+        return self._out.is_stuck()
 
     def seconds_of_work(self) -> float:
         """How long the queue will take at the rate of the ready workers; 1 before it is known."""
@@ -181,25 +128,18 @@ class Batcher:
     # Workers
 
     def worker_ready(self, worker: Worker) -> None:
-        self.workers.append(worker)
-        self._out[worker] = {}
-        if worker.tokens_per_s > 0:
-            self._pace.tell(worker.kind, worker.tokens_per_s)
+        self._out.add_worker(worker)
         self._schedule()
 
     def worker_lost(self, worker: Worker) -> None:
-        self.workers.remove(worker)
+        batches = self._out.remove_worker(worker)
         self._metrics.worker_deaths.inc()
-        self._last_answer.pop(worker, None)
-        batches = list(self._out.pop(worker).values())
-        for batch in batches:
-            self._end(batch)
         try:
             if batches:
                 self._blame(batches[0])  # the others waited behind it
             # The oldest batch goes back last, so that it comes first.
             for batch in reversed(batches):
-                self.queue.put_back(e for e in batch.entries if e.request.waiter.lacks(e.index))
+                self.queue.put_back(e for e in batch.entries if e.request.answer.lacks(e.index))
         except Exception:  # a fault of ours: nobody must wait for what will never come
             logger.exception("the batches of a lost worker could not be put back")
             for batch in batches:
@@ -214,8 +154,8 @@ class Batcher:
         rows: NDArray[np.float32],
         faults: Mapping[int, Fault],
     ) -> None:
-        batch = self._out[worker][batch_id]
-        self._measure(worker, batch)
+        batch = self._out.get(worker, batch_id)
+        self._out.measure(worker, batch)
         for index, (row, (key, equal)) in enumerate(zip(rows, batch.rows.items(), strict=True)):
             fault = faults.get(index)
             if fault is None:
@@ -223,14 +163,14 @@ class Batcher:
             for entry in equal:
                 if fault is not None:
                     self._fail(entry.request, _fault_error(fault, entry))
-                elif not entry.request.waiter.done:
-                    entry.request.waiter.set_row(entry.index, row)
+                elif not entry.request.answer.done:
+                    entry.request.answer.set_row(entry.index, row)
         # Last, so that a batch whose rows could not be dealt out is still known to be out.
-        self._take_back(worker, batch_id)
+        self._out.take_back(worker, batch_id)
         self._schedule()
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
-        batch = self._take_back(worker, batch_id)
+        batch = self._out.take_back(worker, batch_id)
         for entry in batch.entries:
             self._fail(
                 entry.request,
@@ -251,7 +191,7 @@ class Batcher:
         # Idle workers first, so that a second batch never goes out while another has none.
         for depth in range(_CUDA_DEPTH):
             for worker in self.workers:
-                if len(self._out[worker]) == depth and self._may_take(worker, depth):
+                if self._out.number(worker) == depth and self._may_take(worker, depth):
                     self._hand_over(worker)
 
     def _may_take(self, worker: Worker, depth: int) -> bool:
@@ -261,7 +201,7 @@ class Batcher:
 
     def _hand_over(self, worker: Worker) -> None:
         now = time.monotonic()
-        taken, expired = self.queue.next_batch(worker.limits, now, self._at_work.keys())
+        taken, expired = self.queue.next_batch(worker.limits, now, self._out.keys)
         for request in expired:
             self._metrics.expired.inc()
             self._fail(request, DeadlineExceededError("the deadline passed while inputs waited"))
@@ -271,68 +211,26 @@ class Batcher:
             logger.exception("a batch could not be handed over")
             for entry in taken:
                 self._fail(entry.request, InternalError("the server failed on this request"))
-            if self._out[worker]:  # it may be among them, and will not be answered
+            if self._out.number(worker):  # it may be among them, and will not be answered
                 worker.kill()
 
-    def _send(self, worker: Worker, taken: Sequence[Entry[Answer]], now: float) -> None:
+    def _send(self, worker: Worker, taken: Sequence[Entry[PendingAnswer]], now: float) -> None:
         for entry in taken:
             self._metrics.queue_seconds.observe(now - entry.request.arrived)
-        rows: dict[bytes, list[Entry[Answer]]] = {}
+        rows: dict[bytes, list[Entry[PendingAnswer]]] = {}
         for entry in taken:
             key = entry.key
-            running = None if entry.alone else self._at_work.get(key)
+            running = None if entry.alone else self._out.with_input(key)
             (rows if running is None else running.rows).setdefault(key, []).append(entry)
         self._metrics.shared_inputs.inc(len(taken) - len(rows))
         if not rows:
             return
-        self._batch_ids = (self._batch_ids + 1) % (1 << 32)
         encodings = [equal[0].encoding for equal in rows.values()]
-        tokens = sum(map(len, encodings))
-        in_hand = tokens + sum(batch.tokens for batch in self._out[worker].values())
-        batch = _Batch(rows, tokens, now, self._pace.patience(worker.kind, in_hand))
-        self._watch(worker, batch)
-        self._out[worker][self._batch_ids] = batch
-        self._at_work.update(dict.fromkeys(rows, batch))
-        worker.send(self._batch_ids, encodings)
-        self._metrics.batch_tokens.observe(tokens)
+        worker.send(self._out.add(worker, rows), encodings)
+        self._metrics.batch_tokens.observe(sum(map(len, encodings)))
         self._metrics.batch_inputs.observe(len(encodings))
 
-    def _take_back(self, worker: Worker, batch_id: int) -> _Batch:
-        batch = self._out[worker].pop(batch_id)
-        self._last_answer[worker] = time.monotonic()
-        self._end(batch)
-        return batch
-
-    def _end(self, batch: _Batch) -> None:
-        """No answer to this batch is awaited any more."""
-        if batch.watch is not None:
-            batch.watch.cancel()
-        for key in batch.rows:
-            if self._at_work.get(key) is batch:
-                del self._at_work[key]
-
-    def _watch(self, worker: Worker, batch: _Batch) -> None:
-        due = time.monotonic() + batch.patience
-        loop = asyncio.get_running_loop()
-        batch.watch = loop.call_later(batch.patience, self._hung, worker, batch, due)
-
-    def _hung(self, worker: Worker, batch: _Batch, due: float) -> None:
-        if time.monotonic() > due + _LATE_S:
-            self._watch(worker, batch)  # its answer may lie in the socket, unread
-            return
-        logger.error("worker %d gave no answer for too long: killing it", worker.slot)
-        worker.kill()
-
-    def _measure(self, worker: Worker, batch: _Batch) -> None:
-        # It may have waited in the worker's hands for the one before it.
-        begun = max(batch.handed_over, self._last_answer.get(worker, 0.0))
-        seconds = time.monotonic() - begun
-        self._metrics.batch_seconds.observe(seconds)
-        self._metrics.inputs.inc(len(batch.entries))
-        self._metrics.tokens.inc(batch.tokens)
-        self._pace.measure(worker.kind, batch.tokens, seconds)
-
-    def _blame(self, batch: _Batch) -> None:
+    def _blame(self, batch: Batch) -> None:
         """Its worker died while it ran this batch."""
         culprit = self._quarantine.blame(batch.entries, time.monotonic())
         if culprit is not None:
@@ -342,24 +240,20 @@ class Batcher:
                 culprit.deaths_alone,
             )
             key = culprit.key
-            out = [b for batches in self._out.values() for b in batches.values()]
-            equal = [entry for b in (batch, *out) for entry in b.rows.get(key, ())]
+            computed = (batch, *self._out)
+            equal = [entry for one in computed for entry in one.rows.get(key, ())]
             for entry in equal + self.queue.equal_to(key):
                 self._fail(entry.request, _deadly(entry.index))
 
-    def _fail(self, request: QueuedRequest[Answer], error: ServerError) -> None:
+    def _fail(self, request: QueuedRequest[PendingAnswer], error: ServerError) -> None:
         self.queue.discard(request)
-        request.waiter.fail(error)
+        request.answer.fail(error)
 
 
-def _fault_error(fault: Fault, entry: Entry[Answer]) -> ServerError:
-    param = f"input[{entry.index}]"
+def _fault_error(fault: Fault, entry: Entry[PendingAnswer]) -> ServerError:
     if fault is Fault.NOT_FINITE:
-        return NonFiniteVectorError(f"the model's vector for {param} is not finite", param=param)
-    return DeviceMemoryError(
-        f"{param} has {len(entry)} tokens, which do not fit into the device's memory: shorten it",
-        param=param,
-    )
+        return NonFiniteVectorError.of(entry.index)
+    return DeviceMemoryError.of(entry.index, len(entry))
 
 
 def _deadly(index: int) -> BatchFailedError:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from model.batch import RunnerOptions
+from model.batch import RunnerOptions, default_batch_tokens
 from server.errors import SettingsError
 
 logger = logging.getLogger("nv_embed.devices")
@@ -24,6 +24,10 @@ logger = logging.getLogger("nv_embed.devices")
 _MASK = "CUDA_VISIBLE_DEVICES"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The name that every torch takes which we do, then older ones."""
+_SECRETS = frozenset(
+    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+)
+"""Variables that no child has a use for: none asks for keys or downloads."""
 _PROBE_S = 120.0
 _LIST_S = 60.0
 """Without its persistence daemon the driver wakes each GPU first."""
@@ -130,13 +134,18 @@ def worker_options(
             base,
             device=device,
             threads=base.threads or (share if device == "cpu" else None),
-            max_batch_tokens=max_batch_tokens or (1024 if device == "cpu" else 8192),
+            max_batch_tokens=max_batch_tokens or default_batch_tokens(device),
         )
         for device in devices
     ]
 
 
 # Asking
+
+
+def child_environment() -> dict[str, str]:
+    """Our own without its secrets."""
+    return {name: value for name, value in os.environ.items() if name not in _SECRETS}
 
 
 def choose(names: Sequence[str], environment: Mapping[str, str]) -> list[str]:

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,39 +22,20 @@ from model.hub import NVIDIA_NOTICE, ModelSource
 from model.tokenizer import NVEmbedTokenizer
 from model.weights import weight_files
 from server.engine.batcher import Batcher
-from server.engine.devices import choose, worker_options
+from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.metrics import Metrics
 from server.engine.supervisor import Supervisor, load_timeout_of
+from server.engine.tokenizing import Tokenizing, Work
 from server.errors import (
     OverloadedError,
     SettingsError,
     UnavailableError,
 )
-from server.process import child_environment
-from server.settings import MAX_REQUEST_TOKENS, Settings
+from server.settings import Settings
 
 logger = logging.getLogger("nv_embed.engine")
-
-_INLINE_CHARS = 1024
-"""Up to this many characters and ids are tokenized on the event loop (about 1.6 ms at most)."""
-_LONG_CHARS = 64 * 1024
-"""More than this takes tens of milliseconds: others must not wait behind it."""
-_FORGET = 0.01
-"""Part of the tokens and characters seen that each request replaces: long ones weigh more."""
-_MARGIN = 1.25
-"""Of the expected tokens over the measured rate, so that few requests prove longer and are refused
-when they have cost a tokenization."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a request brings: characters and ids, and the tokens they will about be."""
-
-    chars: int
-    ids: int
-    tokens: int
 
 
 class EmbeddingEngine:
@@ -76,25 +52,14 @@ class EmbeddingEngine:
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
-        self._tokenizer = InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
+        self._tokenizing = Tokenizing(
+            InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
+        )
         self._batcher = Batcher(
             self.metrics, hang_timeout=settings.hang_timeout, cache_bytes=settings.cache_bytes
         )
-        base = RunnerOptions(
-            path=str(source.path),
-            fingerprint=identity,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            attention=settings.attention,
-            cuda_graphs=settings.cuda_graphs,
-            cpu_products=settings.cpu_products,
-            fused_kernels=settings.fused_kernels,
-            threads=settings.threads,
-            max_batch_seqs=settings.max_batch_seqs,
-            max_input_tokens=self.max_input_tokens,
-        )
         self.worker_options = worker_options(
-            base,
+            self._runner_options(settings, identity),
             choose(settings.devices, child_environment()),
             host.usable_cores(),
             settings.max_batch_tokens,
@@ -108,14 +73,29 @@ class EmbeddingEngine:
             width=self.config.hidden_size,
             load_timeout=load_timeout_of(sum(file.size for file in weight_files(source.path))),
         )
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-        self._long_threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
-        self._seen_tokens, self._seen_chars = 250.0, 1000.0
-        self._tokenizing = 0  # tokens, about, of requests that are admitted and not yet queued
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._show_gauges()
+
+    def _runner_options(self, settings: Settings, identity: str) -> RunnerOptions:
+        """What all workers are told; each has its own device, threads and batch size."""
+        return RunnerOptions(
+            path=str(self.source.path),
+            fingerprint=identity,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            attention=settings.attention,
+            cuda_graphs=settings.cuda_graphs,
+            cpu_products=settings.cpu_products,
+            fused_kernels=settings.fused_kernels,
+            threads=settings.threads,
+            max_batch_seqs=settings.max_batch_seqs,
+            max_input_tokens=self.max_input_tokens,
+        )
+
+    def _show_gauges(self) -> None:
         queue = self._batcher.queue
         self.metrics.watch(
             waiting_requests=lambda: queue.num_requests,
@@ -197,8 +177,7 @@ class EmbeddingEngine:
         self._draining = True
         self._batcher.fail_all(UnavailableError("the server is shutting down", retry_after=1))
         await self._supervisor.stop()
-        for threads in (self._threads, self._long_threads):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._tokenizing.close()
 
     @property
     def runners(self) -> list[RunnerInfo]:
@@ -212,7 +191,7 @@ class EmbeddingEngine:
         self._refuse_if_not_ready()
         work = self._admit(job)
         with self._accepted():
-            encodings = await self._tokenize(job, work)
+            encodings = await self._tokenizing.tokenize(job, work)
             tokens = sum(len(encoding) for encoding in encodings)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
@@ -228,7 +207,7 @@ class EmbeddingEngine:
             self._refuse_if_not_ready()
         work = self._admit(job)
         with self._accepted():
-            return await self._tokenize(job, work)
+            return await self._tokenizing.tokenize(job, work)
 
     @contextmanager
     def _accepted(self) -> Iterator[None]:
@@ -242,9 +221,9 @@ class EmbeddingEngine:
             if not self._in_flight:
                 self._idle.set()
 
-    def _admit(self, job: EmbedJob) -> _Work:
+    def _admit(self, job: EmbedJob) -> Work:
         """Raises OverloadedError when there is no room for the tokens that are expected."""
-        work = self._expected_work(job)
+        work = self._tokenizing.expected_work(job)
         self._refuse_if_full(work.tokens)
         return work
 
@@ -255,7 +234,7 @@ class EmbeddingEngine:
             delay = max(0.0, deadline - time.monotonic())
             timer = asyncio.get_running_loop().call_later(delay, self._batcher.expire, request)
         try:
-            return await request.waiter.future
+            return await request.answer.future
         except asyncio.CancelledError:
             self._batcher.drop(request)
             raise
@@ -268,48 +247,10 @@ class EmbeddingEngine:
             raise UnavailableError(f"not ready: {reason}", retry_after=2)
 
     def _refuse_if_full(self, tokens: int) -> None:
-        waiting = self._batcher.queue.num_tokens + self._tokenizing
+        waiting = self._batcher.queue.num_tokens + self._tokenizing.under_way
         if waiting and waiting + tokens > self.max_queued_tokens:
             self.metrics.rejected.inc()
             raise OverloadedError(
                 f"the queue is full: {waiting} tokens wait, the limit is {self.max_queued_tokens}",
                 retry_after=self._batcher.seconds_of_work(),
             )
-
-    def _expected_work(self, job: EmbedJob) -> _Work:
-        """How many tokens there will be, rather too many than too few: a full queue must not
-        cost a tokenization to say no, and what is being tokenized must count."""
-        chars = self._tokenizer.num_chars(job.inputs, job.options)
-        ids = sum(len(item) for item in job.inputs if not isinstance(item, str))
-        expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
-        return _Work(chars, ids, min(expected, MAX_REQUEST_TOKENS))
-
-    def _learn_tokens_per_char(self, chars: int, encodings: Sequence[Encoding]) -> None:
-        if chars:
-            tokens = sum(len(encoding) for encoding in encodings)
-            self._seen_tokens += tokens - _FORGET * self._seen_tokens
-            self._seen_chars += chars - _FORGET * self._seen_chars
-
-    async def _tokenize(self, job: EmbedJob, work: _Work) -> list[Encoding]:
-        self._tokenizing += work.tokens
-        try:
-            if work.chars + work.ids <= _INLINE_CHARS:
-                encodings = self._tokenizer.tokenize(job.inputs, job.options)
-            else:
-                encodings = await self._tokenize_on_thread(job, work)
-        finally:
-            self._tokenizing -= work.tokens
-        self._learn_tokens_per_char(work.chars, encodings)
-        return encodings
-
-    async def _tokenize_on_thread(self, job: EmbedJob, work: _Work) -> list[Encoding]:
-        abandoned = threading.Event()
-        threads = self._long_threads if work.chars + work.ids > _LONG_CHARS else self._threads
-        call = partial(
-            self._tokenizer.tokenize, job.inputs, job.options, abandoned=abandoned.is_set
-        )
-        try:
-            return await asyncio.get_running_loop().run_in_executor(threads, call)
-        except asyncio.CancelledError:
-            abandoned.set()
-            raise

@@ -16,17 +16,17 @@ from model.batch import BatchLimits, Encoding
 _LOOK_AHEAD = 32
 """How many requests whose next input does not fit are passed over before a batch is closed."""
 
-Waiter = TypeVar("Waiter")
+AnswerT = TypeVar("AnswerT")
 """What stands for the answer of a request; the queue carries it and never looks at it."""
 
 
 @dataclass(slots=True, eq=False)
-class Entry(Generic[Waiter]):
+class Entry(Generic[AnswerT]):
     """One input of a request, waiting or in a batch."""
 
     encoding: Encoding
     index: int  # its place in the request
-    request: QueuedRequest[Waiter]
+    request: QueuedRequest[AnswerT]
     deaths: int = 0  # how many workers died with it in the batch that they ran
     deaths_alone: int = 0  # and how many of them with nothing else in the batch
     alone: bool = False  # it must have its batch to itself
@@ -40,13 +40,13 @@ class Entry(Generic[Waiter]):
 
 
 @dataclass(slots=True, eq=False)
-class QueuedRequest(Generic[Waiter]):
+class QueuedRequest(Generic[AnswerT]):
     """The inputs of one HTTP request that are still waiting, and what is known of its client."""
 
-    waiter: Waiter
+    answer: AnswerT
     deadline: float = float("inf")  # on the caller's clock
     arrived: float = 0.0  # on the caller's clock
-    waiting: deque[Entry[Waiter]] = field(default_factory=deque)
+    waiting: deque[Entry[AnswerT]] = field(default_factory=deque)
     num_tokens: int = 0  # of the inputs that wait in the queue
     queued: bool = False  # whether the queue holds it
     is_query: bool = False  # one input was to be computed, and its vector is all that is missing
@@ -55,26 +55,26 @@ class QueuedRequest(Generic[Waiter]):
     def of(
         cls,
         encodings: Sequence[Encoding],
-        waiter: Waiter,
+        answer: AnswerT,
         *,
         deadline: float = float("inf"),
         arrived: float = 0.0,
-        but: Collection[int] = (),
-    ) -> QueuedRequest[Waiter]:
-        """but: indices of encodings whose vectors are known already."""
-        request = cls(waiter, deadline, arrived)
+        known: Collection[int] = (),
+    ) -> QueuedRequest[AnswerT]:
+        """known: indices of encodings whose vectors are known already."""
+        request = cls(answer, deadline, arrived)
         request.waiting.extend(
-            Entry(e, i, request) for i, e in enumerate(encodings) if i not in but
+            Entry(e, i, request) for i, e in enumerate(encodings) if i not in known
         )
         request.is_query = len(request.waiting) == 1
         return request
 
 
-class RequestQueue(Generic[Waiter]):
+class RequestQueue(Generic[AnswerT]):
     """Requests in the order of their turns."""
 
     def __init__(self) -> None:
-        self._turns: deque[QueuedRequest[Waiter]] = deque()
+        self._turns: deque[QueuedRequest[AnswerT]] = deque()
         self.num_tokens = 0
         self.num_entries = 0
 
@@ -88,7 +88,7 @@ class RequestQueue(Generic[Waiter]):
     def num_requests(self) -> int:
         return len(self._turns)
 
-    def append(self, request: QueuedRequest[Waiter]) -> None:
+    def append(self, request: QueuedRequest[AnswerT]) -> None:
         """Admit all entries of a request, at the end of the turns."""
         assert request.waiting, request
         assert not request.queued, request
@@ -96,7 +96,7 @@ class RequestQueue(Generic[Waiter]):
         self._turns.append(request)
         self._count(request.waiting, 1)
 
-    def put_back(self, entries: Iterable[Entry[Waiter]]) -> None:
+    def put_back(self, entries: Iterable[Entry[AnswerT]]) -> None:
         """Return entries of a batch that was lost to the front, in their order."""
         for entry in reversed(list(entries)):
             request = entry.request
@@ -107,13 +107,13 @@ class RequestQueue(Generic[Waiter]):
             request.queued = True
             self._turns.appendleft(request)
 
-    def discard(self, request: QueuedRequest[Waiter]) -> None:
+    def discard(self, request: QueuedRequest[AnswerT]) -> None:
         """Drop what still waits of a request; harmless when nothing does."""
         if request.queued:
             self._turns.remove(request)
             self._drop(request)
 
-    def clear(self) -> list[QueuedRequest[Waiter]]:
+    def clear(self) -> list[QueuedRequest[AnswerT]]:
         """Drop everything that waits; returns the requests."""
         requests = list(self._turns)
         self._turns.clear()
@@ -121,7 +121,7 @@ class RequestQueue(Generic[Waiter]):
             self._drop(request)
         return requests
 
-    def equal_to(self, key: bytes) -> list[Entry[Waiter]]:
+    def equal_to(self, key: bytes) -> list[Entry[AnswerT]]:
         """The entries that wait with this key."""
         waiting = (entry for request in self._turns for entry in request.waiting)
         return [entry for entry in waiting if entry.key == key]
@@ -132,7 +132,7 @@ class RequestQueue(Generic[Waiter]):
 
     def next_batch(
         self, limits: BatchLimits, now: float, at_work: Collection[bytes] = ()
-    ) -> tuple[list[Entry[Waiter]], list[QueuedRequest[Waiter]]]:
+    ) -> tuple[list[Entry[AnswerT]], list[QueuedRequest[AnswerT]]]:
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
 
@@ -140,9 +140,9 @@ class RequestQueue(Generic[Waiter]):
         whose next entry may not keeps its turn: it comes first in the next batch, so nothing
         starves. at_work: keys of inputs that are being computed.
         """
-        composition: _Composition[Waiter] = _Composition(limits, at_work)
-        expired: list[QueuedRequest[Waiter]] = []
-        passed_over: list[QueuedRequest[Waiter]] = []
+        composition: _Composition[AnswerT] = _Composition(limits, at_work)
+        expired: list[QueuedRequest[AnswerT]] = []
+        passed_over: list[QueuedRequest[AnswerT]] = []
         while self._turns and composition.is_open and len(passed_over) < _LOOK_AHEAD:
             request = self._turns.popleft()
             if request.deadline <= now:
@@ -160,23 +160,23 @@ class RequestQueue(Generic[Waiter]):
         self._turns.extendleft(reversed(passed_over))
         return composition.entries, expired
 
-    def _drop(self, request: QueuedRequest[Waiter]) -> None:
+    def _drop(self, request: QueuedRequest[AnswerT]) -> None:
         self._count(request.waiting, -1)
         request.waiting.clear()
         request.queued = False
 
-    def _count(self, entries: Iterable[Entry[Waiter]], sign: int) -> None:
+    def _count(self, entries: Iterable[Entry[AnswerT]], sign: int) -> None:
         for entry in entries:
             entry.request.num_tokens += sign * len(entry)
             self.num_tokens += sign * len(entry)
             self.num_entries += sign
 
 
-class _Composition(Generic[Waiter]):
+class _Composition(Generic[AnswerT]):
     """A batch in the making: each policy of what may join it is a predicate of its own."""
 
     def __init__(self, limits: BatchLimits, at_work: Collection[bytes]) -> None:
-        self.entries: list[Entry[Waiter]] = []
+        self.entries: list[Entry[AnswerT]] = []
         self._limits, self._at_work = limits, at_work
         self._keys: set[bytes] = set()  # of what is computed in it
         self._tokens = 0
@@ -189,14 +189,14 @@ class _Composition(Generic[Waiter]):
         full = len(self._keys) >= limits.max_seqs or self._tokens >= limits.max_tokens
         return not (full or self._is_lone)
 
-    def may_join(self, entry: Entry[Waiter]) -> bool:
+    def may_join(self, entry: Entry[AnswerT]) -> bool:
         if not self._keys:
             return True  # alone, if it is longer than a whole batch
         if entry.alone:
             return False
         return self._is_free(entry) or (self._has_room(entry) and not self._is_held_back(entry))
 
-    def add(self, entry: Entry[Waiter]) -> None:
+    def add(self, entry: Entry[AnswerT]) -> None:
         if not self._is_free(entry):
             self._keys.add(entry.key)
             self._tokens += len(entry)
@@ -206,14 +206,14 @@ class _Composition(Generic[Waiter]):
         self._is_lone = entry.alone
         self.entries.append(entry)
 
-    def _is_free(self, entry: Entry[Waiter]) -> bool:
+    def _is_free(self, entry: Entry[AnswerT]) -> bool:
         """Of equal inputs one is computed, in this batch or in one that is out."""
         return not entry.alone and (entry.key in self._keys or entry.key in self._at_work)
 
-    def _has_room(self, entry: Entry[Waiter]) -> bool:
+    def _has_room(self, entry: Entry[AnswerT]) -> bool:
         return self._tokens + len(entry) <= self._limits.max_tokens
 
-    def _is_held_back(self, entry: Entry[Waiter]) -> bool:
+    def _is_held_back(self, entry: Entry[AnswerT]) -> bool:
         """Once a query (a request of one input) is aboard, requests with more tokens than there is
         room for fill up half of a batch at most: the query is back the sooner. DECISIONS.md has
         what that costs them; it is measured on CPUs alone."""

@@ -1,145 +1,55 @@
 """Starts, watches and restarts the engine workers. One per device.
 
 Reports to a `WorkerEvents` what happened; knows nothing of queues, requests or futures, and never
-decides what becomes of a batch. What a worker says is checked here: one that says what cannot be is
-ended, as one that dies, and a handler that fails costs its worker and nothing else.
+decides what becomes of a batch. A worker that says what cannot be is ended, as one that dies is
+replaced, and a handler that fails costs its worker and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import logging
 import re
-import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
-import numpy as np
-import orjson
-from numpy.typing import NDArray
-
-from model.batch import BatchLimits, Encoding, RunnerInfo, RunnerOptions
-from server.engine import devices
-from server.engine.wire import HEADER, Fault, Kind, batch_frame, read_rows, rows_size, start_frame
+from model.batch import BatchLimits, RunnerInfo, RunnerOptions
+from server.engine import devices, worker_process
+from server.engine.wire import start_frame
+from server.engine.worker_link import (
+    RefusedError,
+    UselessWorkerError,
+    Worker,
+    WorkerEvents,
+    greeting,
+    relay,
+)
+from server.engine.worker_process import KILLED_S, STOP_S
 from server.errors import StartError
-from server.process import child_environment
 
 logger = logging.getLogger("nv_embed.supervisor")
 
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before the 1st, 2nd, … start in a row that does not become ready."""
-_STOP_S = 1.0
-"""How long a worker may take to end after its socket has closed; nobody awaits it any more."""
-_KILLED_S = 10.0
-"""How long it may take after it was killed: the kernel frees its memory first. Its successor would
-find its device full."""
-_SAME = 3
+_HOPELESS_AFTER = 3
 """So many failures in a row for the same reason, and there is no point in another try."""
-_PASSES = frozenset((errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
-"""Errors for want of what others have for the moment."""
-_DEADLY_BY_ITSELF = frozenset(
-    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
-)
-"""Signals that a process earns by its own doing; others send it the rest."""
 _LOAD_S = 60.0
 _LOAD_BYTES_PER_S = 20e6
 """How long a worker may take to become ready: to import torch, and to read the checkpoint from a
 slow disk. At the next try in a row it is twice as long, then three times."""
-_MOST_TEXT = 1 << 20
-"""Bytes of a greeting, a refusal or a failure."""
-
-
-class _UselessWorkerError(Exception):
-    """This worker will do no work; the message tells why."""
-
-
-class _RefusedError(_UselessWorkerError):
-    """It says so itself, and ends; `passes`: for want of what others have for the moment."""
-
-    def __init__(self, message: str, passes: bool) -> None:
-        super().__init__(f"cannot start: {message}")
-        self.message, self.passes = message, passes
 
 
 @dataclasses.dataclass(slots=True)
 class _Life:
     """How the life of a worker went."""
 
+    worker: Worker | None = None  # once it is ready
     was_ready: bool = False
+    trouble: str = ""  # in words for whoever asks why it does not serve
     reason: str | None = None  # why it could not start; None: by no fault of its own
-
-
-class WorkerEvents(Protocol):
-    def worker_ready(self, worker: Worker) -> None: ...
-
-    def worker_lost(self, worker: Worker) -> None:
-        """It died: whatever it had in hand will not be answered."""
-        ...
-
-    def batch_done(
-        self,
-        worker: Worker,
-        batch_id: int,
-        rows: NDArray[np.float32],
-        faults: Mapping[int, Fault],
-    ) -> None:
-        """`rows` [N, D]; `faults` tells which of them are no vectors, and why."""
-        ...
-
-    def batch_failed(self, worker: Worker, batch_id: int) -> None: ...
-
-
-class Worker:
-    """A live, ready worker. It knows which batches it has, and not what is in them."""
-
-    def __init__(
-        self,
-        slot: int,
-        info: RunnerInfo,
-        limits: BatchLimits,
-        tokens_per_s: float,
-        writer: asyncio.StreamWriter,
-        process: subprocess.Popen[bytes],
-    ) -> None:
-        """tokens_per_s: what its warming up has shown; 0 when it has not."""
-        self.slot, self.info, self.limits, self.tokens_per_s = slot, info, limits, tokens_per_s
-        self._writer, self._process = writer, process
-        self._due: dict[int, int] = {}  # batch id -> its rows
-
-    def __repr__(self) -> str:
-        return f"Worker({self.slot}, {self.info.device})"
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.info.device.startswith("cuda")
-
-    @property
-    def kind(self) -> str:
-        """Equal for devices that are equally fast."""
-        return f"{self.info.device.partition(':')[0]} {self.info.device_name}"
-
-    def send(self, batch_id: int, encodings: Sequence[Encoding]) -> None:
-        """Hand a batch over. Never blocks and never fails: a dead worker is reported as lost."""
-        self._due[batch_id] = len(encodings)
-        if not self._writer.is_closing():
-            self._writer.write(batch_frame(batch_id, encodings))
-
-    def settle(self, batch_id: int) -> int | None:
-        """An answer to this batch has come: how many rows it must have. None: there is no such
-        batch, or it was answered before."""
-        return self._due.pop(batch_id, None)
-
-    def kill(self) -> None:
-        """End it at once; it is then reported as lost, even when the kernel cannot end it yet (a
-        device that does not answer holds its process for as long as it likes)."""
-        self._process.kill()
-        self._writer.transport.abort()
+    patience: float = 0.0  # seconds that it may take to end by itself
 
 
 class Supervisor:
@@ -209,27 +119,54 @@ class Supervisor:
             known.clear()
         if reason is not None:
             known.append(reason)
-            del known[:-_SAME]
+            del known[:-_HOPELESS_AFTER]
         all_known = [self._reasons.get(other, []) for other in range(len(self._options))]
-        if not self._was_ready and all(len(reasons) >= _SAME for reasons in all_known):
+        if not self._was_ready and all(len(reasons) >= _HOPELESS_AFTER for reasons in all_known):
             last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
-            raise StartError(f"{last} (the same {_SAME} times in a row)")
+            raise StartError(f"{last} (the same {_HOPELESS_AFTER} times in a row)")
 
     async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
         """One worker's whole life."""
         options = self._options[slot]
-        device, environment = devices.in_child(options.device, child_environment())
+        device, environment = devices.in_child(options.device, devices.child_environment())
         try:
-            process, reader, writer = await _start(environment)
+            process, reader, writer = await worker_process.start(environment)
             told = dataclasses.replace(options, device=device)
             writer.write(start_frame(told, self._runner, self._log_format, self._log_level))
         except OSError as error:  # out of processes, files or memory
             self.trouble[slot] = "its worker cannot be started"
             logger.error("worker %d cannot be started: %s", slot, error)
-            if error.errno not in _PASSES:
+            if error.errno not in worker_process.TEMPORARY:
                 life.reason = f"a worker cannot be started: {error}"
             return
-        worker, trouble, patience = None, "", 0.0
+        try:
+            await self._until_its_end(slot, load_timeout, life, process, reader, writer)
+        finally:
+            writer.transport.abort()  # close would wait for what it does not read
+            self.trouble[slot] = life.trouble or "its worker is ending"
+            try:
+                if life.worker is not None:
+                    self._events.worker_lost(life.worker)
+            finally:
+                killed = STOP_S if self._stopping else KILLED_S
+                status = await worker_process.reap(process, life.patience, killed)
+                if status is None:
+                    logger.error(
+                        "worker %d cannot be killed: its device may have to be reset", slot
+                    )
+        self._tell_end(slot, life, status)
+
+    async def _until_its_end(
+        self,
+        slot: int,
+        load_timeout: float,
+        life: _Life,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """From its greeting to its last answer; `life` gets how it went."""
+        options = self._options[slot]
         try:
             async with asyncio.timeout(load_timeout):
                 info, tokens_per_s = await self._greet(slot, reader)
@@ -238,191 +175,65 @@ class Supervisor:
                 options.max_batch_seqs,
                 half_beside_query=info.device == "cpu",  # where it is measured
             )
-            worker = Worker(slot, info, limits, tokens_per_s, writer, process)
+            life.worker = Worker(slot, info, limits, tokens_per_s, writer, process)
             self.trouble.pop(slot, None)
             self._was_ready = life.was_ready = True
-            patience = _STOP_S
-            self._events.worker_ready(worker)
-            await self._relay(worker, reader)
+            life.patience = STOP_S
+            self._events.worker_ready(life.worker)
+            await relay(life.worker, reader, self._events)
         except (asyncio.IncompleteReadError, ConnectionError):
-            patience = _STOP_S  # it has gone, or is about to
+            life.patience = STOP_S  # it has gone, or is about to
         except TimeoutError:
-            trouble = "its worker took too long to load"
+            life.trouble = "its worker took too long to load"
             logger.error("worker %d was not ready after %.0f s: ending it", slot, load_timeout)
-        except _UselessWorkerError as error:
+        except RefusedError as error:
             logger.error("worker %d %s", slot, error)
-            trouble, patience = "its worker sent nonsense; see the log", 0.0
-            if isinstance(error, _RefusedError):
-                trouble, patience = "its worker cannot start; see the log", _STOP_S
-                life.reason = None if error.passes else error.message
-        finally:
-            writer.transport.abort()  # close would wait for what it does not read
-            self.trouble[slot] = trouble or "its worker is ending"
-            try:
-                if worker is not None:
-                    self._events.worker_lost(worker)
-            finally:
-                status = await _reap(process, patience, _STOP_S if self._stopping else _KILLED_S)
-                if status is None:
-                    logger.error(
-                        "worker %d cannot be killed: its device may have to be reset", slot
-                    )
-        self.trouble[slot] = trouble or f"its worker ended ({_describe(status)})"
-        if worker is None and not trouble and _is_its_own_doing(status):
-            life.reason = f"a worker ended before it was ready ({_describe(status)})"
-        logger.error(
-            "worker %d ended (%s) %s; starting it again",
-            slot,
-            _describe(status),
-            "while serving" if worker else "before it was ready",
-        )
+            life.trouble, life.patience = "its worker cannot start; see the log", STOP_S
+            life.reason = None if error.temporary else error.message
+        except UselessWorkerError as error:
+            logger.error("worker %d %s", slot, error)
+            life.trouble, life.patience = "its worker sent nonsense; see the log", 0.0
+
+    def _tell_end(self, slot: int, life: _Life, status: int | None) -> None:
+        ended = worker_process.describe(status)
+        self.trouble[slot] = life.trouble or f"its worker ended ({ended})"
+        if not life.worker and not life.trouble and worker_process.is_its_own_doing(status):
+            life.reason = f"a worker ended before it was ready ({ended})"
+        when = "while serving" if life.worker else "before it was ready"
+        logger.error("worker %d ended (%s) %s; starting it again", slot, ended, when)
 
     async def _greet(self, slot: int, reader: asyncio.StreamReader) -> tuple[RunnerInfo, float]:
         """Wait for HELLO. Raises StartError when no worker was ever ready and this one says that
         it never can be: once the server has served, a lost device must not end it."""
         started = time.monotonic()
-        kind, *_, size = await _receive(reader)
-        payload = await _text(reader, size)
-        try:
-            if kind is Kind.REFUSED:
-                refusal = orjson.loads(payload)
-                final, message = bool(refusal["final"]), str(refusal["message"])
-                passes = bool(refusal.get("passes"))
-            elif kind is Kind.HELLO:
-                hello = orjson.loads(payload)
-                info = RunnerInfo(**hello["info"])
-                tokens_per_s = float(hello["tokens_per_s"])
-                final, passes, message = True, False, self._objection(info)
-            else:
-                raise ValueError(kind)
-        except (ValueError, TypeError, KeyError):
-            raise _UselessWorkerError("sent what is no greeting") from None
         device = self._options[slot].device
-        if devices.uuid_of(device):  # each calls its own cuda:0
-            if message:
-                message = f"{device}: {message}"
-            else:
-                info = dataclasses.replace(info, device=device)
-        if message:
-            if final and not self._was_ready:
-                raise StartError(message)
-            raise _RefusedError(message, passes)
-        how = [info.device_name, info.dtype, info.quantization, info.attention]
-        how += ["CUDA graphs"] if info.cuda_graphs else []
-        how += [f"{info.fused_kernels} kernels"] if info.fused_kernels != "plain" else []
-        how += [f"{kind} by {who}" for kind, who in info.products.items()]
+        has_uuid = devices.uuid_of(device) is not None  # each calls its own cuda:0
+        try:
+            info, tokens_per_s = await greeting(reader)
+            if self._width not in (None, info.width):
+                message = (
+                    f"its vectors have {info.width} values, and config.json says {self._width}"
+                )
+                raise RefusedError(message, final=True, temporary=False)
+        except RefusedError as refusal:
+            message = f"{device}: {refusal.message}" if has_uuid else refusal.message
+            if refusal.final and not self._was_ready:
+                raise StartError(message) from None
+            raise RefusedError(message, final=refusal.final, temporary=refusal.temporary) from None
+        if has_uuid:
+            info = dataclasses.replace(info, device=device)
+        properties = [info.device_name, info.dtype, info.quantization, info.attention]
+        properties += ["CUDA graphs"] if info.cuda_graphs else []
+        properties += [f"{info.fused_kernels} kernels"] if info.fused_kernels != "plain" else []
+        properties += [f"{kind} by {who}" for kind, who in info.products.items()]
         logger.info(
             "worker %d is ready after %.1f s on %s (%s)",
             slot,
             time.monotonic() - started,
             info.device,
-            ", ".join(how),
+            ", ".join(properties),
         )
         return info, tokens_per_s
-
-    def _objection(self, info: RunnerInfo) -> str:
-        if self._width is None or info.width == self._width:
-            return ""
-        return f"its vectors have {info.width} values, and config.json says {self._width}"
-
-    async def _relay(self, worker: Worker, reader: asyncio.StreamReader) -> None:
-        while True:
-            kind, batch_id, rows, faults, size = await _receive(reader)
-            due = worker.settle(batch_id)
-            if due is None:
-                raise _UselessWorkerError(f"answered batch {batch_id}, which it does not have")
-            if kind is Kind.FAILED:
-                text = await _text(reader, size)
-                logger.error(
-                    "worker %d: a batch failed: %s", worker.slot, text.decode(errors="replace")
-                )
-                self._events.batch_failed(worker, batch_id)
-                continue
-            expected = rows_size(due, worker.info.width, faults)
-            if kind is not Kind.ROWS or rows != due or faults > due or size != expected:
-                raise _UselessWorkerError(f"sent what is no answer to a batch of {due}")
-            payload = await reader.readexactly(size)
-            try:
-                answer = read_rows(rows, faults, payload)
-            except ValueError:
-                raise _UselessWorkerError("sent an unknown fault") from None
-            self._events.batch_done(worker, batch_id, *answer)
-
-
-async def _start(
-    environment: Mapping[str, str],
-) -> tuple[subprocess.Popen[bytes], asyncio.StreamReader, asyncio.StreamWriter]:
-    """A new worker process and our end of its socket. Raises OSError."""
-    ours, theirs = socket.socketpair()
-    try:
-        with theirs:
-            process = _spawn(theirs.fileno(), environment)
-    except BaseException:
-        ours.close()
-        raise
-    try:
-        return process, *await asyncio.open_connection(sock=ours)
-    except BaseException:
-        ours.close()
-        await _reap(process, 0.0, _STOP_S)
-        raise
-
-
-async def _receive(reader: asyncio.StreamReader) -> tuple[Kind, int, int, int, int]:
-    """A header: kind, batch id, rows, faults and the size of what follows."""
-    kind, batch_id, rows, faults, size = HEADER.unpack(await reader.readexactly(HEADER.size))
-    try:
-        return Kind(kind), batch_id, rows, faults, size
-    except ValueError:
-        raise _UselessWorkerError("sent what is no frame") from None
-
-
-async def _text(reader: asyncio.StreamReader, size: int) -> bytes:
-    if size > _MOST_TEXT:
-        raise _UselessWorkerError(f"has {size} bytes to say, which is too much")
-    return await reader.readexactly(size)
-
-
-def _spawn(fd: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    # -P: a server.py or model.py in the working directory is not what we mean.
-    command = [sys.executable, "-P", "-m", "server.engine.start_worker", str(fd)]
-    return subprocess.Popen(  # noqa: S603
-        command,
-        pass_fds=[fd],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        # Ctrl-C and a closing terminal are told to the front alone, which then drains.
-        start_new_session=True,
-    )
-
-
-async def _reap(process: subprocess.Popen[bytes], patience: float, killed: float) -> int | None:
-    """Wait for the process, whose socket is closed; kill it when it takes too long. None when even
-    that does not end it in time, which the kernel does when a device no longer answers."""
-    try:
-        await _ended(process, patience)
-    finally:  # also when nobody wants to wait any more
-        if process.returncode is None:
-            process.kill()
-    return await _ended(process, killed)
-
-
-async def _ended(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit status, if it ends in time. Takes neither a thread nor a file: both may be out."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    return process.returncode
-
-
-def _describe(status: int | None) -> str:
-    if status is None:
-        return "killed, and it does not end"
-    return f"signal {-status}" if status < 0 else f"status {status}"
-
-
-def _is_its_own_doing(status: int | None) -> bool:
-    return status is not None and (status >= 0 or -status in _DEADLY_BY_ITSELF)
 
 
 def _without_numbers(message: str) -> str:

@@ -99,7 +99,7 @@ def hello_frame(info: RunnerInfo, tokens_per_s: float) -> bytes:
     return frame(Kind.HELLO, orjson.dumps(hello))
 
 
-def refused_frame(message: str, *, final: bool, passes: bool) -> bytes:
-    """final: no new try would help. passes: what is missing may be there again later."""
-    why = {"message": message, "final": final, "passes": passes}
+def refused_frame(message: str, *, final: bool, temporary: bool) -> bytes:
+    """final: no new try would help. temporary: what is missing may be there again later."""
+    why = {"message": message, "final": final, "temporary": temporary}
     return frame(Kind.REFUSED, orjson.dumps(why))

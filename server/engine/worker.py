@@ -121,18 +121,18 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
         runner = factory(options)
         tokens_per_s = float(runner.warm_up() or 0.0)
     except Exception as error:
-        final, passes, message = True, False, f"{error}"
+        final, temporary, message = True, False, f"{error}"
         if is_out_of_memory(error):
             message = f"{options.device} has too little memory to load and run the model: "
             message += less_memory(options)
         elif "can't start new thread" in message:
-            final, passes = False, True
+            final, temporary = False, True
             message += ", for want of processes or of address space (ulimit -u, ulimit -v)"
         elif not isinstance(error, ModelError):  # those are the same at the next try
             final, message = False, repr(error)[:_MOST_SAID]
             if not isinstance(error, ImportError | OSError):  # whose cause is not in our code
                 logger.exception("the worker cannot start")
-        connection.send(refused_frame(message, final=final, passes=passes))
+        connection.send(refused_frame(message, final=final, temporary=temporary))
         return None
     connection.send(hello_frame(runner.info, tokens_per_s))
     return runner

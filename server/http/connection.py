@@ -34,21 +34,16 @@ Knows nothing of routes. Whoever works on a request can ask whether its client h
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import httptools
-import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.api.openai_errors import error_body
 from server.api.request_context import disconnect_extension
 from server.errors import (
     HeadersTooLargeError,
@@ -57,6 +52,7 @@ from server.errors import (
     ServerError,
     UnavailableError,
 )
+from server.http.request_head import problem_of, refusal
 
 _LINGERING = 128
 """So many connections beyond the cap may linger; more are closed as soon as they are answered."""
@@ -66,25 +62,24 @@ _PIECES = 16
 """Pieces in one turn of the event loop: a body may come in chunks, or pieces, of a few bytes."""
 _BLANK_LINE = b"\r\n\r\n"
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
-_HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?[ \t]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class ProtocolLimits:
     """Bytes, counts and seconds that one connection may take."""
 
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float
+    max_connections: int
     max_header_bytes: int = 64 * 1024
     max_headers: int = 100
-    header_timeout: float = 10.0
-    body_timeout: float = 120.0
-    write_timeout: float = 60.0
     keep_alive_timeout: float = 75.0
     """Longer than clients keep idle connections (httpx: 5 s), so that they close first: one that
     the server closes while a request is on its way is an error to the client."""
     linger_timeout: float = 1.0
     """After a refusal the rest of the request is read and dropped for so long: closing at once
     would reset the connection, and the client might never see the answer."""
-    max_connections: int = 4096
 
 
 class _State(Enum):
@@ -126,7 +121,7 @@ class _Door:
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. `limits` and `on_refusal` are set by `limited`."""
 
-    limits = ProtocolLimits()
+    limits: ProtocolLimits
     on_refusal: Callable[[int], None]
     flow: _Flow
     handshake: object = None  # counted as a connection until now
@@ -355,7 +350,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         header = dict(self.headers)
-        if problem := self._problem(header):
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        if problem := problem_of(version, method, self.headers):
             self._stop(InvalidRequestError(problem))
         super().on_headers_complete()
         self.cycle.transport = self._door  # type: ignore[assignment]
@@ -374,23 +370,6 @@ class LimitedProtocol(HttpToolsProtocol):
         self.cycle.message_event.set()
         self._enter(_IDLE if self.cycle.response_complete else _ANSWER)
 
-    def _problem(self, header: Mapping[bytes, bytes]) -> str | None:
-        """What the parser lets pass, and RFC 9112 does not."""
-        version = self.parser.get_http_version()
-        if version not in ("1.1", "1.0"):
-            return f"HTTP/{version} is not spoken here, but HTTP/1.1"
-        if self.parser.get_method() == b"CONNECT":
-            return "CONNECT is for proxies"
-        if len(header) < len(self.headers):
-            names = [name for name, _ in self.headers]
-            for name in (b"host", b"authorization"):
-                if names.count(name) > 1:
-                    return f"A request has one {name.decode()} header at most"
-        host = header.get(b"host")
-        if host is None:
-            return None if version == "1.0" else "The host header is missing"
-        return None if _HOST.fullmatch(host) else "The host header is malformed"
-
     # Refusals
 
     def _stop(self, error: ServerError) -> NoReturn:
@@ -408,17 +387,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """The end, with an answer to what is being read unless one has begun."""
         started = self.cycle is not None and self.cycle.response_started
         if self._state in (_IDLE, _HEAD) or (self._state is _BODY and not started):
-            body = orjson.dumps(error_body(error))
-            headers = {
-                "content-type": "application/json",
-                "content-length": str(len(body)),
-                "x-request-id": uuid.uuid4().hex,
-                **error.headers(),
-                "connection": "close",
-            }
-            head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            status = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-            self.transport.write(f"{status}{head}\r\n".encode() + body)
+            self.transport.write(refusal(error))
             type(self).on_refusal(error.status)
         if self._state not in (_IDLE, _HEAD):
             self._tell_gone()  # or somebody waits for the rest

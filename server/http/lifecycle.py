@@ -23,9 +23,9 @@ from server.engine.engine import EmbeddingEngine
 from server.errors import SettingsError, StartError
 from server.http.app import create_app
 from server.http.connection import ProtocolLimits, limited
+from server.http.file_limit import most_connections, raise_file_limit
 from server.http.listener import BACKLOG, listen, unlink_socket
 from server.http.tls import with_tls
-from server.process import most_connections, raise_file_limit
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.byte_budget import ByteBudget
 from server.api.openapi import OPEN_PATHS
 from server.api.request_context import RequestContext, put_context
+from server.api.schemas import EMBEDDINGS_PATHS
 from server.engine.interface import Engine
 from server.engine.metrics import ROUTES, Metrics
 
@@ -23,10 +24,9 @@ logger = logging.getLogger("nv_embed.access")
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
-    "/v1/embeddings": "embeddings",
+    **dict.fromkeys(EMBEDDINGS_PATHS, "embeddings"),
     "/models": "models",
     "/v1/models": "models",
-    "/embeddings": "embeddings",
     "/v1/instructions": "instructions",
     "/livez": "health",
     "/readyz": "health",

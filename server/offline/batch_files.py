@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.errors import did_you_mean
-from server.api import schemas, serialize
+from server.api import parsing, schemas, serialize
 from server.api.encoding_options import encoding_options
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
@@ -26,14 +26,14 @@ from server.api.names import ServedNames
 from server.api.openai_errors import error_body
 from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
-from server.offline.text_files import InputFileError, Source, read_objects
+from server.offline.sources import Source
+from server.offline.text_files import InputFileError, read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
 
 logger = logging.getLogger("nv_embed.encode")
 
-URLS = ("/v1/embeddings", "/embeddings")
 _FIELDS = ("custom_id", "method", "url", "body")
 _SAID_AT_MOST = 10
 _INPUT_BYTES = 2048
@@ -69,8 +69,10 @@ def read_requests(source: Source) -> Iterator[BatchLine]:
             raise InputFileError(f"{at}: no custom_id")
         if line.get("method", "POST") != "POST":
             raise InputFileError(f"{at}: method is {line['method']!r}, only POST is served")
-        if line.get("url") not in URLS:
-            raise InputFileError(f"{at}: url is {line.get('url')!r}, only {URLS[0]} is served")
+        if line.get("url") not in schemas.EMBEDDINGS_PATHS:
+            raise InputFileError(
+                f"{at}: url is {line.get('url')!r}, only {schemas.EMBEDDINGS_PATHS[0]} is served"
+            )
         body = line.get("body")
         inputs = body.get("input") if isinstance(body, dict) else None
         count = len(inputs) if isinstance(inputs, list) and not _is_ids(inputs) else 1
@@ -102,10 +104,10 @@ class BatchAnswers:
         self, line: BatchLine
     ) -> tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError:
         try:
-            wire, unknown = schemas.read_body(schemas.EmbeddingsRequest, line.body)
+            wire, unknown = parsing.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
             options = encoding_options(wire, wire.model, self.names, self.defaults)
-            inputs = schemas.parse_inputs(wire.input)
+            inputs = parsing.parse_inputs(wire.input)
             width = self.encoder.runner.info.width
             serialize.check_dimensions(wire.dimensions, width, self.truncated_dimensions)
             return wire, self.tokenizer.tokenize(inputs, options)
@@ -116,7 +118,7 @@ class BatchAnswers:
         """As the header of an answer over HTTP does."""
         if not names or len(self._said) >= _SAID_AT_MOST:
             return
-        said = ignored_names(names, schemas.known_fields(schemas.EmbeddingsRequest))
+        said = ignored_names(names, parsing.known_fields(schemas.EmbeddingsRequest))
         if said not in self._said:
             self._said.add(said)
             logger.warning("fields of requests that nobody knows are ignored: %s", said)
@@ -168,17 +170,10 @@ class _Answers:
     ) -> ServerError | None:
         """What is wrong with a request's vectors."""
         for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
-            param = f"input[{place}]"
             if row in self.lost:
-                return DeviceMemoryError(
-                    f"{param} has {len(encoding)} tokens, which do not fit into the device's "
-                    "memory: shorten it",
-                    param=param,
-                )
+                return DeviceMemoryError.of(place, len(encoding))
             if not np.isfinite(vectors[row]).all():
-                return NonFiniteVectorError(
-                    f"the model's vector for {param} is not finite", param=param
-                )
+                return NonFiniteVectorError.of(place)
         return None
 
 

@@ -9,7 +9,6 @@ are written.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,9 @@ from server.offline.job import Job, Row, Rows, Tokenize
 from server.offline.manifest import differences, printable, proofs_of, read_manifest
 from server.offline.parts import Ledger, OutputError, Proof, Shard, locked, proves
 from server.offline.progress import Progress
-from server.offline.text_files import InputFileError, Source
+from server.offline.shards import shards_of
+from server.offline.sources import Source
+from server.offline.text_files import InputFileError
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
@@ -35,9 +36,6 @@ logger = logging.getLogger("nv_embed.encode")
 
 KEEP_EVERY_S = 30.0
 """How much work of an unfinished shard is lost at most, and a batch."""
-_SHARD_BYTES = 64 << 20
-_ROW_BYTES = 8192
-"""A shard holds no more text than this times its size (or 64 MiB): long rows make short shards."""
 
 
 @contextmanager
@@ -56,24 +54,6 @@ def place(job: Job) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it holds something now, or is gone
                 job.target.rmdir()
-
-
-def shards_of(rows: Rows[Row], size: int) -> Iterator[tuple[Shard, list[Row]]]:
-    """Cut the input into shards; the same input and size give the same shards."""
-    most = max(_SHARD_BYTES, size * _ROW_BYTES)
-    chunk: list[Row] = []
-    digest, weight, number, first = hashlib.sha256(), 0, 0, 0
-    for row in rows.read():
-        if chunk and (len(chunk) == size or weight + rows.weight(row) > most):
-            yield Shard(number, first, len(chunk), digest.hexdigest()), chunk
-            number, first = number + 1, first + len(chunk)
-            chunk, digest, weight = [], hashlib.sha256(), 0
-        key = rows.key(row)
-        digest.update(len(key).to_bytes(8, "little") + key)
-        weight += rows.weight(row)
-        chunk.append(row)
-    if chunk:
-        yield Shard(number, first, len(chunk), digest.hexdigest()), chunk
 
 
 class Run(Generic[Row]):

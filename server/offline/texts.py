@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from model.batch import Encoding
 from model.errors import InputError
 from server.offline.job import Job, Tokenize
-from server.offline.text_files import InputFileError, Line, Source
+from server.offline.sources import Source
+from server.offline.text_files import InputFileError, Line
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

@@ -43,7 +43,7 @@ def options(checkpoint: Path, folder: Path) -> gpu_check.Options:
         "auto",
         folder,
         BRIEF,
-        server="server.gpu_check:serving",
+        server="server.cli.gpu_check_server:serving",
         within=f"{DEVICE}:device",
         runner=f"{DEVICE}:runner",
     )

@@ -12,7 +12,7 @@ from model.verify.child import called
 from model.verify.conduct import Step
 from model.verify.report import SECTIONS
 
-SERVER = "server.gpu_check:serving"
+SERVER = "server.cli.gpu_check_server:serving"
 
 
 def all_steps(effort: plan.Effort, base: str) -> list[Step]:

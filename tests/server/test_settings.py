@@ -10,13 +10,16 @@ from typing import get_args
 import pytest
 
 from server import settings
+from server.cli.flags import add_flags
+from server.cli.serve import exposed_secrets
+from server.configuration import is_number, load, load_as
 from server.errors import SettingsError
-from server.settings import EncodeSettings, ModelSettings, Settings, exposed, load, load_as
+from server.settings import EncodeSettings, ModelSettings, Settings
 
 
 def parse(*arguments: str) -> dict:
     parser = argparse.ArgumentParser()
-    settings.add_flags(parser)
+    add_flags(parser)
     return vars(parser.parse_args(arguments))
 
 
@@ -168,7 +171,7 @@ def test_a_command_for_one_device_does_not_choose_among_several() -> None:
         load_as(ModelSettings, {}, {"NV_EMBED_DEVICES": "cuda:0,cuda:1"}).one_device()
 
 
-NUMBERS = [name for name in VALUED if settings._is_number(Settings.model_fields[name])]
+NUMBERS = [name for name in VALUED if is_number(Settings.model_fields[name])]
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -292,11 +295,11 @@ def test_secrets_that_lie_open_are_warned_of(tmp_path: Path) -> None:
     got = load({**flags, "config": str(config)}, {})
     for file in (keys, config, tls):
         file.chmod(0o600)
-    assert list(exposed(got, str(config))) == []
+    assert list(exposed_secrets(got, str(config))) == []
     keys.chmod(0o644)
     config.chmod(0o620)
     tls.chmod(0o640)
-    warnings = list(exposed(got, str(config)))
+    warnings = list(exposed_secrets(got, str(config)))
     assert [warning.split(":")[0] for warning in warnings] == [
         "--api-key-file",
         "--tls-key",
@@ -304,9 +307,9 @@ def test_secrets_that_lie_open_are_warned_of(tmp_path: Path) -> None:
     ]
     assert "(mode 0644); chmod 600" in warnings[0]
     config.write_text("port: 5\n")  # no secret
-    assert len(list(exposed(load({"config": str(config)}, {}), str(config)))) == 0
+    assert len(list(exposed_secrets(load({"config": str(config)}, {}), str(config)))) == 0
     short = load({"api_key": ["short-key"]}, {})
-    assert list(exposed(short, None)) == [
+    assert list(exposed_secrets(short, None)) == [
         "1 API key(s) have fewer than 16 characters and could be guessed"
     ]
 

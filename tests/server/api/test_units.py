@@ -10,7 +10,7 @@ import pytest
 
 from model.batch import Encoding
 from model.tasks import TASKS, prefix_of
-from server.api import schemas, serialize
+from server.api import parsing, schemas, serialize
 from server.api.instructions import Defaults, choose_prefix
 from server.api.names import ServedNames
 from server.api.openai_errors import error_body
@@ -65,7 +65,7 @@ def test_rows_and_faults_survive_the_wire(faults: dict[int, Fault]) -> None:
     ],
 )
 def test_input_forms(value: object, expected: object) -> None:
-    assert schemas.parse_inputs(value) == expected
+    assert parsing.parse_inputs(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_input_forms(value: object, expected: object) -> None:
 )
 def test_refused_inputs_name_the_place(value: object, param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        schemas.parse_inputs(value)
+        parsing.parse_inputs(value)
     assert caught.value.param == param
 
 
 def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
     names = schemas.EmbeddingsRequest.model_fields.keys() - {"model", "input"}
     body = {"model": "m", "input": "x", "surprise": 1, **dict.fromkeys(names)}
-    wire = schemas.parse_body(schemas.EmbeddingsRequest, json.dumps(body).encode())
+    wire = parsing.read_body(schemas.EmbeddingsRequest, json.dumps(body).encode())[0]
     assert wire.model_dump(exclude_none=True) == {"model": "m", "input": "x"}
 
 
@@ -112,7 +112,7 @@ def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
 )
 def test_a_null_does_not_hide_another_name(fields: dict, name: str, value: object) -> None:
     body = json.dumps({"model": "m", "input": "x", **fields}).encode()
-    assert getattr(schemas.parse_body(schemas.EmbeddingsRequest, body), name) == value
+    assert getattr(parsing.read_body(schemas.EmbeddingsRequest, body)[0], name) == value
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_null_does_not_hide_another_name(fields: dict, name: str, value: objec
 @pytest.mark.parametrize("name", ["truncate", "truncation"])
 def test_truncate(name: str, value: object, expected: str) -> None:
     body = json.dumps({"model": "m", "input": "x", name: value}).encode()
-    assert schemas.parse_body(schemas.EmbeddingsRequest, body).truncate == expected
+    assert parsing.read_body(schemas.EmbeddingsRequest, body)[0].truncate == expected
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_truncate(name: str, value: object, expected: str) -> None:
 )
 def test_refused_bodies_name_the_field(body: bytes, param: str | None, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message) as caught:
-        schemas.parse_body(schemas.EmbeddingsRequest, body)
+        parsing.read_body(schemas.EmbeddingsRequest, body)
     assert caught.value.param == param
 
 

@@ -17,14 +17,15 @@ from types import FrameType
 
 import pytest
 
-from server import cli, settings
+from server import cli, configuration
+from server.cli import command_line
 from server.settings import Settings
 
 pytestmark = pytest.mark.whole
 
 ROOT = Path(__file__).parents[3]
 COMMANDS: dict[str, argparse.ArgumentParser] = {}
-for found in cli._parser()._actions:
+for found in command_line.parser()._actions:
     if isinstance(found, argparse._SubParsersAction):
         COMMANDS = dict(found.choices)
 
@@ -97,9 +98,9 @@ def nonsense(which: str, action: argparse.Action) -> list[str]:
     if which in WRITTEN_PATHS:
         made_with_those_above = which in ("train --out", "gpu-check --out")
         return [*(WRITTEN[1:] if made_with_those_above else WRITTEN), TOO_LONG]
-    if action.choices or (field and settings._choices(field)):
+    if action.choices or (field and configuration.choices_of(field)):
         return WORDS
-    if action.type not in (None, Path) or (field and settings._is_number(field)):
+    if action.type not in (None, Path) or (field and configuration.is_number(field)):
         return NUMBERS
     assert ANY.fullmatch(which), f"{which}: say above what is nonsense for this option"
     return []
@@ -335,7 +336,7 @@ def test_what_nobody_foresaw_is_one_line(
     def broken(*_: object) -> None:
         raise LookupError("lost\nfor ever")
 
-    monkeypatch.setattr(settings, "load_as", broken)
+    monkeypatch.setattr(configuration, "load_as", broken)
     assert cli.main(["serve"]) == 1
     assert capsys.readouterr().err == (
         "nv-embed: an unforeseen LookupError: lost for ever (log level debug shows where)\n"

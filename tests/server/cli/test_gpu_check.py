@@ -45,7 +45,7 @@ def test_a_server_that_does_not_get_ready(
         "work": str(tmp_path),
         "runner": runner,
     }
-    step = Step("server", "server", "server.gpu_check:serving", 60.0, OPTIONS)
+    step = Step("server", "server", "server.cli.gpu_check_server:serving", 60.0, OPTIONS)
     (outcome,) = conduct([step], job, tmp_path / "log")
     assert outcome.status == "error"
     assert reason in (outcome.error or "")

@@ -13,9 +13,9 @@ import pytest
 from model.batch import BatchLimits, Encoding, RunnerInfo
 from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
-from server.engine.supervisor import Worker
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
+from server.engine.worker_link import Worker
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -95,7 +95,7 @@ async def test_requests_of_one_turn_share_a_batch(batcher: Batcher) -> None:
     assert worker.sizes == [3]
     worker.answer()
     for number, request in zip((1, 2, 3), requests, strict=True):
-        (row,) = await request.waiter.future
+        (row,) = await request.answer.future
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
 
 
@@ -143,9 +143,9 @@ async def test_a_request_over_two_workers_keeps_its_order(batcher: Batcher) -> N
     request = batcher.submit(encodings(*range(1, 9)))
     await turn()
     second.answer()
-    assert not request.waiter.done
+    assert not request.answer.done
     first.answer()
-    rows = await request.waiter.future
+    rows = await request.answer.future
     for number, row in zip(range(1, 9), rows, strict=True):
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
 
@@ -159,8 +159,8 @@ async def test_a_dropped_request_frees_the_queue_and_its_rows_are_ignored(batche
     batcher.drop(request)
     assert batcher.queue.num_requests == 0
     worker.answer()
-    assert request.waiter.future.cancelled()
-    assert len(await other.waiter.future) == 1
+    assert request.answer.future.cancelled()
+    assert len(await other.answer.future) == 1
 
 
 @in_loop
@@ -170,8 +170,8 @@ async def test_a_nan_fails_its_own_request(batcher: Batcher) -> None:
     await turn()
     worker.answer({0: Fault.NOT_FINITE})
     with pytest.raises(NonFiniteVectorError, match=r"input\[0\]"):
-        await bad.waiter.future
-    assert len(await good.waiter.future) == 1
+        await bad.answer.future
+    assert len(await good.answer.future) == 1
 
 
 @in_loop
@@ -182,12 +182,12 @@ async def test_a_failed_batch_fails_whoever_was_in_it(batcher: Batcher) -> None:
     outside = batcher.submit(encodings(6))
     batcher.batch_failed(worker, next(iter(worker.batches)))
     with pytest.raises(BatchFailedError):
-        await inside.waiter.future
+        await inside.answer.future
     await turn()
     worker.batches.pop(next(iter(worker.batches)))
     assert worker.sizes == [1], "the rest of the failed request was dropped"
     worker.answer()
-    assert len(await outside.waiter.future) == 1
+    assert len(await outside.answer.future) == 1
 
 
 @in_loop
@@ -202,7 +202,7 @@ async def test_a_lost_batch_is_served_by_the_next_worker(batcher: Batcher) -> No
     second.answer()
     await turn()
     second.answer()
-    assert len(await request.waiter.future) == 5
+    assert len(await request.answer.future) == 5
 
 
 @in_loop
@@ -212,7 +212,7 @@ async def test_an_input_too_large_for_the_device_is_the_clients_to_mend(batcher:
     await turn()
     worker.answer({1: Fault.NO_MEMORY})
     with pytest.raises(DeviceMemoryError, match=r"input\[1\] has 5 tokens") as caught:
-        await request.waiter.future
+        await request.answer.future
     assert caught.value.status == 400
 
 
@@ -236,16 +236,16 @@ async def test_after_two_deaths_inputs_run_alone_and_two_more_prove_the_culprit(
     await turn()
     assert survivor.sizes == [1]
     survivor.answer()
-    assert len(await good.waiter.future) == 1
+    assert len(await good.answer.future) == 1
     await turn()
     batcher.worker_lost(survivor)  # over the second input, alone
     await die(batcher, [2])
     with pytest.raises(BatchFailedError, match=r"input\[0\] made engine workers fail"):
-        await poison.waiter.future
+        await poison.answer.future
     last = ready(batcher)
     await turn()
     last.answer()
-    assert len(await other.waiter.future) == 1
+    assert len(await other.answer.future) == 1
     # It is remembered, so that a retry cannot kill workers in turn.
     with pytest.raises(BatchFailedError):
         batcher.submit(encodings(4, 2))
@@ -261,7 +261,7 @@ async def test_copies_of_a_culprit_cost_no_more_workers_than_one(batcher: Batche
     await die(batcher, [7])
     for copy in copies:
         with pytest.raises(BatchFailedError, match="made engine workers fail"):
-            await copy.waiter.future
+            await copy.answer.future
     assert batcher.queue.num_entries == 0
 
 
@@ -291,7 +291,7 @@ async def test_a_worker_without_an_answer_is_killed(batcher: Batcher) -> None:
     successor = ready(batcher)
     await turn()
     successor.answer()
-    assert len(await request.waiter.future) == 1
+    assert len(await request.answer.future) == 1
     await asyncio.sleep(0.1)
     assert batcher.workers == [successor], "an answered batch is not watched any more"
 
@@ -344,7 +344,7 @@ async def test_a_slow_worker_beside_a_fast_one_has_its_own_patience(batcher: Bat
     await asyncio.sleep(0.3)
     assert batcher.workers == [fast, slow], "nobody was killed"
     slow.answer()
-    assert len(await request.waiter.future) == 8
+    assert len(await request.answer.future) == 8
 
 
 @in_loop
@@ -381,14 +381,14 @@ async def test_a_batch_that_cannot_be_handed_over_leaves_nobody_waiting(batcher:
     await turn()
     for request in requests:
         with pytest.raises(InternalError):
-            await request.waiter.future
+            await request.answer.future
     assert not batcher.workers, "it was killed, for it may have half of the batch"
     worker.send = send
     batcher.worker_ready(worker)
     other = batcher.submit(encodings(3))
     await turn()
     worker.answer()
-    assert len(await other.waiter.future) == 1
+    assert len(await other.answer.future) == 1
 
 
 class FailsAtTheSecond(VectorCache):
@@ -415,7 +415,7 @@ async def test_rows_that_could_not_be_dealt_out_are_computed_again(batcher: Batc
     assert second.sizes == [2], "the first one's row had arrived"
     second.answer()
     for number, request in zip((1, 2, 3), requests, strict=True):
-        (row,) = await request.waiter.future
+        (row,) = await request.answer.future
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
 
 
@@ -437,11 +437,11 @@ def test_a_lost_batch_that_cannot_be_put_back_leaves_nobody_waiting(faulty: str)
         await turn()
         for request in requests:
             with pytest.raises(InternalError):
-                await request.waiter.future
+                await request.answer.future
         other = batcher.submit(encodings(6))
         await turn()
         second.answer()
-        assert len(await other.waiter.future) == 1
+        assert len(await other.answer.future) == 1
         assert not batcher.queue.num_entries
 
     test()
@@ -478,7 +478,7 @@ async def test_a_deadline_drops_what_waits(batcher: Batcher) -> None:
     await turn()
     assert not worker.batches
     with pytest.raises(DeadlineExceededError):
-        await request.waiter.future
+        await request.answer.future
 
 
 @in_loop
@@ -488,7 +488,7 @@ async def test_a_deadline_does_not_touch_what_is_out(batcher: Batcher) -> None:
     await turn()
     batcher.expire(request)
     worker.answer()
-    assert len(await request.waiter.future) == 1
+    assert len(await request.answer.future) == 1
 
 
 @in_loop
@@ -499,7 +499,7 @@ async def test_fail_all_leaves_no_future_unresolved(batcher: Batcher) -> None:
     batcher.fail_all(UnavailableError("over"))
     for request in (out, waiting):
         with pytest.raises(UnavailableError, match="over"):
-            await request.waiter.future
+            await request.answer.future
     assert batcher.queue.num_entries == 0
 
 
@@ -513,10 +513,10 @@ async def test_equal_inputs_of_a_batch_are_computed_once(batcher: Batcher) -> No
     await turn()
     assert worker.sizes == [2]
     worker.answer()
-    rows = await requests[0].waiter.future
+    rows = await requests[0].answer.future
     for number, row in zip((7, 8, 7), rows, strict=True):
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
-    np.testing.assert_array_equal((await requests[1].waiter.future)[0], rows[0])
+    np.testing.assert_array_equal((await requests[1].answer.future)[0], rows[0])
     assert batcher._metrics.shared_inputs._value.get() == 2
 
 
@@ -531,13 +531,13 @@ async def test_an_input_joins_its_equal_at_work(batcher: Batcher) -> None:
     batcher.drop(gone)
     second.answer()
     first.answer()
-    for number, row in zip((7, 8), await later.waiter.future, strict=True):
+    for number, row in zip((7, 8), await later.answer.future, strict=True):
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
     again = batcher.submit(encodings(7))
     await turn()
     assert first.sizes == [1], "what was answered is at work no more"
     first.answer()
-    await again.waiter.future
+    await again.answer.future
 
 
 @in_loop
@@ -552,7 +552,7 @@ async def test_what_joined_a_lost_batch_is_served_again(batcher: Batcher) -> Non
     assert second.sizes == [1]
     second.answer()
     for request in requests:
-        np.testing.assert_array_equal((await request.waiter.future)[0], vector_of(encoding(7).ids))
+        np.testing.assert_array_equal((await request.answer.future)[0], vector_of(encoding(7).ids))
 
 
 @in_loop
@@ -562,9 +562,9 @@ async def test_a_fault_is_told_to_each_by_its_own_index(batcher: Batcher) -> Non
     await turn()
     worker.answer({0: Fault.NOT_FINITE})
     with pytest.raises(NonFiniteVectorError, match=r"input\[0\]"):
-        await first.waiter.future
+        await first.answer.future
     with pytest.raises(NonFiniteVectorError, match=r"input\[1\]"):
-        await second.waiter.future
+        await second.answer.future
 
 
 def test_the_cache_answers_what_was_computed() -> None:
@@ -574,15 +574,15 @@ def test_the_cache_answers_what_was_computed() -> None:
         first = batcher.submit(encodings(7))
         await turn()
         worker.answer()
-        await first.waiter.future
+        await first.answer.future
         known, mixed = batcher.submit(encodings(7, 7)), batcher.submit(encodings(8, 7))
-        assert known.waiter.done, "without a worker"
+        assert known.answer.done, "without a worker"
         await turn()
         assert worker.sizes == [1]
         worker.answer({0: Fault.NOT_FINITE})
         with pytest.raises(NonFiniteVectorError):
-            await mixed.waiter.future
-        assert not batcher.submit(encodings(8)).waiter.done, "a fault is not kept"
+            await mixed.answer.future
+        assert not batcher.submit(encodings(8)).answer.done, "a fault is not kept"
         hits, misses = batcher._metrics.cache_hits, batcher._metrics.cache_misses
         assert (hits._value.get(), misses._value.get()) == (3, 3)
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from model.batch import BatchLimits, Encoding
-from server.engine.batcher import Answer, Batcher
+from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
+from server.engine.pending_answer import PendingAnswer
 from server.engine.request_queue import QueuedRequest
 from server.engine.wire import Fault
 from server.errors import (
@@ -41,14 +42,14 @@ pick = st.integers(0, 1000)
 @dataclass(eq=False)
 class Asked:
     encodings: list[Encoding]
-    request: QueuedRequest[Answer]
+    request: QueuedRequest[PendingAnswer]
     causes: set[type[ServerError]] = field(default_factory=set)  # for which it may fail
     cancelled: bool = False
     outcome: Any = None  # once resolved
 
     @property
     def future(self) -> asyncio.Future[list[np.ndarray]]:
-        return self.request.waiter.future
+        return self.request.answer.future
 
 
 class Attentive(RecordingWorker):
@@ -185,7 +186,7 @@ class EntryLife(RuleBasedStateMachine):
                 assert not waiting
                 continue
             for index, encoding in enumerate(asked.encodings):
-                answered = asked.request.waiter.rows[index] is not None
+                answered = asked.request.answer.rows[index] is not None
                 assert (id(encoding) in waiting) + (id(encoding) in out) + answered == 1
         assert self.batcher.queue.num_tokens == tokens
         assert self.batcher.queue.num_entries == entries

@@ -34,7 +34,7 @@ def queue_of(*requests: QueuedRequest[str]) -> RequestQueue[str]:
 def take(queue: RequestQueue[str], limits: BatchLimits = LIMITS) -> list[str]:
     """The next batch as name + index."""
     entries, _ = queue.next_batch(limits, now=0.0)
-    return [f"{entry.request.waiter}{entry.index}" for entry in entries]
+    return [f"{entry.request.answer}{entry.index}" for entry in entries]
 
 
 def test_an_empty_queue_gives_an_empty_batch() -> None:
@@ -107,7 +107,7 @@ def test_where_halving_is_off_a_query_rides_in_a_whole_batch() -> None:
 def test_a_query_is_what_has_one_input_to_compute() -> None:
     encodings = [Encoding(np.full(2, next(_NUMBERS), dtype=np.int32)) for _ in range(3)]
     for known, is_query in ({}, False), ({0}, False), ({0, 2}, True), ({1, 2}, True):
-        assert QueuedRequest.of(encodings, "a", but=known).is_query is is_query
+        assert QueuedRequest.of(encodings, "a", known=known).is_query is is_query
     bulk = request("bulk", *[2] * 100)
     queue = queue_of(bulk)
     entries, _ = queue.next_batch(BatchLimits(2, 1), 0.0)
@@ -203,7 +203,7 @@ def test_nothing_is_lost_repeated_or_too_large(
         assert entries, "a queue that holds something gives something"
         assert len(entries) <= LIMITS.max_seqs
         assert len(entries) == 1 or sum(map(len, entries)) <= LIMITS.max_tokens
-        seen += [(entry.request.waiter, entry.index) for entry in entries]
+        seen += [(entry.request.answer, entry.index) for entry in entries]
     expected = [
         (str(i), index)
         for i, sizes in enumerate(requests)
@@ -247,7 +247,7 @@ def test_what_is_at_work_costs_nothing() -> None:
     queue = queue_of(request("a", 10), equal("b", 2, 9))
     key = Encoding(np.full(6, 9, dtype=np.int32)).key
     entries, _ = queue.next_batch(LIMITS, 0.0, {key})
-    assert [entry.request.waiter for entry in entries] == ["a"], "full"
+    assert [entry.request.answer for entry in entries] == ["a"], "full"
     entries, _ = queue.next_batch(LIMITS, 0.0, {key})
     assert len(entries) == 2
 

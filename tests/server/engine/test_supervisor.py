@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 from model.batch import Encoding, RunnerOptions
-from server.engine.supervisor import Supervisor, Worker, load_timeout_of
+from server.engine.supervisor import Supervisor, load_timeout_of
 from server.engine.wire import HEADER, Fault, Kind, frame
+from server.engine.worker_link import Worker
 from server.errors import StartError
 from tests.server.processes import ROOT, is_running
 from tests.server.questions import RUNNERS, marked_ids
@@ -183,7 +184,7 @@ def test_a_worker_that_cannot_be_loaded_says_so_in_a_line(
 
 
 def test_without_files_or_processes_it_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from server.engine import supervisor as module
+    from server.engine import worker_process as module
 
     spawn, refusals = module._spawn, [BlockingIOError(11, "Resource temporarily unavailable")]
 

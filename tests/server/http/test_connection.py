@@ -14,6 +14,7 @@ import time
 import tomllib
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import httptools
@@ -30,10 +31,14 @@ from tests.server.processes import ROOT
 
 pytestmark = pytest.mark.process
 
+PATIENT = ProtocolLimits(
+    header_timeout=10.0, body_timeout=120.0, write_timeout=60.0, max_connections=4096
+)
 LIMITS = ProtocolLimits(
     header_timeout=0.7,
     body_timeout=0.7,
     write_timeout=0.7,
+    max_connections=4096,
     keep_alive_timeout=0.7,
     linger_timeout=0.1,
     max_header_bytes=20_000,
@@ -654,7 +659,7 @@ def test_a_pipeline_is_held_not_parsed() -> None:
         client.socket.close()
         other.socket.close()
 
-    on_loop(test, ProtocolLimits(max_connections=3))
+    on_loop(test, replace(PATIENT, max_connections=3))
 
 
 @pytest.mark.parametrize(
@@ -708,7 +713,7 @@ def test_a_body_of_tiny_pieces_takes_turns(flood: bytes) -> None:
         # Of the processor's time; a busy machine may stretch one of them, but not each.
         assert min([await longest_turn(server) for _ in range(5)]) < 0.05
 
-    on_loop(test, ProtocolLimits(body_timeout=60))
+    on_loop(test, replace(PATIENT, body_timeout=60))
 
 
 @pytest.mark.parametrize("moment", ["idle", "answered", "head", "body", "running", "held"])
@@ -765,7 +770,7 @@ def test_connections_beyond_the_cap_are_answered_and_bounded_too() -> None:
             await client.seen()
             client.socket.close()
 
-    on_loop(test, ProtocolLimits(max_connections=2))
+    on_loop(test, replace(PATIENT, max_connections=2))
 
 
 # What is uvicorn's

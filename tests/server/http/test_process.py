@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from server.errors import SettingsError
-from server.process import most_connections
+from server.http.file_limit import most_connections
 from tests.server.processes import ROOT, ServerProcess, listens
 from tests.server.questions import RUNNERS
 from tests.server.runners import MARK

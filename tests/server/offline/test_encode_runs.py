@@ -23,7 +23,7 @@ from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
-from server.offline import bulk, parts, progress
+from server.offline import bulk, parts, progress, shards
 from server.offline.progress import Progress
 from tests.server.runners import Hashing, vector_of
 
@@ -650,8 +650,8 @@ def test_a_terminal_sees_each_batch_and_earlier_rows_have_no_speed(
 
 
 def test_long_rows_make_short_shards(encode: Encode, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(bulk, "_SHARD_BYTES", 1000)
-    monkeypatch.setattr(bulk, "_ROW_BYTES", 1)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 1000)
+    monkeypatch.setattr(shards, "_ROW_BYTES", 1)
     (tmp_path / "a.txt").write_text("\n".join(["x" * 400] * 5 + ["y"] * 3))
     assert encode("a.txt", "-o", "shards/", "--shard-size", "500") == 0
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())

@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from model.errors import FileError
 from server.offline import text_files
-from server.offline.text_files import InputFileError, Kind, opened, read_objects, read_texts
+from server.offline.sources import Kind, opened
+from server.offline.text_files import InputFileError, read_objects, read_texts
 from tests.server.processes import ROOT
 
 OBJECTS = b'{"text": "alpha beta"}\n{"text": "gamma"}\n'
@@ -162,7 +163,8 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfalpha beta\ngamma\n", OBJECTS])
 def test_a_pipe_is_read_again_from_a_copy(name: str, content: bytes) -> None:
     program = (
-        "from server.offline.text_files import opened, read_texts\n"
+        "from server.offline.sources import opened\n"
+        "from server.offline.text_files import read_texts\n"
         f"with opened({name!r}) as source:\n"
         "    for _ in range(2): print(*(line.text for line in read_texts(source, 'text')), sep='|')"
     )

@@ -1,13 +1,8 @@
-"""What this process has of its system: its three standard streams, how many files it may open, and
-the environment that it hands on.
-
-Sets the first two right at the start; knows nothing of what the files are for.
-"""
+"""How many files this process may open, and how many connections fit into them."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import sys
 
@@ -20,28 +15,6 @@ _FILES_PER_WORKER = 8
 _REFUSED_SHARE = 8
 """One part in so many of all files is left to connections that are being refused."""
 _LEAST_CONNECTIONS = 8
-_SECRETS = frozenset(
-    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-)
-"""Variables that no child has a use for: none asks for keys or downloads."""
-
-
-def open_standard_streams() -> None:
-    """Give each of stdin, stdout and stderr that is closed /dev/null. Otherwise the next files that
-    are opened take their places, and whoever prints writes into them."""
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != fd:
-                os.dup2(null, fd)
-                os.close(null)
-            os.set_inheritable(fd, True)
-    # Python has made none for those that were closed.
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def raise_file_limit() -> int:
@@ -68,8 +41,3 @@ def most_connections(files: int, wanted: int, workers: int) -> int:
             "or more (ulimit -n)"
         )
     return fit
-
-
-def child_environment() -> dict[str, str]:
-    """Our own without its secrets."""
-    return {name: value for name, value in os.environ.items() if name not in _SECRETS}

@@ -1,11 +1,10 @@
-"""The command `gpu-check`, and its step that measures a real server from another process.
+"""A step of `gpu-check`: a real server in a process of its own, measured over HTTP.
 
-The rest of what it measures is model.verify's.
+The other steps are model.verify's, which calls this one by its name.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import http.client
 import json
@@ -23,9 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from model.hub import locate
-from model.verify import child, gpu_check, plan
-from server.errors import SettingsError
+from model.verify import child
 from server.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
@@ -37,28 +34,6 @@ _CONNECTIONS = 4
 _POLL_S = 0.1
 _MOST_SAID = 4000
 _SERVED_NAME = "gpu-check"
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Exit status as `gpu_check.run`. Raises SettingsError and ModelError."""
-    if arguments.quantization != "none":
-        raise SettingsError("--quantization: gpu-check tries all of them; leave it out")
-    if arguments.dtype != "auto":
-        raise SettingsError("--dtype: gpu-check tries all of them; leave it out")
-    if arguments.fused_kernels != "plain":
-        raise SettingsError("--fused-kernels: gpu-check tries all of them; leave it out")
-    if arguments.device == "cpu":
-        raise SettingsError("--device: gpu-check is for GPUs; `nv-embed verify` runs on a CPU")
-    device = "cuda" if arguments.device == "auto" else arguments.device
-    options = gpu_check.Options(
-        locate(arguments.model, revision=arguments.revision, offline=arguments.offline),
-        device,
-        arguments.attention,
-        arguments.out,
-        plan.QUICK if arguments.quick else plan.WHOLE,
-        server="server.gpu_check:serving",
-    )
-    return gpu_check.run(options)
 
 
 def serving(

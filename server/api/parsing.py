@@ -1,0 +1,97 @@
+"""JSON bytes into wire types, and `input` into inputs. Every refusal names the field."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar, cast
+
+from pydantic import AliasChoices, ValidationError
+
+from server.api import json_fields
+from server.api.json_text import JSONTextError, loads
+from server.api.schemas import EmbeddingsRequest, Wire
+from server.engine.interface import Input
+from server.errors import InvalidRequestError
+from server.settings import MAX_REQUEST_INPUTS
+
+WireT = TypeVar("WireT", bound=Wire)
+_UNUSED = frozenset({"user"})
+"""Known, and ignored whatever they are."""
+
+
+def read_body(wire: type[WireT], body: bytes | bytearray) -> tuple[WireT, list[str]]:
+    """JSON bytes as `wire`, and the names of the fields that nobody knows.
+
+    Raises InvalidRequestError.
+    """
+    known = known_fields(wire)
+    try:
+        if len(body) <= json_fields.STEP:
+            fields = loads(body)
+            if not isinstance(fields, dict):
+                raise InvalidRequestError("The body must be a JSON object")
+            unknown = [] if known.issuperset(fields) else [n for n in fields if n not in known]
+        else:
+            fields, others = json_fields.read_fields(body, known - _UNUSED)
+            unknown = [name for name in others if name not in known]
+    except JSONTextError as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}") from None
+    return parse_fields(wire, fields), unknown
+
+
+def parse_fields(wire: type[WireT], fields: dict[str, Any]) -> WireT:
+    """What a JSON object holds as `wire`. Raises InvalidRequestError naming the field."""
+    try:
+        return wire.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+    name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
+    raise InvalidRequestError(f"{name}: {problem['msg']}", param=name)
+
+
+@functools.cache
+def known_fields(wire: type[Wire]) -> frozenset[str]:
+    """All names that a body may have, aliases included."""
+    names: set[str] = set()
+    for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
+        alias = field.validation_alias
+        names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
+    return frozenset(names)
+
+
+def parse_inputs(value: object) -> list[Input]:
+    """The `input` of a request, in all its forms, as a list of inputs."""
+    is_ids = isinstance(value, list) and set(map(type, value)) == {int}
+    if isinstance(value, str) or is_ids:
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequestError(
+            "input must be a string, a list of strings, token ids, or a list of lists of token "
+            "ids, and not empty",
+            param="input",
+        )
+    if len(value) > MAX_REQUEST_INPUTS:
+        raise InvalidRequestError(
+            f"input has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param="input"
+        )
+    if len({type(item) for item in value}) > 1:
+        raise InvalidRequestError(
+            "input must not mix texts, token ids and other values", param="input"
+        )
+    for index, item in enumerate(value):
+        if problem := _item_problem(item):
+            param = "input" if len(value) == 1 else f"input[{index}]"
+            raise InvalidRequestError(f"{param} {problem}", param=param)
+    return value
+
+
+def _item_problem(item: object) -> str | None:
+    if isinstance(item, str):
+        return None if item else "is an empty string: send a text"
+    if not isinstance(item, list):
+        return "must be a string or a list of token ids"
+    if not item:
+        return "is an empty list: send token ids"
+    return None if set(map(type, item)) == {int} else "must hold token ids, which are integers"

@@ -1,0 +1,55 @@
+"""Options as flags of a command: one for each field of its settings."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from server.configuration import choices_of, flag_of, is_list
+from server.settings import ENV_PREFIX, HIDDEN, MachineSettings, Settings
+
+
+def add_flags(
+    parser: argparse._ActionsContainer,
+    kind: type[MachineSettings] = Settings,
+    *,
+    leave_out: str = "",
+) -> None:
+    """One flag per field of `kind`, but `leave_out`. Values stay text: configuration reads them."""
+    for name, field in kind.model_fields.items():
+        if name == leave_out:
+            continue
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif is_list(field):
+            options |= {"action": "append", "metavar": name.upper()}
+        else:
+            options["metavar"] = f"{{{','.join(choices_of(field))}}}" if choices_of(field) else None
+            options["metavar"] = options["metavar"] or name.upper()
+        options["help"] = argparse.SUPPRESS if name in HIDDEN else _help(name, field)
+        flags = [flag_of(name)]
+        if name == "devices" and issubclass(kind, Settings):
+            flags.append("--device")
+        elif name == "devices":  # the commands without a server run on one
+            flags, options["metavar"] = ["--device"], "DEVICE"
+            options["help"] = f"auto, cpu, cuda or cuda:N (default: auto) [{ENV_PREFIX}DEVICES]"
+        parser.add_argument(*flags, **options)
+    parser.add_argument(
+        "--config",
+        dest="config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML, JSON or TOML file of the server's options (model: NAME, port: N) "
+        f"[{ENV_PREFIX}CONFIG]",
+    )
+
+
+def _help(name: str, field: FieldInfo) -> str:
+    default = field.default
+    if isinstance(default, list):
+        default = ",".join(default)
+    shown = f" (default: {default})" if default not in (None, "", False) else ""
+    return f"{field.description}{shown} [{ENV_PREFIX}{name.upper()}]".replace("%", "%%")

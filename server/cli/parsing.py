@@ -1,0 +1,53 @@
+"""Words into values: the parser whose errors are one line, and the numbers that options take.
+
+Knows no command and no option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import re
+from collections.abc import Callable
+from typing import NoReturn, TypeAlias
+
+from model.errors import did_you_mean
+from server.errors import SettingsError
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""What a command adds itself to."""
+_LARGEST = 10_000_000
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are SettingsErrors of one line, which name the nearest of the known values."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
+        raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+
+def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:
+    """A whole number of an option, within bounds."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text[:64]!r}") from None
+        if not least <= number <= most:
+            bound = f"at least {least}" if number < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text[:64]}")
+        return number
+
+    return read
+
+
+def fraction(text: str) -> float:
+    """A number above 0 and at most 1."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) <= 1 and math.isfinite(number):
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text[:64]!r}")
