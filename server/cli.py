@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from model import console, host
 from model.errors import did_you_mean
@@ -50,6 +50,10 @@ class _Parser(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own says nothing of a help that could not be written, and exits 0."""
+        print(message, end="", file=file or sys.stderr)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import argparse
 import errno
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from model.batch import BatchLimits, RunnerOptions
 from model.hub import ModelSource, locate
 from model.memory import is_out_of_memory
 from model.tokenizer import NVEmbedTokenizer
-from model.user_files import kind_of
+from model.user_files import kind_of, mode_like
 from server.api import instructions
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         job = _job(arguments)
         with _stoppable(), _opened(arguments.file) as source:
             _check(arguments, job, source)
-            mode = _mode_of(source)
+            is_file = stat.S_ISREG(source.named.st_mode)
+            mode = mode_like(source.named.st_mode if is_file else None)
             todo = bulk.Run(job, source, _rows(arguments, source), mode)
             try:
                 done = _run(arguments, job, source, todo)
@@ -180,14 +182,6 @@ def _rows(arguments: argparse.Namespace, source: Source) -> Rows[Any]:
     )
 
 
-def _mode_of(source: Source) -> int:
-    """The permissions of what is written: no more than the input's, whose texts vectors tell."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    given = 0o666 if source.mode is None else source.mode & 0o666
-    return (given & ~umask) | 0o600
-
-
 def _job(arguments: argparse.Namespace) -> Job:
     """Raises SettingsError for an output that cannot be, before anything is read."""
     target, is_folder = _target(arguments)
@@ -262,10 +256,20 @@ def _check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
         raise SettingsError(f"--field is for JSON lines and Parquet, and {source.name} is text")
     if arguments.openai_batch and source.kind is not Kind.JSON_LINES:
         raise SettingsError(f"--openai-batch reads JSON lines, and {source.name} is {source.kind}")
-    ours = os.fstat(source.file.fileno())
     for path in (job.target, job.manifest):
-        if path.exists() and os.path.samestat(path.stat(), ours):
+        if path.exists() and os.path.samestat(path.stat(), source.named):
             raise SettingsError(f"--output {path} is the input file")
+    folder = job.parts(0).folder
+    if folder.is_dir() and _is_within(source, folder):
+        raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
+
+
+def _is_within(source: Source, folder: Path) -> bool:
+    return any(
+        os.path.samestat(entry.stat(), source.named)
+        for entry in folder.iterdir()
+        if entry.is_file()
+    )
 
 
 def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
