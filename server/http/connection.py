@@ -381,6 +381,9 @@ class LimitedProtocol(HttpToolsProtocol):
             return f"HTTP/{version} is not spoken here, but HTTP/1.1"
         if self.parser.get_method() == b"CONNECT":
             return "CONNECT is for proxies"
+        coding = header.get(b"transfer-encoding", b"chunked").strip().lower()
+        if coding != b"chunked":
+            return f"Transfer-Encoding: {coding[:64].decode('latin-1')!a} is not decoded here"
         if len(header) < len(self.headers):
             names = [name for name, _ in self.headers]
             for name in (b"host", b"authorization"):

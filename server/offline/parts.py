@@ -26,6 +26,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from model.errors import FileError
+from model.user_files import open_regular
+
 _TEMPORARY = ".nv-embed-"
 _LEDGER = ".ledger.jsonl"
 _OURS = re.compile(r"part-\d{5,}\.(npy|jsonl|parquet)|\.part-\d{5,}\.kept|\.ledger\.jsonl")
@@ -175,8 +178,9 @@ class Ledger:
 
     def _read(self) -> dict[int, Proof]:
         try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
+            with open_regular(self._path) as file:
+                lines = file.read().splitlines()
+        except (FileNotFoundError, FileError):
             return {}
         proofs = {}
         for line in lines:

@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,36 @@ def test_links_at_names_that_can_be_guessed_are_not_followed(
     assert encode("a.txt", "-o", "other.npy") == 1
     assert victim.read_text() == "mine"
     assert left(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("name", ["out.npy.manifest.json", "out.npy.parts/.ledger.jsonl"])
+def test_no_run_waits_for_a_pipe_in_a_files_place(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out.npy.parts").mkdir()
+    (tmp_path / "out.npy.parts" / "part-00000.npy").touch()  # as of a run that has begun
+    os.mkfifo(tmp_path / name)
+    with _within(20):
+        status = encode("a.txt", "-o", "out.npy", "--resume")
+    if name.endswith("manifest.json"):
+        assert status == 1
+        assert "is not a manifest" in capsys.readouterr().err
+    else:
+        assert status == 0
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(signum: int, frame: object) -> None:
+        raise AssertionError(f"waited for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_foreign_files_in_the_way_are_left_alone(encode: Encode, tmp_path: Path) -> None:
