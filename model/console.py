@@ -55,7 +55,10 @@ def _fail(name: str, message: str, status: int) -> int:
     for handler in logging.getLogger().handlers:
         handler.flush()  # what was logged before comes before; a thread may write it
     if sys.stderr is not None:
-        sys.stderr.write(f"{name}: {' '.join(message.split())}\n")  # whole: no line gets into it
+        with contextlib.suppress(OSError, ValueError):  # full, or closed: the status tells
+            sys.stderr.write(
+                f"{name}: {' '.join(message.split())}\n"
+            )  # whole: no line gets into it
     return status
 
 

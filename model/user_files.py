@@ -1,4 +1,5 @@
-"""Opening the files that a user names: regular ones only, and text in UTF-8.
+"""The files that a user names. To read: regular ones only, and text in UTF-8. To write: whole or
+not at all, by one run, and none of those that are read.
 
 A FIFO would make the process wait, a device need not end, and text in another encoding would be
 taken for other words. Knows nothing of what the text means.
@@ -6,12 +7,20 @@ taken for other words. Knows nothing of what the text means.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import stat
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from model.errors import FileError
+
+logger = logging.getLogger("nv_embed.files")
 
 UTF8_MARK = b"\xef\xbb\xbf"
 """The byte-order mark that Windows' editors put in front of UTF-8. It is no part of the text."""
@@ -33,6 +42,12 @@ _WIDE_MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's
 )
 _PAGES = bytes(byte for byte in range(32) if byte not in b"\r\n")
 """High bytes of UTF-16: of all alphabets, but for two whose number is that of a line's end."""
+
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+class LockedError(FileError):
+    """Another run writes there."""
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -96,3 +111,77 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise FileError(f"{path}, line {line}: not UTF-8: convert the file first") from None
+
+
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Raises FileError where `path` cannot become a file: it is a folder, FIFO or device, or one of
+    the inputs, by whatever name (links, another spelling), and OSError where it cannot be at all."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path} is {kind_of(status.st_mode)}: the output needs a file")
+    for source in inputs:
+        with suppress(OSError):  # its reading tells why
+            if os.path.samestat(source.stat(), status):
+                raise FileError(f"{path} is {source}, which is read: name another output")
+
+
+def mode_like(read: int | None) -> int:
+    """The permissions of an output: no more than those of what it was made of, whose texts it
+    tells; read: their `st_mode`, None where there are none."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    given = 0o666 if read is None else read & 0o666
+    return (given & ~umask) | 0o600
+
+
+@contextmanager
+def replacing(path: Path, mode: int) -> Iterator[TextIO]:
+    """A text file that takes the name `path` when the block ends well, and else vanishes. Till then
+    its name is one that nobody can guess. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(prefix=".nv-embed-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            with suppress(PermissionError):  # file systems without modes; it is 0600 till here
+                os.fchmod(file.fileno(), mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+@contextmanager
+def locked(lock: Path, output: Path) -> Iterator[None]:
+    """Keep other runs away from `output` until the block ends. Raises LockedError when one is
+    there already. The lock goes with its process; a file that is left over locks nothing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        descriptor = os.open(lock, flags, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LockedError(
+                f"another run is writing {output}: wait for it, or name another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                os.close(descriptor)
+                raise
+            logger.warning("this file system has no locks: start no second run of %s", output)
+        # Whoever held it before may have removed the file in between.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(descriptor)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -21,7 +21,7 @@ from model.errors import FileError, did_you_mean
 from model.tokenizer import Truncation
 from model.user_files import read_text
 from server.errors import SettingsError
-from server.settings import EMPTY, ENV_PREFIX, Settings, SettingsT
+from server.settings import EMPTY, ENV_PREFIX, PATH_OPTIONS, Settings, SettingsT
 
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
@@ -43,17 +43,17 @@ def load_as(
         if option not in known and option != "config":
             names = [ENV_PREFIX + field.upper() for field in known]
             raise SettingsError(f"unknown environment variable {name}{did_you_mean(name, names)}")
-        _check_given(name, value)
+        _check_given(option, name, value)
     given: dict[str, tuple[str, Any]] = {**from_environment}
     for option, value in flags.items():
-        _check_given(flag_of(option), value)
+        _check_given(option, flag_of(option), value)
         given[option] = (flag_of(option), value)
     _, path = given.pop("config", ("", None))
     for option, value in read_file(Path(path)).items() if path else ():
         if option not in known:
             raise SettingsError(f"{path}: unknown option {option!r}{did_you_mean(option, known)}")
         origin = f"{path} ({option})"
-        _check_given(origin, value)
+        _check_given(option, origin, value)
         given.setdefault(option, (origin, value))
     values = {}
     for option, (origin, value) in given.items():
@@ -71,13 +71,17 @@ def load_as(
         raise SettingsError(f"{given[option][0]}: {_words(problem, known[option])}") from None
 
 
-def _check_given(origin: str, value: object) -> None:
-    """Raises SettingsError when nothing was given in place of a value."""
+def _check_given(option: str, origin: str, value: object) -> None:
+    """Raises SettingsError when nothing was given in place of a value, or what no answer of a
+    server could say: bytes that are not UTF-8, which Python keeps as halves of surrogate pairs.
+    The name of a file may hold them."""
     for item in value if isinstance(value, list) and value else [value]:
         if item is None or item in ([], {}) or (isinstance(item, str) and not item.strip()):
             raise SettingsError(f"{origin}: {EMPTY}")
         if isinstance(item, str) and "\0" in item:
             raise SettingsError(f"{origin}: a value holds NUL")
+        if isinstance(item, str) and option not in PATH_OPTIONS and not _is_utf8(item):
+            raise SettingsError(f"{origin}: a value is not UTF-8")
 
 
 def _words(problem: ErrorDetails, field: FieldInfo) -> str:
@@ -136,7 +140,19 @@ def read_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(raw, dict):
         raise SettingsError(f"--config: {path} must hold options, one `name: value` each")
-    return {str(name).replace("-", "_"): value for name, value in raw.items()}
+    options = [str(name).replace("-", "_") for name in raw]
+    for option in options:
+        if options.count(option) > 1:
+            raise SettingsError(f"--config: {path}: {option} stands there twice")
+    return dict(zip(options, raw.values(), strict=True))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flag_of(name: str) -> str:

@@ -32,6 +32,8 @@ MAX_REQUEST_INPUTS = 2048
 """OpenAI's limit on the inputs of one request."""
 MAX_REQUEST_TOKENS = 300_000
 """OpenAI's limit on the tokens summed over one request."""
+PATH_OPTIONS = ("model", "uds", "api_key_file", "tls_certificate", "tls_key", "config")
+"""Those whose values may be names of files, which need not be UTF-8."""
 EMPTY = "a value is empty: leave the option out, or give it one"
 """The one rule, for flags, environment and file. An unset variable of a shell or a compose file
 would otherwise mean much: every address, no key, another model."""

@@ -85,13 +85,18 @@ def run(trial: Trial, sets: Sets) -> Scores:
         trainer.run(progress=False)
     scores: Scores = {}
     for named in sets.sts:
-        scores[named.path.name] = dict(evaluation.score_sts(trainer.embed_texts, named))
+        scores[named.path.name] = dict(
+            evaluation.score_sts(trainer.embed_texts, evaluation.read_sts(named.path), named)
+        )
     for named in sets.retrieval:
         data = evaluation.read_retrieval(named.path)
         found = evaluation.score_retrieval(trainer.embed_texts, data, named)
         scores[named.path.name] = dict(found)
     for named in sets.classification:
-        scores[named.path.name] = evaluation.score_labelled(trainer.embed_texts, named, ("knn",))
+        labelled = evaluation.read_labelled(named.path, ("knn",))
+        scores[named.path.name] = evaluation.score_labelled(
+            trainer.embed_texts, labelled, named, ("knn",)
+        )
     (trial.folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     return scores
 

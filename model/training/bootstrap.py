@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from model.training.examples import DataError, read_text
 from model.training.metrics import STATISTICS, Figure
+from model.user_files import mode_like, replacing
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -66,14 +67,6 @@ def figures_of(scores: Scores) -> Iterator[tuple[str, str, Figure]]:
                 yield name, metric, value
 
 
-def claim(path: Path) -> None:
-    """Make the file of items, before an hour of work. Raises DataError where that cannot be."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def write_items(path: Path, scores: Scores, digests: Mapping[str, str]) -> None:
     """Keep the items of all figures for a later comparison; digests: of each set's files."""
     kept = [
@@ -87,7 +80,9 @@ def write_items(path: Path, scores: Scores, digests: Mapping[str, str]) -> None:
         for name, metric, figure in figures_of(scores)
         if name in digests
     ]
-    path.write_text(json.dumps(kept) + "\n", encoding="utf-8")
+    with replacing(path, mode_like(None)) as file:
+        json.dump(kept, file)
+        file.write("\n")
 
 
 def all_queries(scores: Scores, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -9,7 +9,8 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,14 @@ from model.errors import UnsupportedError
 from model.hub import packaged_checkpoint
 from model.training import bootstrap, evaluation, mteb_adapter
 from model.training.case import CASES, changed
-from model.training.examples import DataError, Example, read_examples, write_examples
+from model.training.evaluation import NamedSet
+from model.training.examples import (
+    DataError,
+    Example,
+    check_output,
+    read_examples,
+    write_examples,
+)
 from model.training.mining import mine
 from model.training.plot import plot
 from model.training.remote import ServerEmbedder
@@ -46,6 +54,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def mine_negatives(arguments: argparse.Namespace) -> int:
     """Read examples, write them with negatives."""
+    check_output(arguments.out, [arguments.examples, *_settings_files(arguments)])
     examples = read_examples(arguments.examples)
     if not examples:
         raise DataError(f"{arguments.examples} is empty")
@@ -59,7 +68,7 @@ def mine_negatives(arguments: argparse.Namespace) -> int:
             found[len(example.negatives)] += 1
             yield example
 
-    write_examples(arguments.out, counted())
+    write_examples(arguments.out, counted(), arguments.examples)
     few = sum(number for negatives, number in found.items() if negatives < arguments.count)
     print(
         f"{len(examples)} examples in {arguments.out}; {few} of them have fewer than "
@@ -84,43 +93,31 @@ def evaluate(arguments: argparse.Namespace) -> int:
         kind: [_named_set(argument, kind, arguments.instructions) for argument in texts]
         for kind, texts in given.items()
     }
-    for named in (named for of_kind in sets.values() for named in of_kind):
-        if not named.path.exists():  # said before an hour of work on the others
+    named_sets = list(chain.from_iterable(sets.values()))
+    # All that can be wrong with a file is said before a model is loaded, and an hour of work.
+    for named in named_sets:
+        if not named.path.exists():
             raise DataError(f"there is no {named.path}")
     mteb_tasks = mteb_adapter.named_tasks(arguments.mteb) if arguments.mteb else []
     if arguments.items:
-        bootstrap.claim(arguments.items)
+        read = filter(None, [arguments.against, arguments.projection])
+        files = chain.from_iterable(evaluation.files_of(named.path) for named in named_sets)
+        check_output(arguments.items, chain(read, files, _settings_files(arguments)))
     other = bootstrap.Other(arguments.against) if arguments.against else None
-    scores: dict[str, dict[str, float]] = {}
+    read_sets = _read(sets)
+    if arguments.case:
+        for named in sets["retrieval"]:
+            data = read_sets.retrieval[named]
+            case = CASES[arguments.case]
+            read_sets.retrieval[named] = data.with_queries(partial(changed, case=case))
     embed = None if arguments.bm25 else _measured(arguments)
-    for named in sets["retrieval"]:
-        data = evaluation.read_retrieval(named.path)
-        if data.missing:
-            print(f"{named.path}: {data.missing} relevant documents are not in its corpus")
-        if arguments.case:
-            data = data.with_queries(partial(changed, case=CASES[arguments.case]))
-        scores[named.name] = dict(
-            evaluation.score_retrieval(embed, data, named) if embed else evaluation.score_bm25(data)
-        )
-    if embed:
-        for named in sets["sts"]:
-            scores[named.name] = dict(evaluation.score_sts(embed, named))
-        labelled: dict[evaluation.NamedSet, list[str]] = {}
-        for named in sets["classification"]:
-            labelled.setdefault(named, []).extend(("knn", "logistic"))
-        for named in sets["clustering"]:
-            labelled.setdefault(named, []).append("v-measure")
-        for named, which in labelled.items():
-            found = evaluation.score_labelled(embed, named, which)
-            scores.setdefault(named.name, {}).update(found)
+    scores = _scores(embed, read_sets)
     if embed and mteb_tasks:
         model = mteb_adapter.MtebModel(
             embed, _mteb_name(arguments, embed), instructions=arguments.instructions
         )
         scores.update(mteb_adapter.evaluate_tasks(model, mteb_tasks, arguments.results))
-    digests = {
-        named.name: evaluation.digest_of(named.path) for named in chain.from_iterable(sets.values())
-    }
+    digests = {named.name: evaluation.digest_of(named.path) for named in named_sets}
     if arguments.items:
         bootstrap.write_items(arguments.items, scores, digests)
     others = other.matching(scores, digests) if other else {}
@@ -136,9 +133,60 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _named_set(argument: str, kind: evaluation.Kind, instructions: bool) -> evaluation.NamedSet:
+@dataclass(frozen=True, slots=True)
+class _ReadSets:
+    """The sets of one call, read; labelled ones with what is scored of them."""
+
+    retrieval: dict[NamedSet, evaluation.RetrievalSet]
+    sts: dict[NamedSet, evaluation.StsSet]
+    labelled: dict[NamedSet, tuple[evaluation.LabelledSet, list[str]]]
+
+
+def _read(sets: Mapping[evaluation.Kind, Sequence[NamedSet]]) -> _ReadSets:
+    """Raises DataError naming the file and the line."""
+    retrieval = {named: evaluation.read_retrieval(named.path) for named in sets["retrieval"]}
+    for named, data in retrieval.items():
+        if data.missing:
+            print(f"{named.path}: {data.missing} relevant documents are not in its corpus")
+    which: dict[NamedSet, list[str]] = {}
+    for named in sets["classification"]:
+        which.setdefault(named, []).extend(("knn", "logistic"))
+    for named in sets["clustering"]:
+        which.setdefault(named, []).append("v-measure")
+    return _ReadSets(
+        retrieval,
+        {named: evaluation.read_sts(named.path) for named in sets["sts"]},
+        {n: (evaluation.read_labelled(n.path, asked), asked) for n, asked in which.items()},
+    )
+
+
+def _scores(embed: evaluation.Embedder | None, sets: _ReadSets) -> dict[str, dict[str, float]]:
+    """Name of a set -> its measures; embed: None for BM25, of retrieval alone."""
+    scores: dict[str, dict[str, float]] = {}
+    for named, data in sets.retrieval.items():
+        scores[named.name] = dict(
+            evaluation.score_retrieval(embed, data, named) if embed else evaluation.score_bm25(data)
+        )
+    if embed is None:
+        return scores
+    for named, pairs in sets.sts.items():
+        scores[named.name] = dict(evaluation.score_sts(embed, pairs, named))
+    for named, (labelled, which) in sets.labelled.items():
+        found = evaluation.score_labelled(embed, labelled, named, which)
+        scores.setdefault(named.name, {}).update(found)
+    return scores
+
+
+def _settings_files(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Files that say how a command runs."""
+    for name in ("config", "api_key_file"):
+        if path := getattr(arguments, name, None):
+            yield Path(path)
+
+
+def _named_set(argument: str, kind: evaluation.Kind, instructions: bool) -> NamedSet:
     named = evaluation.named_set(argument, kind)
-    return named if instructions else evaluation.NamedSet(named.name, named.path)
+    return named if instructions else NamedSet(named.name, named.path)
 
 
 def _mteb_name(arguments: argparse.Namespace, embed: evaluation.Embedder) -> str:
@@ -158,12 +206,14 @@ def _name(arguments: argparse.Namespace) -> str:
 
 def _measured(arguments: argparse.Namespace) -> evaluation.Embedder:
     """The model that is scored, its vectors projected or cut as the arguments say."""
-    embed, width = embedder(arguments), arguments.dimensions
-    if not arguments.projection and not width:
-        return embed
-    from model.training.teacher import Projection
+    width, projection = arguments.dimensions, None
+    if arguments.projection:
+        from model.training.teacher import Projection
 
-    projection = Projection.load(arguments.projection) if arguments.projection else None
+        projection = Projection.load(arguments.projection)
+    embed = embedder(arguments)
+    if not projection and not width:
+        return embed
 
     def changed_rows(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
         rows = embed(texts, instruction)

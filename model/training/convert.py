@@ -18,7 +18,7 @@ from pathlib import Path
 from model import console
 from model.errors import ModelError
 from model.training.evaluation import read_sts, task_texts
-from model.training.examples import Example, write_examples
+from model.training.examples import Example, check_output, write_examples
 from model.training.sources import SEED, TASK_STS, ScoredPair, read_labelled_rows
 from model.training.stages import Known, class_examples, sts_examples
 from model.training.teacher import Teacher
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         task = task_texts(arguments.task)[0]
+        check_output(arguments.out, [arguments.file])
         teacher = Teacher(None if arguments.teacher == "default" else arguments.teacher)
         if arguments.form == "labelled":
             examples = labelled_examples(
@@ -93,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             examples = scored_examples(arguments.file, task, teacher)
-        print(f"{write_examples(arguments.out, examples)} examples in {arguments.out}")
+        number = write_examples(arguments.out, examples, arguments.file)
+        print(f"{number} examples in {arguments.out}")
     except ModelError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2

@@ -14,12 +14,15 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from model import console
 from model.training import evaluation
-from model.training.examples import read_lines, read_text
+from model.training.evaluation import files_of
+from model.training.examples import check_output, read_lines, read_text
+from model.user_files import mode_like, replacing
 
 NGRAM = 10
 _WORD = re.compile(r"\w+")
@@ -70,6 +73,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="write the lines that do not overlap")
     parser.add_argument("-n", type=int, default=NGRAM, help="words (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.out:
+        check_output(arguments.out, [arguments.train, *chain(*map(files_of, arguments.evaluation))])
     sets = {path: Evaluated(evaluation_texts(path), arguments.n) for path in arguments.evaluation}
     hits = dict.fromkeys(sets, 0)
     kept = []
@@ -82,7 +87,8 @@ def main() -> None:
             if not found:
                 kept.append(line)
     if arguments.out:
-        arguments.out.write_text("".join(kept), encoding="utf-8")
+        with replacing(arguments.out, mode_like(arguments.train.stat().st_mode)) as file:
+            file.writelines(kept)
     for path, count in hits.items():
         print(f"{count} lines overlap with {path}")
     print(f"{len(kept)} lines do not")

@@ -46,6 +46,9 @@ DEFAULT_TASKS: dict[Kind, str] = {
     "clustering": "Identify categories in user passages.",
 }
 
+FITTED = frozenset(("knn", "logistic"))
+"""Scores of labelled sets that the training rows are needed for."""
+
 
 class Embedder(Protocol):
     """texts and a verbatim instruction -> float32 [N, D], of length 1."""
@@ -61,6 +64,10 @@ class NamedSet:
     path: Path
     query: str = ""  # empty: no instruction
     passage: str = ""
+
+
+StsSet = tuple[list[str], list[str], NDArray[np.float64]]
+"""First sentences, second sentences, scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +120,8 @@ def task_texts(task: str) -> tuple[str, str]:
     return task, ""
 
 
-def read_sts(path: Path) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """First sentences, second sentences, scores. Raises DataError."""
+def read_sts(path: Path) -> StsSet:
+    """Raises DataError naming the file and the line."""
     rows: list[tuple[str, str, float]] = []
     if path.suffix.lower() == ".jsonl":
         for number, row in read_rows(path, ("first", "second", "score")):
@@ -224,28 +231,36 @@ def _retrieval_set(
     return RetrievalSet(list(documents.values()), [queries[q] for q in used], relevant)
 
 
-def read_labelled(path: Path) -> LabelledSet:
-    """Raises DataError naming the file and the line."""
+def read_labelled(path: Path, which: Sequence[str] = ()) -> LabelledSet:
+    """which: what will be scored (`score_labelled`). Raises DataError naming the file and the line,
+    and where the rows do not suffice for the scores."""
     rows = read_labelled_rows(path)
     train = [(row.text, row.label) for row in rows if not row.development]
     test = [(row.text, row.label) for row in rows if row.development]
     if not test:
         raise DataError(f"{path} has no test rows")
+    if FITTED & set(which) and len({label for _, label in train}) < 2:
+        raise DataError(f"{path}: the training rows have fewer than two labels")
     return LabelledSet(train, test)
 
 
 def digest_of(path: Path) -> str:
     """SHA-256 of a set's file, or of all files of its folder: whether two sets are the same."""
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.read_bytes())
+    for file in files_of(path):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def score_sts(embed: Embedder, data: NamedSet) -> dict[str, Figure]:
-    first, second, scores = read_sts(data.path)
-    vectors = embed(first, prefix_of(data.query)), embed(second, prefix_of(data.passage))
+def files_of(path: Path) -> list[Path]:
+    """A set's files: itself, or those of its folder."""
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [file for file in found if file.is_file()]
+
+
+def score_sts(embed: Embedder, data: StsSet, named: NamedSet) -> dict[str, Figure]:
+    first, second, scores = data
+    vectors = embed(first, prefix_of(named.query)), embed(second, prefix_of(named.passage))
     return {"spearman": metrics.spearman(metrics.cosine_rows(*vectors), scores)}
 
 
@@ -259,20 +274,18 @@ def score_bm25(data: RetrievalSet) -> dict[str, Figure]:
     return metrics.retrieval_scores(BM25(data.documents).scores(data.queries), data.relevant)
 
 
-def score_labelled(embed: Embedder, data: NamedSet, which: Sequence[str]) -> dict[str, float]:
-    """which: of knn, logistic and v-measure (of the test part). Raises DataError."""
-    rows = read_labelled(data.path)
-    train_labels, labels = ([label for _, label in part] for part in (rows.train, rows.test))
-    fitted = {"knn", "logistic"} & set(which)
-    if fitted and len(set(train_labels)) < 2:
-        raise DataError(f"{data.path}: the training rows have fewer than two labels")
-    instruction = prefix_of(data.query)
-    test = embed([text for text, _ in rows.test], instruction)
+def score_labelled(
+    embed: Embedder, data: LabelledSet, named: NamedSet, which: Sequence[str]
+) -> dict[str, float]:
+    """which: of knn, logistic and v-measure (of the test part)."""
+    train_labels, labels = ([label for _, label in part] for part in (data.train, data.test))
+    instruction = prefix_of(named.query)
+    test = embed([text for text, _ in data.test], instruction)
     scores: dict[str, float] = {}
     if "v-measure" in which:
         scores["v_measure"] = metrics.v_measure(test, labels)
-    if fitted:
-        train = embed([text for text, _ in rows.train], instruction)
+    if FITTED & set(which):
+        train = embed([text for text, _ in data.train], instruction)
         known: dict[str, Callable[..., Figure]] = {
             "knn": metrics.knn_accuracy,
             "logistic": metrics.logistic_accuracy,

@@ -13,6 +13,7 @@ no tensors.
 from __future__ import annotations
 
 import json
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,18 +98,28 @@ def read_lines(path: Path, encoding: str = "utf-8") -> list[str]:
     return lines
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> int:
-    """JSON lines; the number of examples. The file appears when the last of them is written.
+def check_output(path: Path, inputs: Iterable[Path]) -> None:
+    """Before hours of work: that `path` can be written, and is none of the files that are read.
 
-    Raises DataError before the first example is asked for when `path` cannot be written.
+    Raises DataError.
     """
-    part = path.with_name(f"{path.name}.part")
     try:
-        file = part.open("w", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        user_files.check_output(path, inputs)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except FileError as error:
+        raise DataError(str(error)) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path} cannot be written: {why}") from None
+
+
+def write_examples(path: Path, examples: Iterable[Example], made_of: Path | None = None) -> int:
+    """JSON lines; the number of examples. The file appears when the last of them is written, as
+    private as what it is `made_of`. Raises OSError."""
     count = 0
-    with file:
+    with user_files.replacing(
+        path, user_files.mode_like(made_of.stat().st_mode if made_of else None)
+    ) as file:
         for example in examples:
             row: dict[str, Any] = {"query": example.query, "positive": example.positive}
             if example.negatives:
@@ -119,7 +130,6 @@ def write_examples(path: Path, examples: Iterable[Example]) -> int:
                 row["symmetric"] = True
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    part.replace(path)
     return count
 
 

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from model.training.gradient_cache import rng_state, set_rng_state
 from model.training.settings import TrainingSettings, TrainingSettingsError
+from model.user_files import locked
 from model.weights import weight_files
 
 logger = logging.getLogger("nv_embed.training")
@@ -40,10 +43,18 @@ class RunFolder:
         self.path = path
         self._states = path / "state"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs away. Raises LockedError when one is there already."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / ".lock", self.path):
+            yield
+
     def claim(self, settings: TrainingSettings) -> None:
         """Make the folder this run's. Raises TrainingSettingsError when it holds a run of other
-        settings, or of the same ones whose files have changed since."""
+        settings, or of the same ones whose files have changed since, or a file that is read."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_inputs(settings)
         for part in self._states.glob(".part-*"):  # of a run that was killed
             shutil.rmtree(part)
         mine = json.loads(json.dumps(settings.to_json()))
@@ -71,6 +82,20 @@ class RunFolder:
                 f"{self.path} began with other contents of {', '.join(changed)}; put them back, "
                 "or choose another folder"
             )
+
+    def _refuse_inputs(self, settings: TrainingSettings) -> None:
+        """Raises TrainingSettingsError for an input that this run would write over or remove."""
+        written = [self.path / "metrics.jsonl"]
+        for folder in (self.path / "checkpoint", self._states):
+            written += folder.rglob("*")
+        ours = {(s.st_dev, s.st_ino) for s in (path.stat() for path in written if path.is_file())}
+        for path in input_files(settings):
+            found = path.stat()
+            if (found.st_dev, found.st_ino) in ours:
+                raise TrainingSettingsError(
+                    f"{path} is read, and a run in {self.path} writes over it: choose another "
+                    "folder"
+                )
 
     def _read_or_write(self, name: str, value: dict[str, Any]) -> dict[str, Any]:
         path = self.path / name

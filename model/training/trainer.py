@@ -132,8 +132,13 @@ class Trainer:
         """Train to the end; returns the exported checkpoint (None of an ablation).
 
         stop_after: stop at this step without exporting, and return None (for tests).
-        Raises TrainingSettingsError when the folder holds a run of other settings.
+        Raises TrainingSettingsError when the folder holds a run of other settings, LockedError when
+        another process trains there.
         """
+        with self.run_folder.locked():
+            return self._run(stop_after, progress)
+
+    def _run(self, stop_after: int | None, progress: bool | None) -> Path | None:
         self.run_folder.claim(self.settings)
         self.step = self.run_folder.resume(self.model, self.optimizer)
         steps = self.settings.steps

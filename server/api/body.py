@@ -25,6 +25,7 @@ IGNORED_HEADER = "x-ignored-fields"
 _DISCARD_FACTOR = 4
 """Bodies up to so many times the limit are read to their end and dropped before the 413: a client
 that is still sending would see a broken connection instead."""
+_UTF8_NAMES = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 
 
 class BodyReader:
@@ -110,13 +111,26 @@ def _too_large(limit: int) -> BodyTooLargeError:
 
 
 def _check_media_type(given: bytes) -> None:
-    media_type = given.partition(b";")[0].strip().lower()
-    if media_type == b"application/json" or media_type.endswith(b"+json"):
-        return
-    came = f", and it came as {_shown(given)}" if given else ""
-    raise UnsupportedMediaTypeError(
-        f"The body must be JSON{came}: send the header Content-Type: application/json"
-    )
+    """Raises UnsupportedMediaTypeError for what is not JSON in UTF-8.
+
+    JSON has no parameter `charset` and is UTF-8 (RFC 8259, sections 8.1 and 11). A client that
+    names another encoding says that its bytes mean other characters, and some of them are valid
+    UTF-8 nevertheless (UTF-7, HZ, much of Latin-1): their vectors would be those of other texts.
+    """
+    media_type, _, parameters = given.partition(b";")
+    media_type = media_type.strip().lower()
+    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+        came = f", and it came as {_shown(given)}" if given else ""
+        raise UnsupportedMediaTypeError(
+            f"The body must be JSON{came}: send the header Content-Type: application/json"
+        )
+    for parameter in parameters.split(b";"):
+        name, _, value = parameter.partition(b"=")
+        if name.strip().lower() == b"charset" and value.strip(b' \t"').lower() not in _UTF8_NAMES:
+            raise UnsupportedMediaTypeError(
+                f"The body must be UTF-8, as all JSON is, and it came as {_shown(given)}: send it "
+                "as UTF-8, with the header Content-Type: application/json"
+            )
 
 
 def _shown(value: bytes) -> str:

@@ -9,8 +9,9 @@ import argparse
 import contextlib
 import math
 import re
+import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from model.errors import did_you_mean
 from server.errors import SettingsError
@@ -27,6 +28,10 @@ class Parser(argparse.ArgumentParser):
         if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             message += did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         raise SettingsError(f"{message.removeprefix('argument ')} ({self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own says nothing of a help that could not be written, and exits 0."""
+        print(message, end="", file=file or sys.stderr)
 
 
 def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:

@@ -22,6 +22,9 @@ def problem_of(version: str, method: bytes, headers: Sequence[tuple[bytes, bytes
     if method == b"CONNECT":
         return "CONNECT is for proxies"
     header = dict(headers)
+    coding = header.get(b"transfer-encoding", b"chunked").strip().lower()
+    if coding != b"chunked":
+        return f"Transfer-Encoding: {coding[:64].decode('latin-1')!a} is not decoded here"
     if len(header) < len(headers):
         names = [name for name, _ in headers]
         for name in (b"host", b"authorization"):

@@ -21,9 +21,10 @@ import orjson
 from model.batch import RunnerInfo
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
+from model.user_files import LockedError, locked
 from server.offline.job import Job, Row, Rows, Tokenize
 from server.offline.manifest import differences, printable, proofs_of, read_manifest
-from server.offline.parts import Ledger, OutputError, Proof, Shard, locked, proves
+from server.offline.parts import Ledger, OutputError, Proof, Shard, proves
 from server.offline.progress import Progress
 from server.offline.shards import shards_of
 from server.offline.sources import Source
@@ -50,6 +51,8 @@ def place(job: Job) -> Iterator[None]:
     try:
         with locked(lock, job.target):
             yield
+    except LockedError as error:
+        raise OutputError(str(error)) from None
     finally:
         if made:
             with suppress(OSError):  # it holds something now, or is gone

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.user_files import kind_of
+from model.user_files import kind_of, mode_like
 from server.api import instructions
 from server.api.instructions import Defaults
 from server.errors import InvalidRequestError, SettingsError
@@ -56,10 +57,8 @@ def rows_of(arguments: argparse.Namespace, source: Source) -> Rows[Any]:
 
 def mode_of(source: Source) -> int:
     """The permissions of what is written: no more than the input's, whose texts vectors tell."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    given = 0o666 if source.mode is None else source.mode & 0o666
-    return (given & ~umask) | 0o600
+    mode = source.named.st_mode
+    return mode_like(mode if stat.S_ISREG(mode) else None)
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
@@ -136,10 +135,20 @@ def check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
         raise SettingsError(f"--field is for JSON lines and Parquet, and {source.name} is text")
     if arguments.openai_batch and source.kind is not Kind.JSON_LINES:
         raise SettingsError(f"--openai-batch reads JSON lines, and {source.name} is {source.kind}")
-    ours = os.fstat(source.file.fileno())
     for path in (job.target, job.manifest):
-        if path.exists() and os.path.samestat(path.stat(), ours):
+        if path.exists() and os.path.samestat(path.stat(), source.named):
             raise SettingsError(f"--output {path} is the input file")
+    folder = job.parts(0).folder
+    if folder.is_dir() and _is_within(source, folder):
+        raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
+
+
+def _is_within(source: Source, folder: Path) -> bool:
+    return any(
+        os.path.samestat(entry.stat(), source.named)
+        for entry in folder.iterdir()
+        if entry.is_file()
+    )
 
 
 def defaults_of(arguments: argparse.Namespace) -> Defaults:

@@ -12,16 +12,19 @@ from typing import Any
 
 import orjson
 
+from model.errors import FileError
+from model.user_files import open_regular
 from server.offline.parts import OutputError, Proof
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """None where there is none. Raises OutputError for what is no manifest."""
     try:
-        raw = orjson.loads(path.read_bytes())
+        with open_regular(path) as file:
+            raw = orjson.loads(file.read())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, FileError):
         raw = None
     if not isinstance(raw, dict):
         raise OutputError(f"{path} is not a manifest: remove it, or name another --output")

@@ -1,16 +1,13 @@
-"""The files of one run: a lock, and shards that are proven.
+"""The files of one run: shards that are proven.
 
 Nothing here is believed for its name. A shard counts when the ledger has its size and hash, and
-when it was made of the same rows; other writers are kept out by a lock; temporary files have names
-that nobody can guess. Knows neither models nor what a shard holds.
+when it was made of the same rows; temporary files have names that nobody can guess. Knows neither
+models nor what a shard holds.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import logging
 import os
 import re
 import stat
@@ -23,14 +20,13 @@ from typing import BinaryIO
 
 import orjson
 
+from model.errors import FileError
+from model.user_files import open_regular
 from server.offline.kept_rows import Keeper
-
-logger = logging.getLogger("nv_embed.encode")
 
 _TEMPORARY = ".nv-embed-"
 _LEDGER = ".ledger.jsonl"
 _OURS = re.compile(r"part-\d{5,}\.(npy|jsonl|parquet)|\.part-\d{5,}\.kept|\.ledger\.jsonl")
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class OutputError(Exception):
@@ -45,37 +41,6 @@ class Shard:
     first: int
     rows: int
     digest: str
-
-
-@contextmanager
-def locked(lock: Path, output: Path) -> Iterator[None]:
-    """Keep other runs away from `output` until the block ends. Raises OutputError when one is
-    there already. The lock goes with its process; a file that is left over locks nothing."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    while True:
-        descriptor = os.open(lock, flags, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(
-                f"another run is writing {output}: wait for it, or name another --output"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                os.close(descriptor)
-                raise
-            logger.warning("this file system has no locks: start no second run of %s", output)
-        # Whoever held it before may have removed the file in between.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(lock, follow_symlinks=False), os.fstat(descriptor)):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +173,9 @@ class Ledger:
 
     def _read(self) -> dict[int, Proof]:
         try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
+            with open_regular(self._path) as file:
+                lines = file.read().splitlines()
+        except (FileNotFoundError, FileError):
             return {}
         proofs = {}
         for line in lines:

@@ -62,7 +62,7 @@ class Source:
 
     name: str  # as the user wrote it
     kind: Kind
-    mode: int | None  # its permissions; None for a pipe
+    named: os.stat_result  # of what the name or the redirection stands for: a file or a pipe
     file: BinaryIO
 
     def at(self, number: int) -> str:
@@ -87,18 +87,20 @@ def opened(name: str) -> Iterator[Source]:
     """
     with ExitStack() as stack:
         if is_stream(name):
-            file, mode = stack.enter_context(_copy_of_stream(name)), None
+            copy, named = _copy_of_stream(name)
+            file = stack.enter_context(copy)
         else:
             file = stack.enter_context(open_regular(Path(name)))
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        yield Source(name, _kind(name, mode is None, file), mode, file)
+            named = os.fstat(file.fileno())
+        yield Source(name, _kind(name, is_stream(name), file), named, file)
 
 
-def _copy_of_stream(name: str) -> BinaryIO:
+def _copy_of_stream(name: str) -> tuple[BinaryIO, os.stat_result]:
     match = _STREAMS.fullmatch(name)
     assert match is not None, name
     number = int(match[1] or match[2] or 0)
-    mode = os.fstat(number).st_mode
+    named = os.fstat(number)
+    mode = named.st_mode
     if os.isatty(number):
         raise FileError(f"{name} is a terminal: send a file through a pipe, or name one")
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
@@ -106,7 +108,7 @@ def _copy_of_stream(name: str) -> BinaryIO:
     copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     with os.fdopen(os.dup(number), "rb") as stream:
         shutil.copyfileobj(stream, copy)
-    return copy
+    return copy, named
 
 
 def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:

@@ -56,6 +56,7 @@ SMUGGLED = {
     "two digits apart": POST + b"content-length: 3 5\r\n\r\n" + INNER,
     "chunked, then another": POST + b"transfer-encoding: chunked, x\r\n\r\n0\r\n\r\n" + INNER,
     "not chunked": POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + INNER,
+    "packed, then chunked": POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + INNER,
     "quoted chunked": POST + b'transfer-encoding: "chunked"\r\n\r\n0\r\n\r\n' + INNER,
     "an empty coding": POST + b"transfer-encoding:\r\ncontent-length: 35\r\n\r\n" + INNER,
     "identity": POST + b"transfer-encoding: identity\r\n\r\n" + INNER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -51,6 +52,24 @@ def test_every_error_has_a_line_and_a_status(
     said = capsys.readouterr().err
     assert said.startswith(line)
     assert said.count("\n") == (1 if line else 0)
+
+
+@pytest.mark.parametrize("error", [WrongCallError("no"), OSError("no"), RuntimeError("no")])
+def test_a_full_stderr_does_not_hide_the_status(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_forget_stdout", lambda: None)
+
+    def command() -> int:
+        raise error
+
+    for mode in (0, -1):  # without a buffer, and with one
+        with open("/dev/full", "w", buffering=1 if mode else -1) as full:
+            monkeypatch.setattr(sys, "stderr", full)
+            expected = 2 if isinstance(error, WrongCallError) else 1
+            assert console.run("x", command, (WrongCallError,)) == expected
+            with contextlib.suppress(OSError):
+                full.close()
 
 
 def test_no_error_is_the_commands_own_status() -> None:

@@ -345,3 +345,29 @@ def test_gpus_by_uuid(name: str) -> None:
 def test_what_is_no_uuid(name: str) -> None:
     with pytest.raises(SettingsError, match="must be auto, cpu, cuda or cuda:N"):
         load(parse("--devices", name), {})
+
+
+@pytest.mark.parametrize("name", ["served-model-name", "query-instruction", "root-path", "host"])
+def test_what_no_answer_could_say_is_refused(name: str, tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, as Python hands them on: /v1/models would fail for ever."""
+    option, bad = name.replace("-", "_"), "/x\udcff"
+    config = tmp_path / "server.yaml"
+    config.write_text(f'{name}: "/x\\ud83d"\n')
+    for flags, environment in (
+        ({option: bad}, {}),
+        ({}, {f"NV_EMBED_{option.upper()}": bad}),
+        ({"config": str(config)}, {}),
+    ):
+        with pytest.raises(SettingsError, match="a value is not UTF-8"):
+            load(flags, environment)
+
+
+def test_the_name_of_a_file_need_not_be_utf8() -> None:
+    assert load({"model": "/x\udcff"}, {}).model == "/x\udcff"
+
+
+def test_an_option_that_stands_twice_in_two_spellings(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("max-input-tokens: 50\nmax_input_tokens: 60\n")
+    with pytest.raises(SettingsError, match="max_input_tokens stands there twice"):
+        load({"config": str(config)}, {})

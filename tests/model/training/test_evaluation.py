@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import ndcg_score
 
 from model.errors import UnsupportedError
-from model.training import evaluation, metrics
+from model.training import commands, evaluation, metrics
 from model.training.bm25 import BM25, words
 from model.training.evaluation import NamedSet, named_set, task_texts
 from model.training.examples import DataError
@@ -230,10 +231,10 @@ def test_who_gets_the_instruction(tmp_path: Path) -> None:
     fiqa = "Instruct: Given a financial question, retrieve relevant passages that answer the query"
     assert embed.calls == [(["cats?"], f"{fiqa}\nQuery: "), (["a cat"], "")]
     embed = Recorder()
-    evaluation.score_sts(embed, named_set(f"{tmp_path}/sts.jsonl=Find alike", "sts"))
-    evaluation.score_labelled(
-        embed, named_set(f"{tmp_path}/c.csv=Find alike", "classification"), ["knn"]
-    )
+    sts = named_set(f"{tmp_path}/sts.jsonl=Find alike", "sts")
+    evaluation.score_sts(embed, evaluation.read_sts(sts.path), sts)
+    labelled = named_set(f"{tmp_path}/c.csv=Find alike", "classification")
+    evaluation.score_labelled(embed, evaluation.read_labelled(labelled.path), labelled, ["knn"])
     texts = [["x"], ["y"], ["c"], ["a", "b"]]
     assert embed.calls == [(part, "Instruct: Find alike\nQuery: ") for part in texts]
 
@@ -281,6 +282,48 @@ def test_wrong_calls_say_what_is_wrong(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sts", "sts.jsonl", "--sts", "bad.jsonl"], "bad.jsonl, line 1: first is missing"),
+        (["--sts", "sts.jsonl", "--retrieval", "empty"], "corpus.jsonl cannot be read"),
+        (["--classification", "one.csv"], "fewer than two labels"),
+        (["--sts", "sts.jsonl", "--projection", "bad.jsonl"], "bad.jsonl"),
+        (["--sts", "sts.jsonl", "--items", "sts.jsonl"], "sts.jsonl is sts.jsonl, which is read"),
+        (["--sts", "sts.jsonl", "--items", "hard"], "hard is sts.jsonl, which is read"),
+        (["--retrieval", "set", "--items", "set/corpus.jsonl"], "which is read"),
+        (["--sts", "sts.jsonl", "--items", "empty"], "empty is a folder"),
+        (["--sts", "sts.jsonl", "--items", "fifo"], "fifo is a pipe (FIFO)"),
+        (["--sts", "sts.jsonl", "--items", "conf.yaml", "--config", "conf.yaml"], "which is read"),
+    ],
+)
+def test_files_are_looked_at_before_a_model_is_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    def load(_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(commands, "embedder", load)
+    monkeypatch.chdir(tmp_path)
+    write_sets(tmp_path)
+    Path("bad.jsonl").write_text('{"second": "b", "score": 1}\n')
+    Path("one.csv").write_text("text,label,split\na,x,train\nb,x,test\n")
+    Path("conf.yaml").write_text("threads: 1\n")
+    Path("empty").mkdir()
+    Path("set").mkdir()
+    Path("set/corpus.jsonl").write_text('{"id": "a", "text": "a cat"}\n')
+    Path("hard").hardlink_to("sts.jsonl")
+    os.mkfifo("fifo")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("sts.csv", "", "is empty"),
@@ -320,7 +363,7 @@ def test_unusable_sets_are_named(
     readers = {
         "sts.csv": lambda: evaluation.read_sts(path),
         "s.jsonl": lambda: evaluation.read_sts(path),
-        "c.csv": lambda: evaluation.score_labelled(letters, NamedSet("c", path), ["knn"]),
+        "c.csv": lambda: evaluation.read_labelled(path, ["knn"]),
     }
     with pytest.raises(DataError, match=message) as error:
         readers.get(name, lambda: evaluation.read_retrieval(tmp_path))()

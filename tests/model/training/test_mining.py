@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,45 @@ def test_the_command_stops_at_a_bad_line_and_says_how_many_were_mined(
     call[3] = str(tmp_path / "absent" / "mined.jsonl")
     assert cli.main(call) == 2
     assert "mined.jsonl cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "soft", "hard", "./x/../pairs.jsonl"])
+def test_the_examples_are_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"query": "a", "positive": "b"}\n')
+    (tmp_path / "x").mkdir()
+    (tmp_path / "soft").symlink_to(source)
+    (tmp_path / "hard").hardlink_to(source)
+    assert cli.main(["mine", str(source), "-o", f"{tmp_path}/{name}", "--model", "/absent"]) == 2
+    assert "which is read: name another output" in capsys.readouterr().err
+    assert source.read_text() == '{"query": "a", "positive": "b"}\n'
+    assert os.path.samefile(tmp_path / "soft", tmp_path / "hard")
+
+
+def test_an_output_that_can_be_no_file_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As root a file that is moved there takes the place of /dev/null."""
+    source = tmp_path / "pairs.jsonl"
+    source.write_text('{"query": "a", "positive": "b"}\n')
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind in (("/dev/null", "a device"), (".", "a folder"), ("fifo", "a pipe (FIFO)")):
+        out = str(tmp_path / name)
+        assert cli.main(["mine", str(source), "-o", out, "--model", "/absent"]) == 2
+        assert f"{tmp_path / name} is {kind}" in capsys.readouterr().err
+
+
+def test_mined_texts_are_as_private_as_the_examples(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source, out, other = (tmp_path / name for name in ("p.jsonl", "out.jsonl", "out.jsonl.part"))
+    source.write_text('{"query": "a", "positive": "b"}\n')
+    source.chmod(0o600)
+    other.write_text("somebody's")
+    assert cli.main(["mine", str(source), "-o", str(out), "--model", str(tiny_checkpoint)]) == 0
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert other.read_text() == "somebody's"
+    assert sorted(tmp_path.iterdir()) == sorted([source, out, other])
 
 
 def test_sts_leaves_out_what_is_not_free(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder
 from model.training.trainer import DivergedError, Trainer
+from model.user_files import LockedError
 
 ROOT = Path(__file__).parents[3]
 
@@ -153,6 +155,37 @@ def test_a_folder_of_another_run_is_refused(settings: TrainingSettings, finished
     message = r"other settings \(temperature: 0\.05 there, 0\.5 now\); set them back"
     with pytest.raises(TrainingSettingsError, match=message):
         Trainer(other, finished).run(progress=False)
+
+
+@pytest.mark.parametrize("link", [None, Path.symlink_to, Path.hardlink_to])
+def test_a_file_that_is_read_is_not_written_over(
+    settings: TrainingSettings, tmp_path: Path, link: Callable[[Path, Path], None] | None
+) -> None:
+    """The careless wish to train a run's own checkpoint further, in the same folder."""
+    start = tmp_path / "checkpoint"
+    shutil.copytree(settings.model, start)
+    if link:
+        other = shutil.copytree(start, tmp_path / "other") / "model.safetensors"
+        (start / "model.safetensors").unlink()
+        link(start / "model.safetensors", other)
+        start = other.parent
+    before = (start / "model.safetensors").read_bytes()
+    with pytest.raises(TrainingSettingsError, match=r"is read, and a run in .* writes over it"):
+        RunFolder(tmp_path).claim(dataclasses.replace(settings, model=str(start)))
+    assert (start / "model.safetensors").read_bytes() == before
+    data = tmp_path / "run" / "metrics.jsonl"
+    data.parent.mkdir()
+    shutil.copy(next(iter(settings.data)), data)
+    with pytest.raises(TrainingSettingsError, match=r"metrics\.jsonl is read"):
+        RunFolder(data.parent).claim(dataclasses.replace(settings, data={str(data): 1}))
+
+
+def test_two_runs_in_one_folder_are_one_too_many(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    with RunFolder(tmp_path).locked(), pytest.raises(LockedError, match="another run is writing"):
+        Trainer(settings, tmp_path).run()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_before_a_setting_existed_goes_on(

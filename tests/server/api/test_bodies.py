@@ -132,6 +132,26 @@ def test_a_wrong_content_type_is_named(server: AppInProcess, given: str) -> None
     assert post(server, body, **{"content-type": parameters}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "charset", ["utf-16", "ISO-8859-1", '"utf-7"', "utf-8; charset=utf-16", ""]
+)
+def test_another_charset_is_refused_and_not_guessed(server: AppInProcess, charset: str) -> None:
+    """UTF-7's bytes are ASCII: taken for UTF-8 they are another text."""
+    given = f"application/json; charset={charset}"
+    body = b'{"model": "golden-embed", "input": "Hi Mom +Jjo-!"}'
+    answer = post(server, body, **{"content-type": given})
+    assert answer.status_code == 415
+    assert "must be UTF-8" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf-8"', " utf8 ", "us-ascii"])
+@pytest.mark.parametrize("media_type", ["application/json", "application/vnd.api+json; x=y"])
+def test_utf8_by_any_of_its_names(server: AppInProcess, charset: str, media_type: str) -> None:
+    given = f"{media_type};charset={charset}; version=1"
+    body = b'{"model": "golden-embed", "input": "x"}'
+    assert post(server, body, **{"content-type": given}).status_code == 200
+
+
 def test_checksum_of_a_gzip_body_is_not_looked_at(server: AppInProcess) -> None:
     """A header that lies is refused by its name, too, and costs no decoding."""
     body = zlib.compress(b"0" * 10_000_000)

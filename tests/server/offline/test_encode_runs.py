@@ -13,6 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ import pytest
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
+from model.user_files import LockedError, locked
 from server import cli
-from server.offline import bulk, parts, progress, shards
+from server.offline import bulk, progress, shards, sources
 from server.offline.progress import Progress
 from tests.server.runners import Hashing, vector_of
 
@@ -171,6 +173,42 @@ def test_the_input_is_never_overwritten(encode: Encode, tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() == '{"text": "x"}\n'
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link, None])
+@pytest.mark.parametrize("through_a_pipe", [False, True])
+def test_the_input_under_another_name_is_not_overwritten(
+    encode: Encode,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    link: Callable[[Path, Path], None] | None,
+    through_a_pipe: bool,
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "x"}\n')
+    if link:
+        link(source, output)
+    else:
+        output = tmp_path / "." / "in.jsonl"
+    if through_a_pipe:
+        with source.open("rb") as file, monkeypatch.context() as redirected:
+            redirected.setattr(sources, "_STREAMS", re.compile(rf"/dev/fd/({file.fileno()})|-"))
+            redirected.setattr(sources, "is_stream", lambda name: True)
+            assert encode(f"/dev/fd/{file.fileno()}", "-o", str(output)) == 2
+    else:
+        assert encode("in.jsonl", "-o", str(output)) == 2
+    assert source.read_text() == '{"text": "x"}\n'
+
+
+def test_an_input_among_the_shards_is_kept(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.npy.parts").mkdir()
+    source = tmp_path / "x.npy.parts" / "part-00000.jsonl"
+    source.write_text('{"text": "x"}\n')
+    assert encode(str(source), "-o", "x.npy") == 2
+    assert "lies in" in capsys.readouterr().err
+    assert source.exists()
+
+
 # ---- whose files these are
 
 
@@ -208,6 +246,36 @@ def test_links_at_names_that_can_be_guessed_are_not_followed(
     assert encode("a.txt", "-o", "other.npy") == 1
     assert victim.read_text() == "mine"
     assert left(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("name", ["out.npy.manifest.json", "out.npy.parts/.ledger.jsonl"])
+def test_no_run_waits_for_a_pipe_in_a_files_place(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out.npy.parts").mkdir()
+    (tmp_path / "out.npy.parts" / "part-00000.npy").touch()  # as of a run that has begun
+    os.mkfifo(tmp_path / name)
+    with _within(20):
+        status = encode("a.txt", "-o", "out.npy", "--resume")
+    if name.endswith("manifest.json"):
+        assert status == 1
+        assert "is not a manifest" in capsys.readouterr().err
+    else:
+        assert status == 0
+
+
+@contextmanager
+def _within(seconds: int) -> Iterator[None]:
+    def late(signum: int, frame: object) -> None:
+        raise AssertionError(f"waited for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_foreign_files_in_the_way_are_left_alone(encode: Encode, tmp_path: Path) -> None:
@@ -250,12 +318,12 @@ def test_many_runs_at_once_take_turns_or_refuse(golden_checkpoint: Path, tmp_pat
         nonlocal inside, most, refused
         for _ in range(50):
             try:
-                with parts.locked(lock, target):
+                with locked(lock, target):
                     inside += 1
                     most = max(most, inside)
                     time.sleep(0.0005)
                     inside -= 1
-            except parts.OutputError:
+            except LockedError:
                 refused += 1
 
     threads = [threading.Thread(target=run) for _ in range(4)]
