@@ -19,7 +19,11 @@ RESULTS ?= build/bench/results
 TORCH_VERSION ?= 2.9.0
 OTHER := build/torch-$(TORCH_VERSION)
 
-.PHONY: help install serve test test-fast test-torch coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+# Which one belongs to the lock's torch is in the metadata of its CUDA wheel; CPU builds have none.
+TRITON_VERSION := 3.7.1
+TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
+
+.PHONY: help install serve test test-fast test-torch test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +57,14 @@ $(OTHER)/.installed: requirements-test.lock pyproject.toml
 	    -r $(OTHER)/requirements.txt torch==$(TORCH_VERSION)
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)
+
+$(TRITON):
+	rm -rf build/triton
+	$(BIN)/pip install --quiet --disable-pip-version-check --target build/triton --no-deps \
+	    triton==$(TRITON_VERSION)
 
 check: $(VENV)/.installed-test ## ruff, mypy strict, the layering test
 	$(BIN)/ruff check .

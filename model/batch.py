@@ -74,7 +74,7 @@ class RunnerOptions:
     max_input_tokens: int = 32_768
     cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
     cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
-    fused: str = "plain"  # plain, triton: model.fused
+    fused_kernels: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 
 
@@ -89,4 +89,5 @@ class RunnerInfo:
     attention: str
     width: int  # of the vectors it returns
     cuda_graphs: bool = False
+    fused_kernels: str = "plain"
     products: dict[str, str] = field(default_factory=dict)  # kind of product -> who computes it

@@ -52,6 +52,7 @@ class Encoder:
         attention: str = "auto",
         threads: int | None = None,
         cpu_products: str = "auto",
+        fused_kernels: str = "plain",
         max_batch_tokens: int | None = None,
         max_batch_seqs: int = BATCH_SEQS,
     ) -> None:
@@ -77,6 +78,7 @@ class Encoder:
                 attention=attention,
                 threads=threads,
                 cpu_products=cpu_products,
+                fused_kernels=fused_kernels,
             )
         )
         default = default_batch_tokens(runner.device.type)

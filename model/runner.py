@@ -65,6 +65,7 @@ class ModelRunner:
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
         graphs = cuda_graphs.wanted(options.cuda_graphs, self.device, kernel, options.quantization)
         self._graphs: cuda_graphs.GraphedForward | None = None
+        kernels = fused.choose(options.fused_kernels, self.device)
         layers = products.choose(
             self.device,
             self.dtype,
@@ -82,7 +83,7 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
             layers=layers,
-            fused=fused.choose(options.fused, self.device),
+            fused=kernels,
         )
         unchanged.check()
         self.info = RunnerInfo(
@@ -93,6 +94,7 @@ class ModelRunner:
             attention=kernel,
             width=self.config.hidden_size,
             cuda_graphs=graphs,
+            fused_kernels=options.fused_kernels,
             products=layers.names,
         )
         if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping

@@ -153,6 +153,12 @@ class ModelSettings(MachineSettings):
     attention: Literal["auto", "flash-attn", "varlen", "padded", "sdpa"] = Field(
         "auto", description="attention kernel; auto: the best that runs on the device"
     )
+    fused_kernels: Literal["plain", "triton"] = Field(
+        "plain",
+        description="what runs between the matrix products on a GPU. plain: torch's operations, "
+        "one by one; triton: one kernel for each run of them (needs a C compiler; not yet run on a "
+        "GPU: gpu-check compares and times both)",
+    )
 
     @model_validator(mode="after")
     def _revision_of_a_model(self) -> ModelSettings:

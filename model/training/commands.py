@@ -199,6 +199,8 @@ def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
         quantization=arguments.quantization,
         attention=arguments.attention,
         threads=arguments.threads,
+        cpu_products=arguments.cpu_products,
+        fused_kernels=arguments.fused_kernels,
     )
     return lambda texts, instruction: encoder.encode(
         texts, instruction, max_tokens=arguments.max_tokens, truncate=Truncation.END

@@ -79,7 +79,7 @@ class Bench:
                     dtype=dtype,
                     quantization=quantization,
                     attention=self.job["attention"],
-                    fused=FUSED if variant.endswith(_FUSED) else "plain",
+                    fused_kernels=FUSED if variant.endswith(_FUSED) else "plain",
                     **options,  # type: ignore[arg-type]
                 )
             )

@@ -33,6 +33,7 @@ from model.verify.subject import (
     load,
     no_room,
     peak_memory,
+    same,
     sample_encodings,
     say,
     subject_of,
@@ -67,6 +68,7 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
         attention=arguments.attention,
         golden=golden,
         cpu_products=arguments.cpu_products,
+        fused_kernels=arguments.fused_kernels,
     )
 
 
@@ -99,6 +101,7 @@ def verify(subject: Subject) -> bool:
         "dtype": dtype_name(subject.dtype),
         "quantization": subject.quantization,
         "attention": measured.attention,
+        "fused_kernels": subject.fused_kernels,
         "products": [asdict(trial) | {"kind": p.kind} for p in layers.probes for trial in p.trials],
         "versions": _versions(),
         "checks": [asdict(check) for check in outcomes],
@@ -124,7 +127,9 @@ def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
 
     variant = variant_name(subject.dtype, subject.quantization)
     with peak_memory(subject.device) as peak:
-        working = load(subject, subject.dtype, subject.quantization)
+        working = load(
+            subject, subject.dtype, subject.quantization, fused_kernels=subject.fused_kernels
+        )
         measured.attention = subject.kernel(subject.dtype)[0]
         yield structure.check_finite(subject, working, measured, variant)
         measured.tokens_per_s = throughput(subject, working)
@@ -135,12 +140,17 @@ def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
     yield structure.check_pooler(subject, working)
     yield from structure.check_kernels(subject, working)
     yield from structure.check_graphs(subject, working)
-    exact = working if variant == "float32" else None
+    is_referee = variant == "float32" and subject.fused_kernels == "plain"
+    exact = working if is_referee else None
     del working  # float32 may need its memory
     reason = None if exact else no_room(subject, torch.float32, "none")
     if reason is None:
         exact = exact or load(subject, torch.float32, "none")
+        got = measured.vectors.get("float32")
         measured.vectors["float32"] = exact.embed(sample_encodings(subject))
+        if got is not None and not is_referee:
+            name = f"{subject.fused_kernels} and plain kernels"
+            yield same(name, subject, got, measured.vectors["float32"])
     else:
         say(f"float32 layer by layer, for the whole does not fit: {reason}")
         referee = Referee(subject.source.path, subject.config, subject.device)

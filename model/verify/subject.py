@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import host, products
+from model import fused, host, products
 from model.attention import AttentionKernel, choose_kernel
 from model.batch import Encoding
 from model.config import NVEmbedConfig
@@ -60,6 +60,7 @@ class Subject:
     kernel: Callable[[torch.dtype], tuple[str, AttentionKernel]]
     golden: Path | None = None
     cpu_products: str = "auto"
+    fused_kernels: str = "plain"
     measure_seconds: float = 3.0
 
 
@@ -72,6 +73,7 @@ def subject_of(
     attention: str,
     golden: Path | None = None,
     cpu_products: str = "auto",
+    fused_kernels: str = "plain",
 ) -> Subject:
     """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
     run."""
@@ -89,8 +91,18 @@ def subject_of(
     tokenizer = NVEmbedTokenizer.from_dir(source.path)
     shape = config.widest_product
     products.choose(where, working, quantization, shape, cpu_products)  # refuses likewise
+    fused.choose(fused_kernels, where)
     return Subject(
-        source, config, tokenizer, where, working, quantization, kernel, golden, cpu_products
+        source,
+        config,
+        tokenizer,
+        where,
+        working,
+        quantization,
+        kernel,
+        golden,
+        cpu_products,
+        fused_kernels,
     )
 
 
@@ -128,7 +140,11 @@ class Loaded:
 
 
 def load(
-    subject: Subject, dtype: torch.dtype, quantization: str, layers: Products | None = None
+    subject: Subject,
+    dtype: torch.dtype,
+    quantization: str,
+    layers: Products | None = None,
+    fused_kernels: str = "plain",
 ) -> Loaded:
     weights = "" if quantization == "none" else f" with {quantization} weights"
     say(f"loading in {dtype_name(dtype)}{weights}")
@@ -140,6 +156,7 @@ def load(
         dtype=dtype,
         quantize=quantization,
         layers=layers,
+        fused=fused.choose(fused_kernels, subject.device),
     )
     return Loaded(model, subject.kernel(dtype)[1], subject.device, layers)
 

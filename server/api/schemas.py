@@ -205,6 +205,7 @@ class Device(BaseModel):
     quantization: str
     attention: str
     cuda_graphs: bool
+    fused_kernels: str
     products: dict[str, str] = Field(
         description="on a CPU: who multiplies, by kind of number, as its probe found it"
     )

@@ -44,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--quantization: gpu-check tries all of them; leave it out")
     if arguments.dtype != "auto":
         raise SettingsError("--dtype: gpu-check tries all of them; leave it out")
+    if arguments.fused_kernels != "plain":
+        raise SettingsError("--fused-kernels: gpu-check tries all of them; leave it out")
     if arguments.device == "cpu":
         raise SettingsError("--device: gpu-check is for GPUs; `nv-embed verify` runs on a CPU")
     from model.hub import locate

@@ -89,6 +89,7 @@ class EmbeddingEngine:
             attention=settings.attention,
             cuda_graphs=settings.cuda_graphs,
             cpu_products=settings.cpu_products,
+            fused_kernels=settings.fused_kernels,
             threads=settings.threads,
             max_batch_seqs=settings.max_batch_seqs,
             max_input_tokens=self.max_input_tokens,

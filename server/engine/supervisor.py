@@ -224,6 +224,7 @@ class Supervisor:
             info = dataclasses.replace(info, device=device)
         properties = [info.device_name, info.dtype, info.quantization, info.attention]
         properties += ["CUDA graphs"] if info.cuda_graphs else []
+        properties += [f"{info.fused_kernels} kernels"] if info.fused_kernels != "plain" else []
         properties += [f"{kind} by {who}" for kind, who in info.products.items()]
         logger.info(
             "worker %d is ready after %.1f s on %s (%s)",

@@ -170,6 +170,7 @@ class Run(Generic[Row]):
             "dtype": info.dtype,
             "quantization": info.quantization,
             "attention": info.attention,
+            "fused_kernels": info.fused_kernels,
             "device": info.device.partition(":")[0],
         }
         if self._earlier is not None:

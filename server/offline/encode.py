@@ -158,6 +158,7 @@ def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
         attention=arguments.attention,
         threads=arguments.threads,
         cpu_products=arguments.cpu_products,
+        fused_kernels=arguments.fused_kernels,
         max_batch_tokens=arguments.max_batch_tokens,
     )
 

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention, cuda_graphs, latent_attention, packing, quantization, rotary
+from model import attention, cuda_graphs, fused, latent_attention, packing, quantization, rotary
 from model.batch import Encoding, RunnerOptions
 from model.errors import UnsupportedError
 from model.memory import FittingRunner
 from model.runner import ModelRunner
-from tests.model import emulated_kernels
+from tests.model import emulated_kernels, fused_stand_in
 from tests.model.emulated_cuda import GUARD_TABLE, device_guard, emulated
 from tests.model.emulated_device import CUDA, Graph
 from tests.model.emulated_kernels import Kernel, RefusedError
@@ -103,6 +104,7 @@ def check(
             runner.warm_up()
             info = runner.info
             assert info.cuda_graphs == changed.get("cuda_graphs", False)
+            assert info.fused_kernels == changed.get("fused_kernels", "plain")
             assert runs in (None, f"{info.dtype} {info.attention}"), info
             for batch, vectors in zip(BATCHES, expected, strict=True):
                 gpu.waits.clear()
@@ -123,6 +125,24 @@ def check(
 @pytest.mark.parametrize(("how", "least"), [("none", 0.9995), ("float8", 0.98)])
 def test_the_runner(check: Check, how: str, least: float, graphs: bool) -> None:
     check(least, "bfloat16 varlen", quantization=how, cuda_graphs=graphs)
+
+
+@needs_varlen
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize(("how", "least"), [("none", 0.9995), ("float8", 0.98)])
+def test_the_runner_with_fused_kernels(
+    check: Check, how: str, least: float, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: Counter[str] = Counter()
+
+    def launch(kernel: str, programs: int, *args: Any, **constants: Any) -> None:
+        launched[kernel] += 1
+        fused_stand_in.launch(kernel, programs, *args, **constants)
+
+    monkeypatch.setitem(fused.LAUNCHES, "triton", (lambda: launch, lambda device: None))
+    check(least, "bfloat16 varlen", quantization=how, cuda_graphs=graphs, fused_kernels="triton")
+    eight_bit = {"to_float8"} if how == "float8" else set()
+    assert launched.keys() == {"add_norm", "silu_up", "rotate"} | eight_bit
 
 
 @pytest.mark.parametrize(
@@ -190,7 +210,9 @@ def test_graphs_where_they_can_be_recorded(
         runner.close()
 
 
-def test_a_lack_of_memory_halves_batches(golden_checkpoint: Path) -> None:
+def test_a_lack_of_memory_halves_batches(
+    golden_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = [encoding(64, n) for n in range(8)]
     long = encoding(600)
     with emulated() as gpu:
@@ -199,6 +221,8 @@ def test_a_lack_of_memory_halves_batches(golden_checkpoint: Path) -> None:
         resting, gpu.peak = gpu.used, gpu.used
         runner.embed(batch[:5])  # 320
         gpu.memory = gpu.peak
+        held: list[int] = []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(gpu.used))
         fitting = FittingRunner(runner)
         rows, too_large = fitting.embed([*batch, long])
         assert too_large == [8]
@@ -206,6 +230,7 @@ def test_a_lack_of_memory_halves_batches(golden_checkpoint: Path) -> None:
         assert fitting.budget is not None
         assert 256 <= fitting.budget < 512
         assert gpu.used == resting
+        assert set(held) == {resting}, "a failed forward is held while its memory is handed back"
 
 
 def test_what_loading_cannot_hold_is_out_of_memory(golden_checkpoint: Path) -> None:

@@ -3,10 +3,7 @@
 By Triton where it is: on a GPU, or without one by Triton's interpreter, which shows that loops,
 masks and strides are right. How it rounds is not a GPU's: it cuts bfloat16 off and loses the carry
 in float8. So it gets float32 in place of both, and torch rounds. CPU builds of torch come without
-Triton; which one belongs to a torch is in the metadata of its CUDA wheel:
-
-    pip install --target build/triton --no-deps triton==3.7.1
-    PYTHONPATH=build/triton TRITON_INTERPRET=1 pytest tests/model/test_fused.py
+Triton: `make test-triton` installs the one that belongs to the lock's torch.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 
 from model import fused
 from model.attention import sdpa_by_length
-from model.batch import Encoding
+from model.batch import Encoding, RunnerOptions
 from model.config import NVEmbedConfig
 from model.errors import UnsupportedError
 from model.fused import Fused
@@ -34,6 +31,7 @@ from model.packing import pack
 from model.products import Products
 from model.quantization import Float8Linear, ScaledRows, float8_rows
 from model.rotary import HalvesRotary
+from model.runner import ModelRunner
 from tests.model import fused_stand_in as stand_in
 from tests.model.torches import needs_cpu_float8
 
@@ -292,6 +290,11 @@ def test_float8_rows_reach_the_products_once(wide_checkpoint: Path) -> None:
     }
 
 
+def test_a_runner_without_a_gpu_refuses_them(wide_checkpoint: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"'triton' cannot be used on cpu.*CUDA only"):
+        ModelRunner(RunnerOptions(str(wide_checkpoint), fused_kernels="triton"))
+
+
 def test_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.choose("plain", CPU) is None
     with pytest.raises(UnsupportedError, match="known: plain, triton"):
@@ -348,6 +351,7 @@ print("all")
 """
 
 
+@pytest.mark.process
 def test_they_compile_for_every_gpu(tmp_path: Path) -> None:
     """At the official sizes, to machine code, which takes no GPU. In a process without the
     interpreter, whose kernels are none to compile."""

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from model import quantization
 from model.attention import choose_kernel
@@ -144,12 +146,13 @@ def test_weights_go_to_a_gpu_in_few_pieces() -> None:
 
 
 @needs_cpu_float8
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, False, None], ids=["fast", "slow", "as it serves"])
 @pytest.mark.parametrize("public", [True, False])
 def test_a_float8_product_is_that_of_its_rows(
-    monkeypatch: pytest.MonkeyPatch, fast: bool, public: bool
+    monkeypatch: pytest.MonkeyPatch, fast: bool | None, public: bool
 ) -> None:
-    """By torch's public name for it, and by the private one of older releases."""
+    """By torch's public name for it, and by the private one of older releases. It serves with fast
+    accumulation."""
     if not public:
         monkeypatch.delattr(torch.nn.functional, "scaled_mm", raising=False)
     elif not hasattr(torch.nn.functional, "scaled_mm"):
@@ -157,11 +160,23 @@ def test_a_float8_product_is_that_of_its_rows(
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(5, 32, generator=generator), torch.randn(48, 32, generator=generator)
     layer = quantization.Float8Linear(32, 48)
-    layer.fast_accumulation = fast
+    if fast is not None:
+        layer.fast_accumulation = fast
+    owner, name = (torch.nn.functional, "scaled_mm") if public else (torch, "_scaled_mm")
+    product = getattr(owner, name)
+    asked: list[bool] = []
+
+    def spy(*args: Any, use_fast_accum: bool, **kwargs: Any) -> Tensor:
+        asked.append(use_fast_accum)
+        out: Tensor = product(*args, use_fast_accum=use_fast_accum, **kwargs)
+        return out
+
+    monkeypatch.setattr(owner, name, spy)
     for name, parameter in quantization.parameters_of(layer, [weight], 48, CPU):
         setattr(layer, name, parameter)
     assert layer.weight.stride() == (1, 32), "column by column, as cuBLAS wants it"
     got = layer(x.bfloat16())
     assert got.dtype == torch.bfloat16
+    assert asked == [fast is not False]
     expected = x @ weight.T
     assert (got.float() - expected).norm() < 0.06 * expected.norm()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from model import fused
 from model.attention import sdpa_by_length
 from model.batch import Encoding
 from model.card import read_card
@@ -26,6 +27,7 @@ from model.verify import command
 from model.verify.outcome import Check
 from model.verify.subject import Measured, Subject
 from tests.checkpoints import GOLDEN_CASES, golden_cases
+from tests.model import fused_stand_in
 
 pytestmark = pytest.mark.whole
 
@@ -97,6 +99,7 @@ def arguments(folder: Path, **changes: object) -> argparse.Namespace:
         "dtype": "float32",
         "quantization": "none",
         "cpu_products": "auto",
+        "fused_kernels": "plain",
         "attention": "auto",
         "threads": None,
         "golden": None,
@@ -140,6 +143,24 @@ def test_passes_on_the_golden_checkpoint(folder: Path, capsys: pytest.CaptureFix
     for expected, got in zip(np.ravel(card["expected"]), np.ravel(card["got"]), strict=True):
         assert f"{expected}" in "\n".join(lines)
         assert f"{got}" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+def test_fused_kernels_are_held_against_the_plain_ones(
+    folder: Path, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(kernel: str, programs: int, *args: Any, **constants: Any) -> None:
+        fused_stand_in.launch(kernel, programs, *args, **constants)
+        if wrong and kernel == "silu_up":
+            args[1].mul_(1.01)
+
+    monkeypatch.setitem(fused.LAUNCHES, "triton", (lambda: launch, lambda device: None))
+    checks = outcome(subject(folder, fused_kernels="triton"))
+    expected = "failed" if wrong else "passed"
+    assert checks["triton and plain kernels"].status == expected
+    assert checks["golden vectors"].status == "passed", "the plain ones are the referee"
+    if not wrong:
+        assert "failed" not in {check.status for check in checks.values()}
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantization": "int8"}], ids=str)

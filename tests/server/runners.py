@@ -56,7 +56,15 @@ class Hashing:
     """The well-behaved one."""
 
     def __init__(self, options: RunnerOptions) -> None:
-        self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", WIDTH)
+        self.info = RunnerInfo(
+            options.device,
+            "fake",
+            "float32",
+            "none",
+            "fake",
+            WIDTH,
+            fused_kernels=options.fused_kernels,
+        )
         self._seconds = float(os.environ.get("FAKE_SECONDS", "0"))
         self._log = os.environ.get("FAKE_BATCH_LOG")
 

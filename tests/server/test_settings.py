@@ -316,10 +316,12 @@ def test_secrets_that_lie_open_are_warned_of(tmp_path: Path) -> None:
 
 def test_every_kernel_can_be_asked_for() -> None:
     """The front does not import torch, so the names stand in two places."""
+    from model import fused
     from model.attention import KERNEL_NAMES
 
     choices = get_args(Settings.model_fields["attention"].annotation)
     assert set(choices) == {"auto", *KERNEL_NAMES}
+    assert get_args(Settings.model_fields["fused_kernels"].annotation) == fused.NAMES
 
 
 def test_help_names_every_option_but_the_hidden(capsys: pytest.CaptureFixture[str]) -> None:

@@ -303,6 +303,7 @@ def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]
         (["verify", "--quantization", "int-8"], "did you mean int8?"),
         (["gpu-check", "--quantization", "float8"], "gpu-check tries all of them"),
         (["gpu-check", "--dtype", "float32"], "gpu-check tries all of them"),
+        (["gpu-check", "--fused-kernels", "triton"], "gpu-check tries all of them"),
         (["gpu-check", "--device", "cpu"], "`nv-embed verify` runs on a CPU"),
         (["serve", "--prot=5"], "unrecognized argument --prot=5; did you mean --port?"),
         (["mine", "x", "-o", "y", "--modl", "z", "--threshold", "0"], "--threshold: must be a num"),
@@ -313,6 +314,20 @@ def test_mistyped_words(words: list[str], message: str, capsys: pytest.CaptureFi
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["encode", "verify", "evaluate"])
+def test_fused_kernels_without_a_gpu_are_refused(
+    command: str,
+    calls: Callable[[str], dict[str, list[str]]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    call = {**calls(command), "--device": ["cpu"], "--fused-kernels": ["triton"]}
+    words = [command]
+    for flag, given in call.items():
+        words += [*([flag] if flag.startswith("-") else []), *given]
+    assert cli.main(words) in (1, 2)
+    assert "fused kernels 'triton' cannot be used on cpu" in capfd.readouterr().err
 
 
 def test_what_nobody_foresaw_is_one_line(

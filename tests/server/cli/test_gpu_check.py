@@ -16,7 +16,7 @@ OPTIONS = {
     "lone_tokens": 8,
     "length": 8,
     "max_input_tokens": 64,
-    "ready_s": 5.0,
+    "ready_s": 50.0,
 }
 
 

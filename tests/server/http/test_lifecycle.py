@@ -253,6 +253,26 @@ def test_a_warming_up_that_does_not_fit_ends_the_server_with_advice(
     server.client.close()
 
 
+def test_a_worker_is_told_of_fused_kernels_and_info_shows_them(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = (*SLOW, "--fused-kernels", "triton")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
+        (device,) = server.client.get("/info").json()["devices"]
+        assert device["fused_kernels"] == "triton"
+        assert "triton kernels" in server.log
+
+
+def test_fused_kernels_without_a_gpu_end_the_server(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--device", "cpu", "--fused-kernels", "triton")
+    server = ServerProcess(golden_checkpoint, *options, log=tmp_path / "log")
+    assert server.process.wait(60) == 1
+    assert "fused kernels 'triton' cannot be used on cpu: it runs on CUDA only" in server.log
+    server.client.close()
+
+
 def test_a_start_that_fails_for_the_same_reason_thrice_ends_the_server(
     golden_checkpoint: Path, tmp_path: Path
 ) -> None:
