@@ -60,7 +60,7 @@ class RunnerOptions:
     max_batch_seqs: int = 256
     max_input_tokens: int = 32_768
     cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
-    cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
+    cpu_products: str = "auto"  # auto, plain, allow-slow: model.platform.products
     fused: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 

@@ -1,4 +1,4 @@
-"""NVEmbedConfig: the official config.json, read into the numbers that the forward needs.
+"""ModelConfig: the official config.json, read into the numbers that the forward needs.
 
 Refuses what the forward does not compute, so that a checkpoint of another kind stops the start
 instead of giving wrong vectors. Knows no tensors.
@@ -40,7 +40,7 @@ would take all memory, or change the vectors without a word."""
 
 
 @dataclass(frozen=True, slots=True)
-class NVEmbedConfig:
+class ModelConfig:
     """Sizes of one NV-Embed model. Letters as in mistral.py: D, H, K, E, L."""
 
     vocab_size: int
@@ -59,7 +59,7 @@ class NVEmbedConfig:
     name: str | None = None  # `_name_or_path`: who the weights are, for the licence notice
 
     @classmethod
-    def from_dir(cls, folder: Path) -> NVEmbedConfig:
+    def from_dir(cls, folder: Path) -> ModelConfig:
         """Read `folder/config.json`. Raises CheckpointError with what is wrong and where."""
         path = folder / "config.json"
         try:
@@ -75,7 +75,7 @@ class NVEmbedConfig:
             raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> NVEmbedConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
         """Build from the parsed JSON of an official config.json."""
         if not isinstance(raw, dict) or raw.get("model_type") != "nvembed":
             kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__

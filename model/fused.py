@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from model.errors import UnsupportedError
-from model.quantization import ScaledRows
+from model.linear.quantization import ScaledRows
 from model.rotary import HalvesRotary
 
 

@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, fused, host, products
-from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
+from model import cuda_graphs, fused
+from model.attention.kernels import AttentionKernel, choose_kernel, sdpa_by_length
 from model.batch import Encoding, RunnerInfo, RunnerOptions
-from model.config import NVEmbedConfig
-from model.cuda_device import check_architecture, driver_version, why_no_cuda
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.fingerprint import Unchanged
-from model.loader import expected_shapes, load_model
 from model.packing import PackedBatch, pack
-from model.products import Products
+from model.platform import products, resources
+from model.platform.cuda_device import check_architecture, driver_version, why_no_cuda
+from model.platform.products import Products
+from model.weights.loader import expected_shapes, load_model
 
 logger = logging.getLogger("nv_embed.runner")
 
@@ -59,7 +60,7 @@ class ModelRunner:
             torch.set_num_threads(options.threads)
         self._options = options
         unchanged = Unchanged(Path(options.path), options.fingerprint)
-        self.config = NVEmbedConfig.from_dir(Path(options.path))
+        self.config = ModelConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
@@ -96,7 +97,7 @@ class ModelRunner:
             products=layers.names,
         )
         if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping
-            host.keep_freed_memory()
+            resources.keep_freed_memory()
 
     @torch.inference_mode()
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
@@ -179,7 +180,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(
-    name: str, device: torch.device, config: NVEmbedConfig, cpu_products: str = "auto"
+    name: str, device: torch.device, config: ModelConfig, cpu_products: str = "auto"
 ) -> torch.dtype:
     """The working dtype. `auto`: on CUDA bfloat16, or float16 on cards without bfloat16's units
     (before Ampere); bfloat16 on CPUs where its products are faster than float32's, else float32 if
@@ -196,7 +197,7 @@ def resolve_dtype(
     if products.fastest_dtype(config.widest_product, cpu_products) == torch.bfloat16:
         return torch.bfloat16
     needed = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
-    free = host.available_memory()
+    free = resources.available_memory()
     if free is not None and needed > free:
         logger.warning(
             "float32 weights need %.1f GB and %.1f GB are free: using bfloat16, which is slower on "

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.tokenizer_file import read_tokenizer
 
@@ -84,7 +84,7 @@ class NVEmbedTokenizer:
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
         ours = cls(read_tokenizer(folder))
-        rows = vocab_size or NVEmbedConfig.from_dir(folder).vocab_size
+        rows = vocab_size or ModelConfig.from_dir(folder).vocab_size
         if ours.vocab_size > rows:
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} has {ours.vocab_size} pieces, the model embeds "

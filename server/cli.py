@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from model import console, host
+from model import console
 from model.errors import did_you_mean
+from model.platform import resources
 from server import logs, process, settings
 from server.errors import SettingsError
 from server.settings import EncodeSettings, KeySettings, MachineSettings, ModelSettings, T
@@ -33,7 +34,7 @@ _MOST = 10_000_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     process.open_standard_streams()
-    host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
+    resources.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
 
     def command() -> int:
         arguments = _parse(sys.argv[1:] if argv is None else argv)

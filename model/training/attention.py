@@ -1,7 +1,7 @@
 """Attention for training on a CPU: plain matrix products, whose gradients are fast there.
 
 torch's fused CPU kernel is quick forwards and slow backwards (measured: half of a step). The
-function is one more kernel of `model.attention`, full bidirectional attention inside each
+function is one more kernel of `model.attention.kernels`, full bidirectional attention inside each
 sequence; sequences of similar length are padded together, so hand in a sorted batch.
 Letters as there: T rows, H heads, K kv heads, E head width.
 """

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mistral import MLP, RMSNorm
-from model.quantization import ScaledRows
+from model.backbone import MLP, RMSNorm
+from model.linear.quantization import ScaledRows
 from model.rotary import HalvesRotary
 from model.training.network import TrainedNVEmbed
 

@@ -1,6 +1,6 @@
-"""The module that is trained: NVEmbed with the plain pooler, whose latents are parameters.
+"""The module that is trained: Embedder with the plain pooler, whose latents are parameters.
 
-Parameter names are those of `model.loader`'s tables, so that `export` needs no other map.
+Parameter names are those of `model.weights.loader`'s tables, so that `export` needs no other map.
 Shapes: N sequences, D width.
 """
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionKernel
-from model.config import NVEmbedConfig
-from model.latent_attention import LatentAttention, segment_mean
-from model.loader import Checkpoint, folded_sources, tensor_table
-from model.mistral import MistralBackbone
+from model.attention.kernels import AttentionKernel
+from model.backbone import MistralBackbone
+from model.config import ModelConfig
 from model.packing import PackedBatch, Segments
+from model.poolers import LatentAttention, segment_mean
+from model.weights.loader import Checkpoint, folded_sources, tensor_table
 
 
 class MeanPooler(nn.Module):
@@ -37,7 +37,7 @@ class LastPooler(nn.Module):
         return h.index_select(0, pooled.cu_seqlens[1:].long() - 1).float()
 
 
-POOLERS: dict[str, Callable[[NVEmbedConfig], nn.Module]] = {
+POOLERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "latent": LatentAttention,
     "mean": lambda _config: MeanPooler(),
     "eos": lambda _config: LastPooler(),
@@ -50,7 +50,7 @@ class TrainedNVEmbed(nn.Module):
     The mask is the kernel's affair: bidirectional for all that is served.
     """
 
-    def __init__(self, config: NVEmbedConfig, pooling: str = "latent") -> None:
+    def __init__(self, config: ModelConfig, pooling: str = "latent") -> None:
         super().__init__()
         self.config = config
         self.backbone = MistralBackbone(config)
@@ -62,7 +62,7 @@ class TrainedNVEmbed(nn.Module):
         return F.normalize(self.pooler(hidden_states, batch.pooled).float(), dim=-1)
 
 
-def sources(config: NVEmbedConfig) -> dict[str, list[tuple[str, int]]]:
+def sources(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     """Parameter -> (checkpoint tensor, rows) of the tensors stacked to make it."""
     table = {
         parameter: [(source.name, source.shape[0]) for source in stack]
@@ -85,7 +85,7 @@ def load_trained(
     projections: the dtype of the layers' matrices, for those that are frozen.
     pooling: one of POOLERS; other ones than "latent" leave the checkpoint's pooler out.
     """
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     return assemble(
@@ -113,7 +113,7 @@ def stacked(
 
 
 def assemble(
-    config: NVEmbedConfig, state: dict[str, Tensor], pooling: str = "latent"
+    config: ModelConfig, state: dict[str, Tensor], pooling: str = "latent"
 ) -> TrainedNVEmbed:
     """The module of these values, which it takes over as they are."""
     with torch.device("meta"):

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import host
 from model.batch import Encoding
 from model.errors import ModelError
 from model.packing import pack
+from model.platform import resources
 from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
@@ -365,5 +365,5 @@ def _parameter_groups(model: torch.nn.Module, decay: float) -> list[dict[str, An
 def _autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """bfloat16 where it is fast: on GPUs and on processors that have it."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" or host.has_bfloat16() else "float32"
+        name = "bfloat16" if device.type == "cuda" or resources.has_bfloat16() else "float32"
     return torch.bfloat16 if name == "bfloat16" else None

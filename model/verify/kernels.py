@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import fused
+from model.backbone import RMSNorm
 from model.fused import Fused
-from model.mistral import RMSNorm
-from model.quantization import ScaledRows, float8_rows
+from model.linear.quantization import ScaledRows, float8_rows
 from model.rotary import HalvesRotary
 from model.verify.bench import FUSED, Bench
 from model.verify.outcome import at_least

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.packing import pack
 from model.verify.bench import Bench, in_ms, precision_of, walls
@@ -69,7 +69,7 @@ def forward(
     return {**found, "products_ms": 1e3 * ceiling, "share_of_products": ceiling / median}
 
 
-def flops(config: NVEmbedConfig, lengths: Sequence[int]) -> int:
+def flops(config: ModelConfig, lengths: Sequence[int]) -> int:
     """Of the backbone's products and attention: 2 for each multiplication with its sum."""
     products = 2 * sum(lengths) * sum(i * o for i, o in shapes(config).values())
     attention = 4 * sum(length**2 for length in lengths) * config.q_size

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from model import host
 from model.batch import BatchLimits, RunnerOptions
+from model.fitting import is_out_of_memory
 from model.hub import ModelSource, locate
-from model.memory import is_out_of_memory
+from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import kind_of
 from server.api import instructions
@@ -269,7 +269,7 @@ def _check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
 
 
 def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
-    with host.for_good():
+    with resources.for_good():
         from model.encoder import Encoder
 
     if arguments.runner:

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import host
-from model.attention import AttentionKernel
+from model.attention.kernels import AttentionKernel
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.errors import UnsupportedError
-from model.packed_linear import PackedLinear
+from model.linear.packed_linear import PackedLinear
 from model.packing import PackedBatch, Segments, pack
-from model.products import CANDIDATES, layer_of, probe
+from model.platform import resources
+from model.platform.products import CANDIDATES, layer_of, probe
 from model.runner import ModelRunner
 from tests.bench import report, workloads
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens per mix")
     parser.add_argument("--max-batch-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--threads", type=int, default=resources.usable_cores())
     options = parser.parse_args(arguments)
     out = report.Report("forward", __doc__ or "", report.settings_of(options))
     out.start()
@@ -226,8 +226,8 @@ def _measure(
     memory = {}
     for what, runs in alternatives.items():
         ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide what this one takes
-        before = host.anonymous_memory()
-        with host.PeakMemory() as peak:
+        before = resources.anonymous_memory()
+        with resources.PeakMemory() as peak:
             for run in runs:
                 run()
         memory[what] = max(0, peak.bytes - before) / 1e6

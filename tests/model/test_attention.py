@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.attention import (
+from model.attention.kernels import (
     KERNEL_NAMES,
     AttentionKernel,
     _plan,

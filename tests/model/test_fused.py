@@ -24,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from model import fused
-from model.attention import sdpa_by_length
+from model.attention.kernels import sdpa_by_length
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.fused import Fused
-from model.loader import load_model
+from model.linear.quantization import Float8Linear, ScaledRows, float8_rows
 from model.packing import pack
-from model.products import Products
-from model.quantization import Float8Linear, ScaledRows, float8_rows
+from model.platform.products import Products
 from model.rotary import HalvesRotary
+from model.weights.loader import load_model
 from tests.model import fused_stand_in as stand_in
 from tests.model.torches import needs_cpu_float8
 
@@ -234,7 +234,7 @@ def test_plain_float8_rows(dtype: torch.dtype) -> None:
 
 
 def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     eight_bit = Float8Linear if quantize == "float8" else None
     layers = Products(torch.bfloat16, nn.Linear, eight_bit)
     model = load_model(
@@ -280,7 +280,7 @@ def test_float8_rows_reach_the_products_once(wide_checkpoint: Path) -> None:
         names.append(kernel + (" to float8" if constants.get("float8") else ""))
         stand_in.launch(kernel, programs, *args, **constants)
 
-    layers = NVEmbedConfig.from_dir(wide_checkpoint).num_hidden_layers
+    layers = ModelConfig.from_dir(wide_checkpoint).num_hidden_layers
     vectors(wide_checkpoint, "float8", Fused(launch))
     counts = {name: names.count(name) for name in set(names)}
     assert counts == {

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.packing import Segments
 
 LAYER_NORM_EPS = 1e-5
@@ -72,7 +72,7 @@ class PooledFeedForward(nn.Module):
     The mean commutes with W2, so it comes first: W2 runs once per sequence. Exact (erf) GELU.
     """
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, FEED_FORWARD_FACTOR * config.hidden_size
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -99,7 +99,7 @@ class PooledFeedForward(nn.Module):
 class LatentAttention(nn.Module):
     """The plain pooler: cross-attention from tokens to latents, feed-forward, mean."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
         self.num_heads = config.num_cross_heads
@@ -131,7 +131,7 @@ class LatentAttention(nn.Module):
 class FoldedLatentAttention(nn.Module):
     """The same function with the latents' keys and values folded into the projections."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, slots = config.hidden_size, config.num_cross_heads * config.num_latents
         self.num_heads = config.num_cross_heads

@@ -1,4 +1,4 @@
-"""Official safetensors -> NVEmbed on a device. Fusing, folding and quantizing happen here.
+"""Official safetensors -> Embedder on a device. Fusing, folding and quantizing happen here.
 
 One table, `tensor_table`, names every tensor of the official layout (v1 and v2: 304 of them),
 its shape and the parameter that it goes to. Shards are mapped, never read whole: beside the
@@ -20,27 +20,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import packed_linear, products, quantization, rotary
-from model.config import NVEmbedConfig
+from model import rotary
+from model.backbone import MistralBackbone
+from model.config import ModelConfig
+from model.embedder import Embedder
 from model.errors import CheckpointError
 from model.files import listed
 from model.fused import Fused
-from model.latent_attention import (
+from model.linear import packed_linear, quantization
+from model.linear.packed_linear import PackedLinear
+from model.linear.quantization import ScaledLinear
+from model.platform import products
+from model.platform.products import Products
+from model.poolers import (
     FEED_FORWARD_FACTOR,
     LatentAttention,
     fold_keys,
     fold_values,
     normed_latents,
 )
-from model.mistral import MistralBackbone
-from model.nv_embed import NVEmbed
-from model.packed_linear import PackedLinear
-from model.products import Products
-from model.quantization import ScaledLinear
-from model.weights import weight_files
+from model.weights.headers import weight_files
 
 Parameters = list[tuple[str, nn.Parameter]]
-"""Parameters of NVEmbed by name."""
+"""Parameters of Embedder by name."""
 
 _READERS = 3
 """Threads that read and convert: one alone waits for the disk at each page."""
@@ -59,8 +61,8 @@ class Source:
     """Wq and Wk, whose rows make the pairs that model.rotary turns."""
 
 
-def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
-    """Parameter of NVEmbed -> the checkpoint tensors that are stacked (dim 0) to make it.
+def tensor_table(config: ModelConfig) -> dict[str, list[Source]]:
+    """Parameter of Embedder -> the checkpoint tensors that are stacked (dim 0) to make it.
 
     The two folded parameters of the pooler are not here: see `folded_sources`.
     """
@@ -117,7 +119,7 @@ def tensor_table(config: NVEmbedConfig) -> dict[str, list[Source]]:
     return table
 
 
-def folded_sources(config: NVEmbedConfig) -> dict[str, Source]:
+def folded_sources(config: ModelConfig) -> dict[str, Source]:
     """Parameter of the plain LatentAttention -> the tensor that only the fold reads."""
     width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
     return {
@@ -130,7 +132,7 @@ def folded_sources(config: NVEmbedConfig) -> dict[str, Source]:
     }
 
 
-def expected_shapes(config: NVEmbedConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that an official checkpoint of this config holds: name -> shape."""
     sources = [s for stack in tensor_table(config).values() for s in stack]
     sources += folded_sources(config).values()
@@ -154,7 +156,7 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def check(self, config: NVEmbedConfig) -> None:
+    def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError naming what is missing, surplus or of another shape."""
         check_shapes(expected_shapes(config), self.shapes(), "an NV-Embed")
 
@@ -200,14 +202,14 @@ def check_shapes(
 
 def load_model(
     folder: Path,
-    config: NVEmbedConfig,
+    config: ModelConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
     layers: Products | None = None,
     fused: Fused | None = None,
-) -> NVEmbed:
+) -> Embedder:
     """Load a checkpoint folder for inference.
 
     layers: those of `products.choose` for the same device, dtype and quantization, by default
@@ -252,15 +254,15 @@ def _at_hand(model: nn.Module) -> None:
 
 
 def empty_model(
-    config: NVEmbedConfig,
+    config: ModelConfig,
     *,
     quantize: str = "none",
     dtype: torch.dtype | None = None,
     eight_bit: type[ScaledLinear] | None = None,
-) -> NVEmbed:
+) -> Embedder:
     """The served module on the meta device: shapes without memory."""
     with torch.device("meta"):
-        model = NVEmbed(config)
+        model = Embedder(config)
         if dtype is not None:
             model.to(dtype)
         if quantize != "none":
@@ -278,8 +280,8 @@ class _Piece:
 
 def _pieces(
     checkpoint: Checkpoint,
-    config: NVEmbedConfig,
-    model: NVEmbed,
+    config: ModelConfig,
+    model: Embedder,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[_Piece]:
@@ -323,7 +325,7 @@ def _suit(
 
 
 def _reader(
-    checkpoint: Checkpoint, config: NVEmbedConfig, backbone: MistralBackbone
+    checkpoint: Checkpoint, config: ModelConfig, backbone: MistralBackbone
 ) -> Callable[[Source], Tensor]:
     """Reads a tensor with its rows in the order that `backbone` wants."""
     neighbours = backbone.rotary is rotary.NeighboursRotary
@@ -368,7 +370,7 @@ def _stack(
 
 
 def _fold(
-    checkpoint: Checkpoint, config: NVEmbedConfig, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, config: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`to_latents` [H·L, D] and `from_latents` [D, H·L], folded in float32 head by head."""
     names = {ours: source.name for ours, source in folded_sources(config).items()}
@@ -397,7 +399,7 @@ def _fold(
 
 def load_backbone(
     folder: Path,
-    config: NVEmbedConfig,
+    config: ModelConfig,
     *,
     depth: int,
     device: torch.device,
@@ -426,7 +428,7 @@ def load_backbone(
 
 
 def load_plain_pooler(
-    folder: Path, config: NVEmbedConfig, *, device: torch.device, dtype: torch.dtype
+    folder: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
 ) -> LatentAttention:
     """The unfolded pooler, the referee of the folded one."""
     checkpoint = Checkpoint(folder)

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 
-from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
+from model.attention.kernels import AttentionKernel, sdpa_by_length, sdpa_padded
+from model.backbone import MistralBackbone
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.fused import Fused
-from model.loader import Source, tensor_table
-from model.mistral import MistralBackbone
-from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
+from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
 from model.packing import pack
 from model.rotary import NeighboursRotary, as_neighbours
+from model.weights.loader import Source, tensor_table
 from tests.model import fused_stand_in as stand_in
 
 CPU = torch.device("cpu")
-CONFIG = NVEmbedConfig(
+CONFIG = ModelConfig(
     vocab_size=300,
     hidden_size=32,
     num_hidden_layers=3,
@@ -40,7 +40,7 @@ CONFIG = NVEmbedConfig(
 )
 
 
-def referee(config: NVEmbedConfig, *, sliding_window: int | None = None) -> MistralModel:
+def referee(config: ModelConfig, *, sliding_window: int | None = None) -> MistralModel:
     """transformers' model with random weights of a size that makes attention matter."""
     torch.manual_seed(0)
     theirs = MistralModel(
@@ -88,7 +88,7 @@ from the same in float64."""
 
 def our_states(
     theirs: MistralModel,
-    config: NVEmbedConfig,
+    config: ModelConfig,
     encodings: list[Encoding],
     kernel: AttentionKernel,
     form: str,

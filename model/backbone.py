@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionKernel
-from model.config import NVEmbedConfig
+from model.attention.kernels import AttentionKernel
+from model.config import ModelConfig
 from model.fused import Fused
-from model.packed_linear import MKLLinear
+from model.linear.packed_linear import MKLLinear
+from model.linear.quantization import Float8Linear, ScaledRows
 from model.packing import PackedBatch
-from model.quantization import Float8Linear, ScaledRows
 from model.rotary import HalvesRotary, Rotary
 
 _ROWS_AT_A_TIME = 256
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
     In the last layer (`split_q`) q stands apart, since it is needed on the pooled rows only.
     """
 
-    def __init__(self, config: NVEmbedConfig, *, split_q: bool) -> None:
+    def __init__(self, config: ModelConfig, *, split_q: bool) -> None:
         super().__init__()
         width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
         self.head_dim = config.head_dim
@@ -144,7 +144,7 @@ class MLP(nn.Module):
     float8 = False
     """Whether `down_proj` takes float8 rows."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -178,7 +178,7 @@ class Layer(nn.Module):
     What the MLP adds to the residual is left to the next norm, which then does both in one go.
     """
 
-    def __init__(self, config: NVEmbedConfig, *, last: bool) -> None:
+    def __init__(self, config: ModelConfig, *, last: bool) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, split_q=last)
@@ -215,7 +215,7 @@ class MistralBackbone(nn.Module):
     rotary: type[Rotary] = HalvesRotary
     """How the rows of Wq and Wk lie."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # Unset, as all parameters are until they are loaded. nn.Embedding's own normal values
         # cost 1.6 s and 74 MB on meta tensors: torch imports its decompositions for them.
