@@ -140,6 +140,11 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def feed_forward_size(self) -> int:
+        """The inner width of the latent pooler's feed-forward, as published."""
+        return 4 * self.hidden_size
+
+    @property
     def widest_product(self) -> tuple[int, int]:
         """Inputs and outputs of the largest linear layer: gate and up together."""
         return self.hidden_size, 2 * self.intermediate_size

@@ -24,7 +24,6 @@ from model.config import ModelConfig
 from model.packing import Segments
 
 LAYER_NORM_EPS = 1e-5
-FEED_FORWARD_FACTOR = 4
 _ROWS_AT_A_TIME = 4096
 """Pooled rows: so few that the pooler takes less memory than the backbone for 8,192, and so many
 that its products stay large."""
@@ -74,7 +73,7 @@ class PooledFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, inner = config.hidden_size, FEED_FORWARD_FACTOR * config.hidden_size
+        width, inner = config.hidden_size, config.feed_forward_size
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.up_proj = nn.Linear(width, 2 * inner)
         self.down_proj = nn.Linear(inner, width)

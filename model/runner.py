@@ -28,7 +28,8 @@ from model.packing import PackedBatch, pack
 from model.platform import products, resources
 from model.platform.cuda_device import check_architecture, driver_version, why_no_cuda
 from model.platform.products import Products
-from model.weights.loader import expected_shapes, load_model
+from model.weights.loader import load_model
+from model.weights.names import expected_shapes
 
 logger = logging.getLogger("nv_embed.runner")
 

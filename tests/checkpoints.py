@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from model.config import ModelConfig
-from model.weights.loader import expected_shapes
+from model.weights.names import expected_shapes
 
 GOLDEN_CASES = Path(__file__).parent / "golden" / "golden.json"
 

@@ -23,6 +23,7 @@ MODEL = [
     "config",
     "card",
     "weights.headers",
+    "weights.names",
     "fingerprint",
     "hub",
     "tokenizer_file",
@@ -40,6 +41,7 @@ MODEL = [
     "backbone",
     "poolers",
     "embedder",
+    "weights.checkpoint",
     "weights.loader",
     "cuda_graphs",
     "runner",
@@ -157,6 +159,7 @@ TRAINING = [
 ]
 VERIFY = [
     "outcome",
+    "parts",
     "subject",
     "authors",
     "referee",

@@ -17,7 +17,8 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
 from model.training.network import TrainedNVEmbed, assemble, initialise_weights, stacked
-from model.weights.loader import Checkpoint, check_shapes, tensor_table
+from model.weights.checkpoint import Checkpoint, check_shapes
+from model.weights.names import tensor_table
 
 logger = logging.getLogger("nv_embed.training")
 _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6}

@@ -18,7 +18,8 @@ from model.backbone import MistralBackbone
 from model.config import ModelConfig
 from model.packing import PackedBatch, Segments
 from model.poolers import LatentAttention, segment_mean
-from model.weights.loader import Checkpoint, folded_sources, tensor_table
+from model.weights.checkpoint import Checkpoint
+from model.weights.names import folded_sources, tensor_table
 
 
 class MeanPooler(nn.Module):

@@ -24,7 +24,8 @@ from model.backbone import select_rows
 from model.batch import Encoding
 from model.config import ModelConfig
 from model.packing import pack
-from model.weights.loader import Checkpoint, load_plain_pooler
+from model.verify.parts import load_plain_pooler
+from model.weights.checkpoint import Checkpoint
 
 _BACKBONE = "embedding_model."
 

@@ -15,6 +15,7 @@ from model.errors import UnsupportedError
 from model.packing import pack
 from model.verify.authors import EXAMPLE_IDS
 from model.verify.outcome import Check, at_most, finite, skipped, status_of
+from model.verify.parts import load_backbone, load_plain_pooler
 from model.verify.referee import mistral_model, states_of
 from model.verify.subject import (
     SAMPLES,
@@ -28,7 +29,7 @@ from model.verify.subject import (
     say,
     too_large,
 )
-from model.weights.loader import empty_model, load_backbone, load_plain_pooler
+from model.weights.loader import empty_model
 
 FOLDED_COSINE = 0.9999
 REFEREE_LAYERS = 2

@@ -24,7 +24,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.platform import resources
-from model.weights.loader import expected_shapes
+from model.weights.names import expected_shapes
 from tests.bench import report, workloads
 from tests.checkpoints import official_tokenizer
 from tests.model.test_config import OFFICIAL

@@ -188,7 +188,7 @@ def export_trunk(checkpoint: Path, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from model.config import ModelConfig
-    from model.weights.loader import Checkpoint
+    from model.weights.checkpoint import Checkpoint
 
     if (folder / "modules.json").exists():
         return folder

@@ -19,7 +19,7 @@ from model.fused import Fused
 from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
 from model.packing import pack
 from model.rotary import NeighboursRotary, as_neighbours
-from model.weights.loader import Source, tensor_table
+from model.weights.names import Source, tensor_table
 from tests.model import fused_stand_in as stand_in
 
 CPU = torch.device("cpu")

@@ -13,7 +13,8 @@ from model.attention.kernels import choose_kernel
 from model.batch import Encoding
 from model.config import ModelConfig
 from model.packing import pack
-from model.weights.loader import empty_model, expected_shapes
+from model.weights.loader import empty_model
+from model.weights.names import expected_shapes
 from tests.model.test_config import OFFICIAL
 from tests.model.torches import COUNTED_VARLEN
 

@@ -21,7 +21,10 @@ from model.errors import CheckpointError
 from model.platform import products
 from model.platform.products import Products
 from model.rotary import as_neighbours
-from model.weights.loader import Checkpoint, expected_shapes, load_backbone, load_model
+from model.verify.parts import load_backbone
+from model.weights.checkpoint import Checkpoint
+from model.weights.loader import load_model
+from model.weights.names import expected_shapes
 from tests.checkpoints import config_json, recipe_tensor
 
 INDEX = "model.safetensors.index.json"

@@ -21,7 +21,9 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.packing import Segments, pack
 from model.poolers import segment_mean
-from model.weights.loader import empty_model, expected_shapes, load_model, load_plain_pooler
+from model.verify.parts import load_plain_pooler
+from model.weights.loader import empty_model, load_model
+from model.weights.names import expected_shapes
 from tests.checkpoints import recipe_tensor
 from tests.model.test_config import OFFICIAL
 

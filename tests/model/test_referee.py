@@ -11,7 +11,7 @@ import torch
 from model.config import ModelConfig
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.verify.referee import Referee
-from model.weights.loader import Checkpoint
+from model.weights.checkpoint import Checkpoint
 from tests.checkpoints import golden_cases
 
 
