@@ -1,4 +1,4 @@
-"""NV-Embed whole: backbone, pooler, normalisation. forward(PackedBatch) -> [N, D]."""
+"""A model whole: backbone, its family's pooler, normalisation. forward(PackedBatch) -> [N, D]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.attention.kernels import AttentionKernel
 from model.backbone import MistralBackbone
 from model.config import ModelConfig
 from model.packing import PackedBatch
-from model.poolers import FoldedLatentAttention
+from model.poolers import SERVED
 
 
 class Embedder(nn.Module):
@@ -19,7 +19,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = MistralBackbone(config)
-        self.pooler = FoldedLatentAttention(config)
+        self.pooler = SERVED[config.family.pooler](config)
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""

@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from model import cuda_graphs, fused
-from model.attention.kernels import AttentionKernel, choose_kernel, sdpa_by_length
+from model.attention.cpu import sdpa_by_length
+from model.attention.kernels import AttentionKernel, choose_kernel, planner_of
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import ModelConfig
 from model.errors import UnsupportedError
@@ -76,7 +78,7 @@ class ModelRunner:
         )
         for probe in layers.probes:
             logger.info("products: %s", probe)
-        self._filler = wants_filler(self.device, layers, self._attend)
+        self._pack = packer(self.config, self.device, self.dtype, layers, self._attend)
         self.model = load_model(
             Path(options.path),
             self.config,
@@ -84,7 +86,7 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
             layers=layers,
-            fused=fused.choose(options.fused, self.device),
+            operations=fused.choose(options.fused, self.device),
         )
         unchanged.check()
         self.info = RunnerInfo(
@@ -104,7 +106,7 @@ class ModelRunner:
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
         rows = self._graphs(encodings) if self._graphs is not None else None
         if rows is None:
-            rows = self._forward(pack(encodings, self.device, filler=self._filler))
+            rows = self._forward(self._pack(encodings))
         return rows.cpu().numpy()
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -120,7 +122,9 @@ class ModelRunner:
             return self._timed([_ramp(8)])
         options = self._options
         if self.info.cuda_graphs:  # first: recording hands free memory back
-            self._graphs = cuda_graphs.record_or_warn(self._forward, self.device)
+            self._graphs = cuda_graphs.record_or_warn(
+                self._forward, self.device, pooled=self.config.family.pooled
+            )
             self.info = dataclasses.replace(self.info, cuda_graphs=self._graphs is not None)
         self._warm([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
@@ -144,6 +148,23 @@ class ModelRunner:
 
     def close(self) -> None:
         del self.model
+
+
+def packer(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Products,
+    attend: AttentionKernel,
+) -> Callable[[Sequence[Encoding]], PackedBatch]:
+    """Makes batches as the family pools, laid out as these layers and this kernel like them."""
+    return partial(
+        pack,
+        device=device,
+        pooled=config.family.pooled,
+        filler=wants_filler(device, layers, attend),
+        planner=planner_of(attend, dtype, causal=config.family.mask == "causal"),
+    )
 
 
 def wants_filler(device: torch.device, layers: Products, attend: AttentionKernel) -> bool:

@@ -1,7 +1,8 @@
 """One variable-length attention function, and the kernels behind it.
 
-Every kernel has the signature of `AttentionKernel`: full bidirectional attention inside each
-sequence, nothing across sequences. `choose_kernel` picks one by name, once, at start.
+Every kernel has the signature of `AttentionKernel`: attention inside each sequence under the mask
+that the model's family says, nothing across sequences. `choose_kernel` picks one by name, once, at
+start.
 
 Letters: Tq query rows, Tk key rows, H heads, K kv heads, E head width, N sequences.
 """
@@ -14,180 +15,63 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.attention.cpu import planner, sdpa_by_length, shared_heads
 from model.errors import UnsupportedError
 from model.extras import how_to_install
-from model.packing import ROUND_TO, Segments
+from model.packing import Planner, Segments
 
 logger = logging.getLogger("nv_embed.attention")
 
 
 class AttentionKernel(Protocol):
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Segments,
+        keys: Segments,
+        *,
+        causal: bool = False,
     ) -> Tensor:
         """q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
-        Row i of `queries` attends to all rows of sequence i of `keys`. Behind the last sequence
-        there may be filler (CPU only), whose output rows hold anything.
+        The rows of sequence i of `queries` are the last of sequence i of `keys`, and attend to all
+        of its rows; causal: to themselves and those before them. Behind the last sequence there may
+        be filler (CPU only), whose output rows hold anything.
         """
         ...
 
 
-def sdpa_by_length(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """scaled_dot_product_attention, one call for all sequences of about the same length.
-
-    The CPU's kernel: it has no variable-length one. Runs on every device and dtype. Lengths are
-    rounded up, which costs a few masked rows, because torch keeps the code that it generates
-    for each length (bfloat16 on AMX: 0.6 MB a length and thread, never freed); and one call for
-    many sequences is faster than many calls.
-    """
-    k, v, grouped = _grouped(q, k, v)
-    plan = _plan(queries, keys, len(q), len(k), q.dtype)
-
-    def attend(alike: _Alike) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            _take(q, alike.query_rows, alike.count),
-            _take(k, alike.key_rows, alike.count),
-            _take(v, alike.key_rows, alike.count),
-            attn_mask=alike.mask,
-            enable_gqa=grouped,
-        )
-        return out.transpose(1, 2).flatten(0, 1)
-
-    if plan[0].query_rows is None:  # as of a single text: nothing to put together
-        return attend(plan[0])
-    attended = torch.empty_like(q, memory_format=torch.contiguous_format)
-    attended[sum(queries.lengths) :] = 0  # filler: anything, but no NaN left over in memory
-    for alike in plan:
-        _put(attended, alike.query_rows, attend(alike))
-    return attended
-
-
-@dataclass(frozen=True, slots=True)
-class _Alike:
-    """Sequences of one rounded length. What is beyond a sequence's end repeats its last row."""
-
-    count: int
-    query_rows: Tensor | slice | None  # [count * rounded length] the packed rows; None: all
-    key_rows: Tensor | slice | None
-    mask: Tensor | None  # [count, 1, 1, keys] added to the scores: 0, or -inf beyond the end
-
-
-@lru_cache(maxsize=4)  # the batch at work, for all its layers: Segments are compared by identity
-def _plan(
-    queries: Segments, keys: Segments, q_rows: int, k_rows: int, dtype: torch.dtype
-) -> list[_Alike]:
-    device = keys.cu_seqlens.device
-    compiled = dtype != torch.float32 and device.type != "cuda"  # for each length
-    step = ROUND_TO if compiled else 1
-    if len(keys.lengths) == 1 and (alone := _alone(queries, keys, q_rows, k_rows, step, dtype)):
-        return [alone]
-    members: dict[tuple[int, int], list[int]] = {}
-    for index, (q_length, k_length) in enumerate(zip(queries.lengths, keys.lengths, strict=True)):
-        rounded = -(-q_length // step) * step, -(-k_length // step) * step
-        members.setdefault(rounded, []).append(index)
-    q_bounds, k_bounds = _row_bounds(queries, q_rows), _row_bounds(keys, k_rows)
-    lengths = np.array(keys.lengths)
-    groups = []
-    for (q_length, k_length), chosen in sorted(members.items()):
-        query_rows = _rows_up_to(q_length, *q_bounds[:, chosen])
-        key_rows = _rows_up_to(k_length, *k_bounds[:, chosen])
-        beyond = np.arange(k_length) >= lengths[chosen, None]
-        mask = None
-        if beyond.any():
-            mask = torch.from_numpy(np.where(beyond, -np.inf, 0.0)[:, None, None]).to(device, dtype)
-        rows = _index(query_rows, q_rows, device), _index(key_rows, k_rows, device)
-        groups.append(_Alike(len(chosen), *rows, mask))
-    return groups
-
-
-def _alone(
-    queries: Segments, keys: Segments, q_rows: int, k_rows: int, step: int, dtype: torch.dtype
-) -> _Alike | None:
-    """The plan of one sequence, if the filler reaches its rounded end: what the general one gives,
-    without its tenth of a millisecond."""
-    q_end, k_end = (-(-segments.lengths[0] // step) * step for segments in (queries, keys))
-    if q_end > q_rows or k_end > k_rows:
-        return None
-    mask = None
-    if k_end > keys.lengths[0]:
-        mask = torch.zeros(1, 1, 1, k_end, dtype=dtype, device=keys.cu_seqlens.device)
-        mask[..., keys.lengths[0] :] = -torch.inf
-    query_rows = None if q_end == q_rows else slice(0, q_end)
-    return _Alike(1, query_rows, None if k_end == k_rows else slice(0, k_end), mask)
-
-
-def _row_bounds(segments: Segments, rows: int) -> np.ndarray:
-    """[2, N] each sequence's first row and the last that it may read: its own last, since a
-    neighbour's could be infinite; for the last sequence the filler's."""
-    ends = np.cumsum(segments.lengths)
-    lasts = ends - 1
-    lasts[-1] = rows - 1
-    return np.stack([ends - segments.lengths, lasts])
-
-
-def _rows_up_to(length: int, starts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
-    """[N * length] the packed row at each place."""
-    rows: np.ndarray = np.minimum(starts[:, None] + np.arange(length), lasts[:, None])
-    return rows.ravel()
-
-
-def _index(rows: np.ndarray, count: int, device: torch.device) -> Tensor | slice | None:
-    """A slice where the rows follow one another: a view in place of a copy. None: all `count`."""
-    if (np.diff(rows) == 1).all():
-        first, last = int(rows[0]), int(rows[-1])
-        return None if (first, last) == (0, count - 1) else slice(first, last + 1)
-    return torch.from_numpy(rows).to(device)
-
-
-def _put(target: Tensor, rows: Tensor | slice | None, values: Tensor) -> None:
-    """Rows beyond a sequence's end write its last row again, with the same values."""
-    if isinstance(rows, Tensor):
-        target.index_copy_(0, rows, values)
-    else:
-        target[slice(None) if rows is None else rows] = values
-
-
-def _take(x: Tensor, rows: Tensor | slice | None, count: int) -> Tensor:
-    """x [T, heads, E] -> [count, heads, L, E]."""
-    if rows is not None:
-        x = x.index_select(0, rows) if isinstance(rows, Tensor) else x[rows]
-    if count == 1:
-        return x.transpose(0, 1)[None]
-    return torch.unflatten(x, 0, (count, len(x) // count)).transpose(1, 2)
-
-
-def sdpa_padded(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+def sdpa_padded(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+) -> Tensor:
     """All padded to the longest: for GPUs and dtypes that the varlen kernels refuse."""
-    k, v, grouped = _grouped(q, k, v)
-    q_pad, k_pad, v_pad = _pad(q, queries), _pad(k, keys), _pad(v, keys)
-    lengths = keys.cu_seqlens.diff()
-    mask = torch.arange(keys.max_seqlen, device=k.device) < lengths[:, None]
-    out = F.scaled_dot_product_attention(
-        q_pad, k_pad, v_pad, attn_mask=mask[:, None, None], enable_gqa=grouped
-    ).transpose(1, 2)
-    return out.flatten(0, 1)[_padded_rows(queries)]
+    k, v, grouped = shared_heads(q, k, v)
+    padded = _pad(q, queries), _pad(k, keys), _pad(v, keys)
+    if causal and queries is keys:  # what is behind a sequence's end is behind all of its rows
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped)
+    else:
+        mask = _padded_mask(queries, keys, causal)[:, None]
+        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)[_padded_rows(queries)]
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """k, v, and whether scaled_dot_product_attention must share their heads among q's.
-
-    On CUDA it does that only in its flash and its math kernel. Flash takes neither a mask nor
-    float32, and math holds all scores at once (137 GB for 32,768 tokens of the 7B model), so
-    there the heads are repeated and the memory-efficient kernel can run.
-    """
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1 and q.device.type == "cuda":
-        return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), False
-    return k, v, groups > 1
+def _padded_mask(queries: Segments, keys: Segments, causal: bool) -> Tensor:
+    """[N, 1 or longest query, longest key] whether it is seen."""
+    lengths = keys.cu_seqlens.diff()[:, None, None]
+    places = torch.arange(keys.max_seqlen, device=lengths.device)
+    if not causal:
+        return places < lengths
+    rows = torch.arange(queries.max_seqlen, device=lengths.device)[:, None]
+    last_seen = lengths - queries.cu_seqlens.diff()[:, None, None] + rows
+    return places <= torch.minimum(last_seen, lengths - 1)
 
 
 def _padded_rows(segments: Segments) -> Tensor:
@@ -215,9 +99,15 @@ def varlen_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
     native_gqa = "enable_gqa" in parameters
     # One split of the keys, so that a text's bits do not depend on how many there are beside it.
     always: dict[str, Any] = {"num_splits": 1} if "num_splits" in parameters else {}
+    # Either way the mask's corner is where the last query meets the last key.
+    masked: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+    )
 
-    def varlen(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-        options = dict(always)
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    ) -> Tensor:
+        options = always | masked if causal else dict(always)
         if q.shape[1] != k.shape[1]:
             if native_gqa:
                 options["enable_gqa"] = True
@@ -241,7 +131,9 @@ def varlen_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
 def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
     """A kernel around `flash_attn_varlen_func` of the flash-attn package."""
 
-    def flash_attn(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    def flash_attn(
+        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    ) -> Tensor:
         return attend(
             q,
             k,
@@ -250,7 +142,7 @@ def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
             keys.cu_seqlens,
             queries.max_seqlen,
             keys.max_seqlen,
-            causal=False,
+            causal=causal,  # the mask's corner as in `varlen`, since flash-attn 2.1
         )
 
     return flash_attn
@@ -336,6 +228,11 @@ def choose_kernel(
     if reason := _KERNELS[name].why_not(device, dtype):
         raise UnsupportedError(f"attention {name!r} cannot be used on {device}: {reason}")
     return name, _KERNELS[name].load()
+
+
+def planner_of(attend: AttentionKernel, dtype: torch.dtype, *, causal: bool) -> Planner | None:
+    """What prepares a batch for this kernel, where it wants that."""
+    return planner(dtype, causal=causal) if attend is sdpa_by_length else None
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ class Trainer:
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
         self.model = self._load()
-        self.attend = partial(grouped_products, causal=settings.causal)
         self.tokenizer = NVEmbedTokenizer.from_dir(self.start, self.model.config.vocab_size)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
@@ -117,7 +115,11 @@ class Trainer:
             )
         else:
             model = load_trained(
-                self.start, device=self.device, projections=dtype, pooling=s.pooling
+                self.start,
+                device=self.device,
+                projections=dtype,
+                pooling=s.pooling,
+                causal=s.causal,
             )
         if s.lora_rank:
             torch.manual_seed(s.seed)
@@ -308,12 +310,12 @@ class Trainer:
 
     def _forward(self, encodings: Sequence[Encoding]) -> Tensor:
         """Vectors [N, D] in the order given."""
-        batch = pack(encodings, self.device)
+        batch = pack(encodings, self.device, pooled=self.model.config.family.pooled)
         with (
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             sdpa_kernel(SDPBackend.MATH),  # for the pooler; the fused one is slow backwards
         ):
-            return self.model(batch, self.attend)  # type: ignore[no-any-return]
+            return self.model(batch, grouped_products)  # type: ignore[no-any-return]
 
     # Validation
 

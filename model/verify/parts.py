@@ -48,13 +48,18 @@ def load_backbone(
 
 
 def load_plain_pooler(
-    folder: Path, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    in_pieces: bool = False,
 ) -> LatentAttention:
     """The unfolded pooler, the referee of the folded one."""
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     with torch.device("meta"):
-        pooler = LatentAttention(config)
+        pooler = LatentAttention(config, in_pieces=in_pieces)
     names = {ours: source.name for ours, source in folded_sources(config).items()}
     for parameter, sources in tensor_table(config).items():
         if parameter.startswith("pooler."):

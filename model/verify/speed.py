@@ -12,7 +12,6 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import UnsupportedError
-from model.packing import pack
 from model.verify.bench import Bench, in_ms, precision_of, walls
 from model.verify.machine import AT_WORK, nvidia_smi
 from model.verify.primitives import product_s, shapes
@@ -87,7 +86,7 @@ def lone(bench: Bench, variant: str, tokens: int, runs: int, recorded: bool) -> 
     if not recorded:
         _, working = bench.loaded(variant)
         found |= _launch(
-            bench, lambda: working.model(pack(encodings, bench.device), working.attend), runs
+            bench, lambda: working.model(working.pack(encodings), working.attend), runs
         )
     return found
 

@@ -22,10 +22,10 @@ from model.config import ModelConfig
 from model.embedder import Embedder
 from model.errors import UnsupportedError
 from model.hub import ModelSource
-from model.packing import PackedBatch, pack
+from model.packing import PackedBatch
 from model.platform import products, resources
 from model.platform.products import Products
-from model.runner import resolve_device, resolve_dtype, wants_filler
+from model.runner import packer, resolve_device, resolve_dtype
 from model.tokenizer import NVEmbedTokenizer, query_prefix
 from model.verify.outcome import Check, at_least, at_most, difference, smallest_cosine
 from model.weights.loader import empty_model, load_model
@@ -117,10 +117,17 @@ class Loaded:
         self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
     ) -> NDArray[np.float32]:
         attend = attend or self.attend
-        filler = wants_filler(self.device, self.layers, attend)
         with torch.inference_mode():
-            rows = self.model(pack(encodings, self.device, filler=filler), attend)
+            rows = self.model(self.pack(encodings, attend), attend)
         return rows.cpu().numpy()  # type: ignore[no-any-return]
+
+    def pack(
+        self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
+    ) -> PackedBatch:
+        """A batch as the runner makes it."""
+        attend = attend or self.attend
+        make = packer(self.model.config, self.device, self.layers.dtype, self.layers, attend)
+        return make(encodings)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         with torch.inference_mode():

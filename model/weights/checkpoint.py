@@ -39,7 +39,7 @@ class Checkpoint:
 
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError naming what is missing, surplus or of another shape."""
-        check_shapes(expected_shapes(config), self.shapes(), "an NV-Embed")
+        check_shapes(expected_shapes(config), self.shapes(), f"a {config.family.name} model")
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype.

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import rotary
-from model.backbone import MistralBackbone
+from model.backbone import MLP, MistralBackbone
 from model.config import ModelConfig
 from model.embedder import Embedder
-from model.fused import Fused
 from model.linear import packed_linear, quantization
-from model.linear.packed_linear import PackedLinear
+from model.linear.packed_linear import MKLLinear, PackedLinear
 from model.linear.quantization import ScaledLinear
+from model.operations import InPlace, OnCpu, Operations
 from model.platform import products
 from model.platform.products import Products
 from model.poolers import fold_keys, fold_values, normed_latents
@@ -46,12 +46,12 @@ def load_model(
     dtype: torch.dtype,
     quantize: str = "none",
     layers: Products | None = None,
-    fused: Fused | None = None,
+    operations: Operations | None = None,
 ) -> Embedder:
     """Load a checkpoint folder for inference.
 
     layers: those of `products.choose` for the same device, dtype and quantization, by default
-    what it chooses. fused: the kernels between them, on a GPU; None: torch's own operations.
+    what it chooses. operations: what runs between them, by default what suits the device.
     Raises CheckpointError when the tensors are not exactly those of `config`, UnsupportedError
     when `quantize` cannot be had.
     """
@@ -59,9 +59,7 @@ def load_model(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     model = empty_model(config, quantize=quantize, eight_bit=layers.eight_bit)
-    suit(model, model.backbone, device, layers)
-    if fused is not None:
-        model.backbone.use(fused)
+    suit(model, model.backbone, device, layers, operations)
     pieces = _pieces(checkpoint, config, model, device, dtype)
     total = sum(piece.weights for piece in pieces)
     with (
@@ -98,13 +96,14 @@ def empty_model(
     dtype: torch.dtype | None = None,
     eight_bit: type[ScaledLinear] | None = None,
 ) -> Embedder:
-    """The served module on the meta device: shapes without memory."""
+    """The served module on the meta device, as on a GPU: shapes without memory."""
     with torch.device("meta"):
         model = Embedder(config)
         if dtype is not None:
             model.to(dtype)
         if quantize != "none":
             quantization.replace_linears(model.backbone, quantize, eight_bit)
+    model.backbone.use(InPlace())
     return model.eval().requires_grad_(False)
 
 
@@ -142,7 +141,9 @@ def _pieces(
         names = {f"pooler.{part}.weight": values for part, values in folds.items()}
         return [(name, laid_out(model, name, values)) for name, values in names.items()]
 
-    pieces = [_Piece(_count(folded_sources(config).values()), folded)]
+    pieces = []
+    if fold := folded_sources(config):
+        pieces.append(_Piece(_count(fold.values()), folded))
     for name, sources in tensor_table(config).items():
         layer = model.get_submodule(name.rpartition(".")[0])
         if quantization.is_quantized(layer):
@@ -154,12 +155,20 @@ def _pieces(
 
 
 def suit(
-    module: nn.Module, backbone: MistralBackbone, device: torch.device, layers: Products
+    module: nn.Module,
+    backbone: MistralBackbone,
+    device: torch.device,
+    layers: Products,
+    operations: Operations | None = None,
 ) -> None:
-    """Give `module`, values not yet set, the layouts that are fastest there."""
-    backbone.rotary = rotary.fastest(device)
+    """Give `module`, values not yet set, the layouts and operations that are fastest there."""
     if issubclass(layers.linear, PackedLinear):
         packed_linear.replace_linears(module, layers.linear)
+    if operations is None:
+        mlps = (part for part in backbone.modules() if isinstance(part, MLP))
+        by_mkl = any(isinstance(mlp.gate_up_proj, MKLLinear) for mlp in mlps)
+        operations = OnCpu(mlp_by_rows=by_mkl) if device.type == "cpu" else InPlace()
+    backbone.use(operations)
 
 
 def reader_of(

@@ -37,11 +37,11 @@ def tensor_table(config: ModelConfig) -> dict[str, list[Source]]:
 
     add(
         "backbone.embed_tokens.weight",
-        ("embedding_model.embed_tokens.weight", (config.vocab_size, width)),
+        (f"{config.family.prefix}embed_tokens.weight", (config.vocab_size, width)),
     )
     for index in range(config.num_hidden_layers):
         ours = f"backbone.layers.{index}."
-        theirs = f"embedding_model.layers.{index}."
+        theirs = f"{config.family.prefix}layers.{index}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             add(f"{ours}{norm}.weight", (f"{theirs}{norm}.weight", (width,)))
         q = Source(theirs + "self_attn.q_proj.weight", (config.q_size, width), rotated=True)
@@ -65,7 +65,9 @@ def tensor_table(config: ModelConfig) -> dict[str, list[Source]]:
             ours + "mlp.down_proj.weight",
             (theirs + "mlp.down_proj.weight", (width, inter)),
         )
-    add("backbone.norm.weight", ("embedding_model.norm.weight", (width,)))
+    add("backbone.norm.weight", (f"{config.family.prefix}norm.weight", (width,)))
+    if config.family.pooler != "latent":
+        return table
 
     inner = config.feed_forward_size
     for ours, theirs, shape in (
@@ -84,6 +86,8 @@ def tensor_table(config: ModelConfig) -> dict[str, list[Source]]:
 
 def folded_sources(config: ModelConfig) -> dict[str, Source]:
     """Parameter of the plain LatentAttention -> the tensor that only the fold reads."""
+    if config.family.pooler != "latent":
+        return {}
     width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
     return {
         "latents": Source(_LATENT + "latents", (config.num_latents, width)),
@@ -96,7 +100,7 @@ def folded_sources(config: ModelConfig) -> dict[str, Source]:
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that an official checkpoint of this config holds: name -> shape."""
+    """Every tensor that a checkpoint of this config holds: name -> shape."""
     sources = [s for stack in tensor_table(config).values() for s in stack]
     sources += folded_sources(config).values()
     return {source.name: source.shape for source in sources}

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding, RunnerInfo, RunnerOptions
 from model.config import ModelConfig
+from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import NVIDIA_NOTICE, ModelSource
 from model.platform import resources
@@ -132,6 +133,10 @@ class EmbeddingEngine:
                 f"--max-input-tokens {asked} is more than the model's {limit}: lower it"
             )
         return asked or limit
+
+    @property
+    def family(self) -> Family:
+        return self.config.family
 
     @property
     def dimensions(self) -> int:

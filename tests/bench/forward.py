@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention.kernels import AttentionKernel
+from model.attention.kernels import AttentionKernel, planner_of
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.errors import UnsupportedError
 from model.linear.packed_linear import PackedLinear
@@ -106,7 +106,10 @@ def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
     longest = max(lengths)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    ) -> Tensor:
+        assert not causal
         q, k, v = (x.unflatten(0, (len(lengths), longest)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
@@ -211,7 +214,8 @@ def _measure(
     encodings = workloads.encodings_of(mix, count)
     limits = BatchLimits(options.max_batch_tokens, 256)
     groups = workloads.first_come_batches(encodings, limits)
-    batches = [pack(group, runner.device) for group in groups]
+    planner = planner_of(runner._attend, runner.dtype, causal=False)
+    batches = [pack(group, runner.device, planner=planner) for group in groups]
     in_32s = [encodings[i : i + 32] for i in range(0, len(encodings), 32)]
 
     def packed(runner: ModelRunner) -> Runs:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from model import cuda_graphs, poolers
-from model.attention.kernels import choose_kernel, sdpa_by_length
+from model.attention.cpu import sdpa_by_length
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding, RunnerOptions
 from model.config import ModelConfig
 from model.embedder import Embedder

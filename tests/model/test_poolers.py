@@ -194,15 +194,20 @@ def test_pieces_change_nothing(
     expected = F.normalize(
         torch.stack([published_pooler(part, config) for part in h.split(list(LENGTHS))]), dim=-1
     ).float()
-    poolers = (
-        load_plain_pooler(golden_checkpoint, config, device=CPU, dtype=torch.float32),
+    both = (
+        load_plain_pooler(
+            golden_checkpoint, config, device=CPU, dtype=torch.float32, in_pieces=True
+        ),
         load_model(golden_checkpoint, config, device=CPU, dtype=torch.float32).pooler,
     )
     monkeypatch.setattr(poolers, "_ROWS_AT_A_TIME", rows_at_a_time)
-    for pooler in poolers:
+    for pooler in both:
         with torch.inference_mode():
             vectors = F.normalize(pooler(filled, segments(LENGTHS)), dim=-1)
         torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
-        learning = filled.clone().requires_grad_()
-        whole = F.normalize(pooler(learning, segments(LENGTHS)), dim=-1)
-        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+    learnt = load_plain_pooler(golden_checkpoint, config, device=CPU, dtype=torch.float32)
+    learning = filled.clone().requires_grad_()
+    whole = F.normalize(learnt(learning, segments(LENGTHS)), dim=-1)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+    whole.sum().backward()
+    assert learning.grad is not None

@@ -216,7 +216,8 @@ def test_plain_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_filler_follows_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for each number of rows is oneDNN's, in whichever type."""
-    from model.attention.kernels import sdpa_by_length, sdpa_padded
+    from model.attention.cpu import sdpa_by_length
+    from model.attention.kernels import sdpa_padded
 
     class Level(Packed):
         compiles_rows = False

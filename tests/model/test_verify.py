@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from model.attention.kernels import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.card import read_card
 from model.packing import Segments

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MistralModel
 
-from model.attention.kernels import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.errors import CheckpointError
 from model.packing import pack

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.attention.kernels import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.config import ModelConfig
 from model.encoder import Encoder
