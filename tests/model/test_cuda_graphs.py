@@ -31,9 +31,12 @@ def model(golden_config: ModelConfig, golden_checkpoint) -> Embedder:  # type: i
     return load_model(golden_checkpoint, golden_config, device=CPU, dtype=torch.float32)
 
 
-def by_bounds(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+def by_bounds(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+) -> Tensor:
     """As the kernels on CUDA: bounds from the tensors, empty sequences allowed, and rows of no
     sequence are left as they were: here NaN."""
+    assert not causal
     q_bounds, k_bounds = queries.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
     out = torch.full_like(q, torch.nan)
     for i in range(len(q_bounds) - 1):

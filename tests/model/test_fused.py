@@ -247,7 +247,7 @@ def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
         dtype=torch.bfloat16,
         quantize=quantize,
         layers=layers,
-        fused=kernels,
+        operations=kernels,
     )
     generator = np.random.default_rng(0)
     encodings = [
