@@ -88,8 +88,9 @@ class NVEmbedTokenizer:
 
         vocab_size: of the model that is made of NV-Embed's tokenizer and no config of its kind.
         """
+        tokenizer = read_tokenizer(folder)
         config = None if vocab_size else ModelConfig.from_dir(folder)
-        ours = cls(read_tokenizer(folder), config.family if config else NV_EMBED)
+        ours = cls(tokenizer, config.family if config else NV_EMBED)
         rows = config.vocab_size if config else vocab_size
         assert rows is not None
         if ours.vocab_size > rows:

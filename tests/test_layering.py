@@ -21,6 +21,8 @@ TORCH_FREE = [
     "model.user_files",
     "model.platform.resources",
     "model.fitting",
+    "model.families",
+    "model.weights.names",
 ]
 
 
