@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Quantization = Literal["none", "int8", "int8-dynamic", "float8"]
-"""How weights are kept: model.quantization."""
+"""How weights are kept: model.linear.quantization."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192
 """Tokens in one forward unless an option says otherwise. On a CPU more costs latency and gains no
 throughput."""
@@ -73,7 +73,7 @@ class RunnerOptions:
     max_batch_seqs: int = BATCH_SEQS
     max_input_tokens: int = 32_768
     cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
-    cpu_products: str = "auto"  # auto, plain, allow-slow: model.products
+    cpu_products: str = "auto"  # auto, plain, allow-slow: model.platform.products
     fused_kernels: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 

@@ -1,4 +1,4 @@
-"""NVEmbedConfig: the official config.json, read into the numbers that the forward needs.
+"""ModelConfig: a config.json, read into the family and the numbers that the forward needs.
 
 Refuses what the forward does not compute, so that a checkpoint of another kind stops the start
 instead of giving wrong vectors. Knows no tensors.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import CheckpointError, MissingFileError
+from model.families import NV_EMBED, Family, family_of
 from model.files import read_json, shown
 
 # The official file's latent_attention_config holds no sizes: these are the published code's
@@ -29,6 +30,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "intermediate_size": (1, 2**20),
     # BOS, a short instruction, a few words and EOS.
     "max_position_embeddings": (32, 2**31),
+    "sliding_window": (32, 2**31),
     "rope_theta": (1, 1e12),
     "rms_norm_eps": (1e-12, 0.1),
     "num_latents_value": (1, 2**16),
@@ -40,8 +42,8 @@ would take all memory, or change the vectors without a word."""
 
 
 @dataclass(frozen=True, slots=True)
-class NVEmbedConfig:
-    """Sizes of one NV-Embed model. Letters as in mistral.py: D, H, K, E, L."""
+class ModelConfig:
+    """Family and sizes of one model. Letters as in backbone.py: D, H, K, E, L."""
 
     vocab_size: int
     hidden_size: int  # D
@@ -53,13 +55,15 @@ class NVEmbedConfig:
     max_position_embeddings: int
     rope_theta: float
     rms_norm_eps: float
-    num_latents: int  # L
-    num_cross_heads: int
-    cross_dim_head: int
+    num_latents: int = 0  # L; as the next two, of the latent pooler
+    num_cross_heads: int = 0
+    cross_dim_head: int = 0
+    family: Family = NV_EMBED
+    sliding_window: int | None = None  # of a causal mask: rows that one sees, itself included
     name: str | None = None  # `_name_or_path`: who the weights are, for the licence notice
 
     @classmethod
-    def from_dir(cls, folder: Path) -> NVEmbedConfig:
+    def from_dir(cls, folder: Path) -> ModelConfig:
         """Read `folder/config.json`. Raises CheckpointError with what is wrong and where."""
         path = folder / "config.json"
         try:
@@ -75,17 +79,12 @@ class NVEmbedConfig:
             raise CheckpointError(f"{path}: {error}") from None
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> NVEmbedConfig:
-        """Build from the parsed JSON of an official config.json."""
-        if not isinstance(raw, dict) or raw.get("model_type") != "nvembed":
-            kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-            raise CheckpointError(f"model_type is {shown(kind)}, this server runs 'nvembed' only")
-        text = _section(raw, "text_config")
-        latent = _section(raw, "latent_attention_config")
-
-        _require(raw, "mask_type", "b", "only bidirectional attention is supported")
-        _require(raw, "add_eos", True, "EOS is always appended")
-        _require(raw, "is_mask_instruction", True, "instructions always stay out of the pool")
+    def from_dict(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Build from the parsed JSON of a config.json."""
+        family = family_of(raw)
+        text = raw if family.section is None else _section(raw, family.section)
+        for key, (value, why) in family.required.items():
+            _require(raw, key, value, why)
         _require(text, "hidden_act", "silu", "the MLP computes SiLU")
         _require(text, "attention_bias", False, "the projections have no biases")
         _require(text, "mlp_bias", False, "the projections have no biases")
@@ -96,12 +95,8 @@ class NVEmbedConfig:
         _require(rope, "rope_type", "default", "RoPE scaling is not implemented")
         _require(text, "bos_token_id", 1, "the tokenizer puts BOS = 1 in front")
         _require(text, "eos_token_id", 2, "EOS is id 2")
-        _require(latent, "output_normalize", True, "vectors are always normalised")
 
         hidden = _integer(text, "hidden_size")
-        for key in ("hidden_dim", "latent_dim"):
-            # None in the official file, where the published default is the backbone's width.
-            _require(latent, key, hidden, "the pooler is as wide as the backbone")
         heads = _integer(text, "num_attention_heads")
         kv_heads = _integer(text, "num_key_value_heads", heads)
         if heads % kv_heads:
@@ -125,9 +120,9 @@ class NVEmbedConfig:
             max_position_embeddings=_integer(text, "max_position_embeddings"),
             rope_theta=rope_theta,
             rms_norm_eps=_number(text, "rms_norm_eps", 1e-5),
-            num_latents=_integer(latent, "num_latents_value", _DEFAULT_NUM_LATENTS),
-            num_cross_heads=_integer(latent, "num_cross_heads", _DEFAULT_CROSS_HEADS),
-            cross_dim_head=_integer(latent, "cross_dim_head", _DEFAULT_CROSS_DIM_HEAD),
+            **(_latent_sizes(raw, hidden) if family.pooler == "latent" else {}),
+            family=family,
+            sliding_window=_window(text) if family.mask == "causal" else None,
             name=_text(raw, "_name_or_path"),
         )
 
@@ -140,14 +135,38 @@ class NVEmbedConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def feed_forward_size(self) -> int:
+        """The inner width of the latent pooler's feed-forward, as published."""
+        return 4 * self.hidden_size
+
+    @property
     def widest_product(self) -> tuple[int, int]:
         """Inputs and outputs of the largest linear layer: gate and up together."""
         return self.hidden_size, 2 * self.intermediate_size
 
     @property
     def max_input_tokens(self) -> int:
-        """The longest input that the model was made for (positions, at most 32,768)."""
-        return min(self.max_position_embeddings, 32_768)
+        """The longest input that the model was made for (positions, at most 32,768). Up to its
+        sliding window a causal mask is the same with the window and without."""
+        return min(self.max_position_embeddings, 32_768, self.sliding_window or 32_768)
+
+
+def _latent_sizes(raw: dict[str, Any], hidden: int) -> dict[str, int]:
+    """Those of the latent pooler behind a backbone of this width."""
+    latent = _section(raw, "latent_attention_config")
+    _require(latent, "output_normalize", True, "vectors are always normalised")
+    for key in ("hidden_dim", "latent_dim"):
+        # None in the official file, where the published default is the backbone's width.
+        _require(latent, key, hidden, "the pooler is as wide as the backbone")
+    return {
+        "num_latents": _integer(latent, "num_latents_value", _DEFAULT_NUM_LATENTS),
+        "num_cross_heads": _integer(latent, "num_cross_heads", _DEFAULT_CROSS_HEADS),
+        "cross_dim_head": _integer(latent, "cross_dim_head", _DEFAULT_CROSS_DIM_HEAD),
+    }
+
+
+def _window(text: dict[str, Any]) -> int | None:
+    return None if text.get("sliding_window") is None else _integer(text, "sliding_window")
 
 
 def _section(raw: dict[str, Any], key: str) -> dict[str, Any]:

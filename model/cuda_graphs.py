@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.batch import Encoding
 from model.errors import UnsupportedError
+from model.families import Pooled
 from model.packing import PackedBatch, Segments, pack
 
 logger = logging.getLogger("nv_embed.cuda_graphs")
@@ -62,12 +63,12 @@ def wanted(
 
 
 def record_or_warn(
-    forward: Callable[[PackedBatch], Tensor], device: torch.device
+    forward: Callable[[PackedBatch], Tensor], device: torch.device, *, pooled: Pooled = "text"
 ) -> GraphedForward | None:
     """None, with a warning that has the reason, when the recording fails: the same batches run
     without, a little later."""
     try:
-        return GraphedForward(forward, device)
+        return GraphedForward(forward, device, pooled=pooled)
     except RuntimeError as error:  # torch's, lack of memory included
         # What ended the recording; ending it has failed, too, and says no more than that.
         reason = error.__context__ or error
@@ -90,7 +91,11 @@ class GraphedForward:
         forward: Callable[[PackedBatch], Tensor],
         device: torch.device,
         record: Record | None = None,
+        *,
+        pooled: Pooled = "text",
     ) -> None:
+        """pooled: which rows of each sequence the family pools."""
+        self._pooled = pooled
         record = record or recorder(device)
         self._recordings: dict[int, _Recording] = {}
         for size in reversed(SIZES):  # the largest first: the others fit into its memory
@@ -111,7 +116,8 @@ class GraphedForward:
             return None
         size = next(size for size in SIZES if tokens <= size)
         recording = self._recordings[size]
-        _lay(pack(encodings, torch.device("cpu")), recording.host, size)
+        batch = pack(encodings, torch.device("cpu"), pooled=self._pooled)
+        _lay(batch, recording.host, size)
         recording.device.copy_(recording.host, non_blocking=True)
         return recording.replay()[: len(encodings)]
 

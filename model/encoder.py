@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from model.batch import BATCH_SEQS, BatchLimits, Encoding, RunnerOptions, default_batch_tokens
 from model.errors import NoMemoryError, NonFiniteError
+from model.fitting import FittingRunner
 from model.hub import ModelSource, locate
-from model.memory import FittingRunner
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
 

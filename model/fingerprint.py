@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model.errors import CheckpointError
 from model.files import open_regular
-from model.weights import INDEX, WeightFile, weight_files
+from model.weights.headers import INDEX, WeightFile, weight_files
 
 _WHOLE_BYTES = 64 << 20
 """Weight files up to this size are read whole: 40 ms."""

@@ -1,10 +1,10 @@
 """What lies between the matrix products on a GPU, one kernel for each run of operations.
 
 torch runs add + RMSNorm, SiLU·up, rotary and the quantizing to float8 as 2 to 7 operations each,
-every one over memory: that is what a GPU spends its time on beside the products. `Fused` has the
-same as one kernel each, and is what `choose` gives by name; without it the model runs torch's
-operations ("plain"). The kernels are behind `Launch`, so that something else can stand in for them
-where there is no GPU: model.triton_kernels has them.
+every one over memory: that is what a GPU spends its time on beside the products. `Fused` is
+`model.operations` with one kernel for each, and what `choose` gives by name; without it the model
+runs torch's own ("plain"). The kernels are behind `Launch`, so that something else can stand in for
+them where there is no GPU: model.triton_kernels has them.
 
 Knows which numbers a kernel reads and writes, not how. Letters: T rows, D width, I the MLP's
 width, E head width.
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from model.errors import UnsupportedError
-from model.quantization import ScaledRows
-from model.rotary import HalvesRotary
+from model.linear.quantization import ScaledRows
+from model.operations import Product
+from model.rotary import HalvesRotary, Rotary
 
 
 class Launch(Protocol):
@@ -43,10 +44,24 @@ class Fused:
 
     launch: Launch
 
+    def residual(self, embedded: Tensor) -> Tensor:
+        return embedded
+
     def norm(
-        self, residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, *, float8: bool
+        self, x: Tensor, weight: Tensor, eps: float, *, float8: bool = False
     ) -> Tensor | ScaledRows:
-        """residual [T, D] += update; -> residual / rms(residual) * weight."""
+        """x [T, D] -> x / rms(x) * weight."""
+        return self._norm(x, None, weight, eps, float8)
+
+    def add_norm(
+        self, residual: Tensor, update: Tensor, weight: Tensor, eps: float, *, float8: bool = False
+    ) -> tuple[Tensor, Tensor | ScaledRows]:
+        """residual [T, D] += update; -> (it, residual / rms(residual) * weight)."""
+        return residual, self._norm(residual, update, weight, eps, float8)
+
+    def _norm(
+        self, residual: Tensor, update: Tensor | None, weight: Tensor, eps: float, float8: bool
+    ) -> Tensor | ScaledRows:
         rows, width = residual.shape
         values, scales = _outputs(residual, width, _stored(weight, float8))
         added = residual if update is None else update
@@ -55,6 +70,12 @@ class Fused:
             added.stride(0), width, eps, add=update is not None, float8=float8,
         )  # fmt: skip
         return ScaledRows(values, scales) if float8 else values
+
+    def mlp(
+        self, x: Tensor | ScaledRows, gate_up: Product, down: Product, *, float8: bool = False
+    ) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        return down(self.silu_up(gate_up(x), float8=float8))
 
     def silu_up(self, gate_up: Tensor, *, float8: bool) -> Tensor | ScaledRows:
         """gate_up [T, 2 * I] -> silu(gate) * up [T, I]."""
@@ -79,7 +100,8 @@ class Fused:
         self.launch("rotate", rows, x, cos, sin, x.stride(0), x.stride(1), heads, width // 2)
         return x
 
-    def rotary(self) -> type[HalvesRotary]:
+    @property
+    def rotary(self) -> type[Rotary]:
         """The layout of angles whose `rotate` is this one's."""
         rotate = self.rotate
 

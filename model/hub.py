@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.card import card_license
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import shown
-from model.weights import unread_files
+from model.weights.headers import unread_files
 
 logger = logging.getLogger("nv_embed.hub")
 
@@ -71,7 +71,7 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
                 model,
                 model,
             )
-        name = _name(NVEmbedConfig.from_dir(folder).name, folder)
+        name = _name(ModelConfig.from_dir(folder).name, folder)
         if unread := unread_files(folder):
             logger.warning("not read, for it is no part of the weights: %s", ", ".join(unread))
         return ModelSource(name, folder, None, card_license(folder))

@@ -6,14 +6,15 @@ be filler, counted in T and P and in no sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.batch import Encoding
+from model.families import Pooled
 
 ROUND_TO = 16
 """What a CPU rounds lengths and numbers of rows up to: the rows of a tile of AMX."""
@@ -26,6 +27,9 @@ class Segments:
     lengths: tuple[int, ...]  # [N]
     cu_seqlens: Tensor  # [N+1] int32 on the device: 0, lengths[0], lengths[0]+lengths[1], …
     max_seqlen: int
+    plan: object = None
+    """How attention goes from these rows to those of the sequences, where a kernel wants that
+    prepared: what a Planner made."""
 
     @property
     def num_seqs(self) -> int:
@@ -59,16 +63,27 @@ class PackedBatch:
         return self.seqs.num_seqs
 
 
+Planner = Callable[[Segments, Segments, int, int], object]
+"""(query rows, key rows, number of query rows with filler, of key rows) -> Segments.plan."""
+
+
 def pack(
-    encodings: Sequence[Encoding], device: torch.device, *, filler: bool = False
+    encodings: Sequence[Encoding],
+    device: torch.device,
+    *,
+    pooled: Pooled = "text",
+    filler: bool = False,
+    planner: Planner | None = None,
 ) -> PackedBatch:
     """Lay the encodings end to end on `device`, in one upload.
 
+    pooled: which rows of each the family pools.
     filler: make T and P two of a few numbers, for products that are compiled for each.
+    planner: prepares attention for all layers; None: the kernel wants nothing prepared.
     """
     assert encodings, "an empty batch"
     lengths = np.array([len(e) for e in encodings], dtype=np.int32)
-    starts = np.array([e.pool_start for e in encodings], dtype=np.int32)
+    starts = _pool_starts(encodings, lengths, pooled)
     bounds = _bounds(lengths)
     positions = np.arange(bounds[-1], dtype=np.int32) - np.repeat(bounds[:-1], lengths)
     ids = np.concatenate([e.ids for e in encodings])
@@ -78,11 +93,24 @@ def pack(
         pool_rows = np.flatnonzero(positions >= np.repeat(starts, lengths)).astype(np.int32)
         parts += [fill(pool_rows), _bounds(lengths - starts)]
     tensors = _upload(parts, device)
-    seqs = _segments(lengths, tensors[2])
+    seqs, rows = _segments(lengths, tensors[2]), len(tensors[0])
+    if planner is not None:
+        seqs = replace(seqs, plan=planner(seqs, seqs, rows, rows))
     if not starts.any():
         return PackedBatch(tensors[0], tensors[1], seqs, pool_rows=None, pooled=seqs)
-    pooled = _segments(lengths - starts, tensors[4])
-    return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], pooled)
+    chosen = _segments(lengths - starts, tensors[4])
+    if planner is not None:
+        chosen = replace(chosen, plan=planner(chosen, seqs, len(tensors[3]), rows))
+    return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], chosen)
+
+
+def _pool_starts(encodings: Sequence[Encoding], lengths: np.ndarray, pooled: Pooled) -> np.ndarray:
+    """[N] the first row of each that is pooled, counted from its own first."""
+    if pooled == "last":
+        return lengths - 1
+    if pooled == "all":
+        return np.zeros_like(lengths)
+    return np.array([e.pool_start for e in encodings], dtype=np.int32)
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:

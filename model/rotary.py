@@ -26,7 +26,7 @@ class Rotary(Protocol):
         ...
 
     def rotate(self, x: Tensor) -> Tensor:
-        """x [T, heads, E], turned. Without gradients in place."""
+        """x [T, heads, E], turned; some do it in place."""
         ...
 
     def select(self, rows: Tensor) -> Self:
@@ -49,15 +49,23 @@ class HalvesRotary:
     def rotate(self, x: Tensor) -> Tensor:
         cos, sin = self.cos, self.sin
         first, second = x.chunk(2, dim=-1)
-        if torch.is_grad_enabled():
-            return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned = first * sin
-        first.mul_(cos).addcmul_(second, sin, value=-1)
-        second.mul_(cos).add_(turned)
-        return x
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def select(self, rows: Tensor) -> Self:
         return type(self)(self.cos.index_select(0, rows), self.sin.index_select(0, rows))
+
+
+class InPlaceRotary(HalvesRotary):
+    """The same in place: no gradient can pass."""
+
+    __slots__ = ()
+
+    def rotate(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = first * self.sin
+        first.mul_(self.cos).addcmul_(second, self.sin, value=-1)
+        second.mul_(self.cos).add_(turned)
+        return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +92,6 @@ def as_neighbours(weight: Tensor, head_dim: int) -> Tensor:
     """Wq or Wk [heads * E, I] of a checkpoint with each head's rows in NeighboursRotary's order."""
     halves = torch.unflatten(weight, 0, (-1, 2, head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
-
-
-def fastest(device: torch.device) -> type[Rotary]:
-    """The layout to load for inference there."""
-    return NeighboursRotary if device.type == "cpu" else HalvesRotary
 
 
 def _angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:

@@ -10,7 +10,8 @@ import dataclasses
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,16 +19,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model import cuda_graphs, fused, host, products
-from model.attention import AttentionKernel, choose_kernel, sdpa_by_length
+from model import cuda_graphs, fused
+from model.attention.cpu import sdpa_by_length
+from model.attention.kernels import AttentionKernel, choose_kernel, planner_of
 from model.batch import Encoding, RunnerInfo, RunnerOptions
-from model.config import NVEmbedConfig
-from model.cuda_device import check_architecture, driver_version, why_no_cuda
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.fingerprint import Unchanged
-from model.loader import expected_shapes, load_model
 from model.packing import PackedBatch, pack
-from model.products import Products
+from model.platform import products, resources
+from model.platform.cuda_device import check_architecture, driver_version, why_no_cuda
+from model.platform.products import Products
+from model.weights.loader import load_model
+from model.weights.names import expected_shapes
 
 logger = logging.getLogger("nv_embed.runner")
 
@@ -59,7 +63,7 @@ class ModelRunner:
             torch.set_num_threads(options.threads)
         self._options = options
         unchanged = Unchanged(Path(options.path), options.fingerprint)
-        self.config = NVEmbedConfig.from_dir(Path(options.path))
+        self.config = ModelConfig.from_dir(Path(options.path))
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
@@ -75,7 +79,7 @@ class ModelRunner:
         )
         for probe in layers.probes:
             logger.info("products: %s", probe)
-        self._filler = wants_filler(self.device, layers, self._attend)
+        self._pack = packer(self.config, self.device, self.dtype, layers, self._attend)
         self.model = load_model(
             Path(options.path),
             self.config,
@@ -83,7 +87,7 @@ class ModelRunner:
             dtype=self.dtype,
             quantize=options.quantization,
             layers=layers,
-            fused=kernels,
+            operations=kernels,
         )
         unchanged.check()
         self.info = RunnerInfo(
@@ -98,13 +102,13 @@ class ModelRunner:
             products=layers.names,
         )
         if self.device.type == "cpu":  # not before: what loading needs once is not worth keeping
-            host.keep_freed_memory()
+            resources.keep_freed_memory()
 
     @torch.inference_mode()
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
         rows = self._graphs(encodings) if self._graphs is not None else None
         if rows is None:
-            rows = self._forward(pack(encodings, self.device, filler=self._filler))
+            rows = self._forward(self._pack(encodings))
         return rows.cpu().numpy()
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -120,7 +124,9 @@ class ModelRunner:
             return self._timed([_ramp(8)])
         options = self._options
         if self.info.cuda_graphs:  # first: recording hands free memory back
-            self._graphs = cuda_graphs.record_or_warn(self._forward, self.device)
+            self._graphs = cuda_graphs.record_or_warn(
+                self._forward, self.device, pooled=self.config.family.pooled
+            )
             self.info = dataclasses.replace(self.info, cuda_graphs=self._graphs is not None)
         self._warm([_ramp(options.max_input_tokens)])
         seqs = min(options.max_batch_seqs, max(1, options.max_batch_tokens // 32))
@@ -144,6 +150,23 @@ class ModelRunner:
 
     def close(self) -> None:
         del self.model
+
+
+def packer(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Products,
+    attend: AttentionKernel,
+) -> Callable[[Sequence[Encoding]], PackedBatch]:
+    """Makes batches as the family pools, laid out as these layers and this kernel like them."""
+    return partial(
+        pack,
+        device=device,
+        pooled=config.family.pooled,
+        filler=wants_filler(device, layers, attend),
+        planner=planner_of(attend, dtype, causal=config.family.mask == "causal"),
+    )
 
 
 def wants_filler(device: torch.device, layers: Products, attend: AttentionKernel) -> bool:
@@ -181,7 +204,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(
-    name: str, device: torch.device, config: NVEmbedConfig, cpu_products: str = "auto"
+    name: str, device: torch.device, config: ModelConfig, cpu_products: str = "auto"
 ) -> torch.dtype:
     """The working dtype. `auto`: on CUDA bfloat16, or float16 on cards without bfloat16's units
     (before Ampere); bfloat16 on CPUs where its products are faster than float32's, else float32 if
@@ -198,7 +221,7 @@ def resolve_dtype(
     if products.fastest_dtype(config.widest_product, cpu_products) == torch.bfloat16:
         return torch.bfloat16
     needed = 4 * sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
-    free = host.available_memory()
+    free = resources.available_memory()
     if free is not None and needed > free:
         logger.warning(
             "float32 weights need %.1f GB and %.1f GB are free: using bfloat16, which is slower on "

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from model.families import NV_EMBED, Family
 from model.tokenizer import query_prefix
 
 
@@ -157,6 +158,6 @@ def find_variant(name: str) -> Task | None:
     return _BY_BARE_NAME.get(_bare(name))
 
 
-def prefix_of(instruction: str) -> str:
+def prefix_of(instruction: str, family: Family = NV_EMBED) -> str:
     """A task description as the model's prefix; none for an empty one."""
-    return query_prefix(instruction) if instruction else ""
+    return query_prefix(instruction, family) if instruction else ""

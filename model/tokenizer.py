@@ -2,7 +2,8 @@
 
 Torch-free: the front process tokenizes. The rules are the reference's, to the off-by-one
 (the published `encode`): EOS is appended before truncation, truncation keeps the first tokens,
-and the pool leaves out `len(tokenize(instruction))` positions, counted without BOS.
+and the pool leaves out `len(tokenize(instruction))` positions, counted without BOS. Where a family
+differs, its row in `model.families` says so.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.families import NV_EMBED, Family
 from model.tokenizer_file import read_tokenizer
 
 BOS_ID = 1
@@ -40,30 +42,30 @@ _CHARS_A_TOKEN = (4, 8, MAX_PIECE_CHARS)
 """Of a long text so many characters for each token of the limit are tried, in turn."""
 
 
-def query_prefix(task: str) -> str:
+def query_prefix(task: str, family: Family = NV_EMBED) -> str:
     """What the reference writes before the text of a query; passages get nothing."""
-    return f"Instruct: {task}\nQuery: "
+    return family.template.replace("{task}", task)
 
 
 class Truncation(StrEnum):
     """What happens to an input that is longer than the limit."""
 
     NONE = "none"  # refused
-    END = "end"  # the reference's: the first tokens stay, EOS goes
+    END = "end"  # the reference's: the first tokens stay; EOS goes, unless the family keeps it
     START = "start"  # BOS and instruction stay, then the last tokens and EOS
 
 
 class NVEmbedTokenizer:
-    """The checkpoint's tokenizer.json with NV-Embed's conventions around it."""
+    """The checkpoint's tokenizer.json with the family's conventions around it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, family: Family = NV_EMBED) -> None:
         # Texts are data: a literal "</s>" in one is text, not the end of the sequence. (The one
         # place where we leave the reference; DECISIONS.md.)
         tokenizer.encode_special_tokens = True
         tokenizer.no_truncation()
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self._tokenizer = tokenizer
+        self._tokenizer, self.family = tokenizer, family
         self.vocab_size: int = max(vocabulary.values()) + 1
         if len(set(vocabulary.values())) < len(vocabulary):
             raise CheckpointError("tokenizer.json gives two pieces one id")
@@ -82,9 +84,15 @@ class NVEmbedTokenizer:
 
     @classmethod
     def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
-        """Read `folder/tokenizer.json`; vocab_size: of the model, by default its config's."""
-        ours = cls(read_tokenizer(folder))
-        rows = vocab_size or NVEmbedConfig.from_dir(folder).vocab_size
+        """Read `folder/tokenizer.json`, and the family from the config beside it.
+
+        vocab_size: of the model that is made of NV-Embed's tokenizer and no config of its kind.
+        """
+        tokenizer = read_tokenizer(folder)
+        config = None if vocab_size else ModelConfig.from_dir(folder)
+        ours = cls(tokenizer, config.family if config else NV_EMBED)
+        rows = config.vocab_size if config else vocab_size
+        assert rows is not None
         if ours.vocab_size > rows:
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} has {ours.vocab_size} pieces, the model embeds "
@@ -159,8 +167,27 @@ class NVEmbedTokenizer:
             encoded = self._ids([clip.prompt for clip in clips])
             for index, clip, ids in zip(left, clips, encoded, strict=True):
                 if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
-                    results[index] = _result(ids, clip, start, max_tokens, truncate)
+                    results[index] = self._result(ids, clip, start, max_tokens, truncate)
         return [results[index] for index in range(len(texts))]
+
+    def _result(
+        self, ids: list[int], clip: _Clip, pool_start: int, max_tokens: int, truncate: Truncation
+    ) -> Encoding | InputTooLongError | EmptyPoolError:
+        if truncate is Truncation.NONE and not clip.is_whole:
+            return InputTooLongError(None, max_tokens)
+        try:
+            return self.to_encoding([*ids, EOS_ID], max_tokens, truncate, pool_start=pool_start)
+        except (InputTooLongError, EmptyPoolError) as error:
+            # Its traceback holds this frame, which holds it: the texts would stay until the next
+            # collection of cycles.
+            return error.with_traceback(None)
+
+    def to_encoding(
+        self, ids: list[int], max_tokens: int, truncate: Truncation, *, pool_start: int = 0
+    ) -> Encoding:
+        """As the function, by the family's rule for EOS."""
+        keeps_eos = self.family.keeps_eos
+        return to_encoding(ids, pool_start, max_tokens, truncate, keeps_eos=keeps_eos)
 
 
 class _Clip(NamedTuple):
@@ -208,21 +235,13 @@ def _without_spaces_before(text: str, end: int) -> int:
     return end
 
 
-def _result(
-    ids: list[int], clip: _Clip, pool_start: int, max_tokens: int, truncate: Truncation
-) -> Encoding | InputTooLongError | EmptyPoolError:
-    if truncate is Truncation.NONE and not clip.is_whole:
-        return InputTooLongError(None, max_tokens)
-    try:
-        return to_encoding([*ids, EOS_ID], pool_start, max_tokens, truncate)
-    except (InputTooLongError, EmptyPoolError) as error:
-        # Its traceback holds this frame, which holds it: the texts would stay until the next
-        # collection of cycles.
-        return error.with_traceback(None)
-
-
 def to_encoding(
-    ids: list[int], pool_start: int, max_tokens: int, truncate: Truncation = Truncation.NONE
+    ids: list[int],
+    pool_start: int,
+    max_tokens: int,
+    truncate: Truncation = Truncation.NONE,
+    *,
+    keeps_eos: bool = False,
 ) -> Encoding:
     """Ids from BOS to EOS as an Encoding of at most `max_tokens`.
 
@@ -231,8 +250,8 @@ def to_encoding(
     if len(ids) > max_tokens:
         if truncate is Truncation.NONE:
             raise InputTooLongError(len(ids), max_tokens)
-        head = max(pool_start, 1) if truncate is Truncation.START else max_tokens
-        head = min(head, max_tokens)
+        most = max_tokens - keeps_eos
+        head = min(max(pool_start, 1), most) if truncate is Truncation.START else most
         ids = ids[:head] + ids[len(ids) - (max_tokens - head) :]
     if pool_start >= len(ids):
         raise EmptyPoolError(pool_start, max_tokens)

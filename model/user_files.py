@@ -115,7 +115,7 @@ def read_text(path: Path) -> str:
 
 def check_output(path: Path, inputs: Iterable[Path]) -> None:
     """Raises FileError where `path` cannot become a file: it is a folder, FIFO or device, or one of
-    the inputs, by whatever name (links, another spelling), and OSError where it cannot be at all."""
+    the inputs, by whatever name (links, another spelling). Raises OSError where none can be."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -22,8 +22,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-from model.config import NVEmbedConfig
-from model.loader import expected_shapes
+from model.config import ModelConfig
+from model.weights.names import expected_shapes
 
 GOLDEN_CASES = Path(__file__).parent / "golden" / "golden.json"
 
@@ -117,7 +117,7 @@ def write_checkpoint(folder: Path, size: str = "golden", shards: int = 2) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     raw = config_json(size)
     (folder / "config.json").write_text(json.dumps(raw, indent=1))
-    shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
+    shapes = expected_shapes(ModelConfig.from_dict(raw))
     weight_map = {}
     names = sorted(shapes)
     for shard in range(shards):

@@ -32,7 +32,7 @@ BENDS = {
     ("offline", ""): 80,
 }
 BOX = (130, 44)
-PER_ROW, CELL, TOP = 6, (112, 46), 640
+PER_ROW, CELL, TOP = 5, (136, 46), 640
 
 
 def rooms() -> Counter[tuple[str, str]]:
@@ -82,7 +82,7 @@ def _modules() -> list[str]:
         _text(320, TOP - 44, "model: each module imports only modules that stand after it", size=15)
     ]
     for place, name in enumerate(names):
-        x = 70 + (place % PER_ROW) * CELL[0]
+        x = 78 + (place % PER_ROW) * CELL[0]
         y = TOP + (place // PER_ROW) * CELL[1]
         short = name.removeprefix("model.")
         used = ", ".join(target.removeprefix("model.") for target in graph[name]) or "nothing"

@@ -18,32 +18,37 @@ MODEL = [
     "extras",
     "user_files",
     "batch",
-    "host",
+    "platform.resources",
     "files",
+    "families",
     "config",
     "card",
-    "weights",
+    "weights.headers",
+    "weights.names",
     "fingerprint",
     "hub",
     "tokenizer_file",
     "tokenizer",
     "tasks",
-    "cuda_device",
+    "platform.cuda_device",
     "packing",
-    "attention",
+    "attention.cpu",
+    "attention.kernels",
     "rotary",
-    "packed_linear",
-    "quantization",
+    "linear.packed_linear",
+    "linear.quantization",
+    "operations",
     "triton_kernels",
     "fused",
-    "products",
-    "mistral",
-    "latent_attention",
-    "nv_embed",
-    "loader",
+    "platform.products",
+    "backbone",
+    "poolers",
+    "embedder",
+    "weights.checkpoint",
+    "weights.loader",
     "cuda_graphs",
     "runner",
-    "memory",
+    "fitting",
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
@@ -185,6 +190,7 @@ TRAINING = [
 ]
 VERIFY = [
     "outcome",
+    "parts",
     "subject",
     "authors",
     "referee",
@@ -231,12 +237,13 @@ def wing_of(module: str) -> str:
 def modules(package: str) -> dict[str, Path]:
     """Dotted name -> file of all modules in a package and the wings in it."""
     folder = ROOT / package.replace(".", "/")
-    patterns = ("*.py", "*/*.py") if package == "server" else ("*.py",)
-    files = [file for pattern in patterns for file in folder.glob(pattern)]
+    files = [*folder.glob("*.py"), *folder.glob("*/*.py")]
+    tables = [other.replace(".", "/") for other in layers() if other.startswith(f"{package}.")]
     return {
         ".".join(file.relative_to(ROOT).with_suffix("").parts): file
         for file in files
         if file.stem != "__init__"
+        and file.parent.relative_to(ROOT).as_posix() not in tables  # which have tables of their own
     }
 
 

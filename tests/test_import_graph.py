@@ -39,3 +39,14 @@ def test_a_new_import_changes_the_drawing(monkeypatch: pytest.MonkeyPatch, tmp_p
     files["server"]["server.http.tls"] = changed
     monkeypatch.setattr(import_graph, "modules", lambda package: files[package])
     assert import_graph.svg() != before
+
+
+def test_the_rooms_of_the_model_form_no_circle() -> None:
+    """A folder counts as one: its files may import each other, and no way leads out and back in."""
+    graph: dict[str, set[str]] = {}
+    for name, used in import_graph.of_model().items():
+        room = name.split(".")[1]
+        graph.setdefault(room, set()).update({target.split(".")[1] for target in used} - {room})
+    while free := {room for room, used in graph.items() if not used}:
+        graph = {room: used - free for room, used in graph.items() if room not in free}
+    assert not graph, f"a circle among {sorted(graph)}"

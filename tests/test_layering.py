@@ -19,8 +19,10 @@ TORCH_FREE = [
     "model.config",
     "model.batch",
     "model.user_files",
-    "model.host",
-    "model.memory",
+    "model.platform.resources",
+    "model.fitting",
+    "model.families",
+    "model.weights.names",
     "server.cli",
     "server.http.lifecycle",
 ]
@@ -86,8 +88,10 @@ def test_only_its_commands_know_of_training() -> None:
 
 def test_the_check_finds_an_import_that_points_up(tmp_path: Path) -> None:
     file = tmp_path / "low.py"
-    file.write_text("def f():\n    from model import encoder\n    import model.loader as x\n")
-    assert list(imports(file)) == ["model.encoder", "model.loader"]
+    file.write_text(
+        "def f():\n    from model import encoder\n    import model.weights.loader as x\n"
+    )
+    assert list(imports(file)) == ["model.encoder", "model.weights.loader"]
     file.write_text("from server.api import names, openai\nimport server.engine.batcher\n")
     found = uses(file, layers()["server"])
     assert found == {"server.api.names", "server.api.openai", "server.engine.batcher"}

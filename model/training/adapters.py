@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from model.errors import UnsupportedError
 from model.extras import how_to_install
-from model.loader import tensor_table
 from model.training.network import TrainedNVEmbed
+from model.weights.names import tensor_table
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ADAPTER = "default"

@@ -1,8 +1,8 @@
 """Attention for training on a CPU: plain matrix products, whose gradients are fast there.
 
 torch's fused CPU kernel is quick forwards and slow backwards (measured: half of a step). The
-function is one more kernel of `model.attention`, full bidirectional attention inside each
-sequence; sequences of similar length are padded together, so hand in a sorted batch.
+function is one more kernel of `model.attention.kernels`; sequences of similar length are padded
+together, so hand in a sorted batch.
 Letters as there: T rows, H heads, K kv heads, E head width.
 """
 
@@ -25,8 +25,7 @@ def grouped_products(
 ) -> Tensor:
     """An AttentionKernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
-    causal: rows see none behind them, as in the decoder that Mistral was; for the ablation only.
-    The queries of a sequence are its last rows.
+    The queries of a sequence are its last rows; causal: rows see none behind them.
     """
     groups = _groups(keys.lengths)
     parts = [  # split: the gradient of a slice would be a tensor of all rows for each

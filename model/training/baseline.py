@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model import console, host
+from model import console
+from model.platform import resources
 from model.training.corpus import without_held_out
 from model.training.examples import Example, read_examples
 from model.training.losses import contrastive_loss
@@ -46,7 +47,7 @@ def fine_tune(
 
     def embed(texts: list[str]) -> Tensor:
         features = network.preprocess(texts)
-        with torch.autocast("cpu", torch.bfloat16, enabled=host.has_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=resources.has_bfloat16()):
             vectors = network(features)["sentence_embedding"]
         return F.normalize(vectors.float(), dim=-1)
 

@@ -11,15 +11,15 @@ one anew, and after eight of them none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mistral import MLP, RMSNorm
-from model.quantization import ScaledRows
+from model.linear.quantization import ScaledRows
+from model.operations import Differentiable, Product
 from model.rotary import HalvesRotary
 from model.training.network import TrainedNVEmbed
 
@@ -56,24 +56,26 @@ class CompiledRotary(HalvesRotary):
         return _compiled(_rotated)(x, self.cos, self.sin)  # type: ignore[no-any-return]
 
 
-def _add(norm: RMSNorm, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor | ScaledRows]:
-    if not torch.is_grad_enabled():
-        return RMSNorm.add(norm, residual, update)
-    arguments = residual, update, norm.weight, norm.eps
-    return _compiled(_added_and_normed)(*arguments)  # type: ignore[no-any-return]
+class Compiled(Differentiable):
+    """Where there is a gradient: what runs without one is not worth the compiling."""
 
+    rotary = CompiledRotary
 
-def _mlp(mlp: MLP, x: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return MLP.forward(mlp, x)
-    return mlp.down_proj(_compiled(_activated)(mlp.gate_up_proj(x)))  # type: ignore[no-any-return]
+    def add_norm(
+        self, residual: Tensor, update: Tensor, weight: Tensor, eps: float, *, float8: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            return super().add_norm(residual, update, weight, eps)
+        return _compiled(_added_and_normed)(residual, update, weight, eps)  # type: ignore[no-any-return]
+
+    def mlp(
+        self, x: Tensor | ScaledRows, gate_up: Product, down: Product, *, float8: bool = False
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().mlp(x, gate_up, down)
+        return down(_compiled(_activated)(gate_up(x)))
 
 
 def compile_parts(model: TrainedNVEmbed) -> None:
     """In place; parameters and their names stay."""
-    model.backbone.rotary = CompiledRotary
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.add = partial(_add, module)  # type: ignore[method-assign]
-        elif isinstance(module, MLP):
-            module.forward = partial(_mlp, module)  # type: ignore[method-assign]
+    model.backbone.use(Compiled())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import console
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.training.export import config_json, write_checkpoint
 
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, required=True, help="how many there shall be")
     arguments = parser.parse_args()
-    config = NVEmbedConfig.from_dir(arguments.checkpoint)
+    config = ModelConfig.from_dir(arguments.checkpoint)
     before = config.num_hidden_layers
     if arguments.layers < before:
         raise CheckpointError(f"{arguments.checkpoint} has {before} layers already")

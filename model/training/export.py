@@ -1,4 +1,4 @@
-"""A trained module -> a checkpoint folder in the official layout, which `model.loader` reads.
+"""A trained module -> a checkpoint folder in the official layout, for `model.weights.loader`.
 
 LoRA's adapters are merged on the way. `write_papers` says whose weights these were.
 """
@@ -15,14 +15,14 @@ import yaml
 from safetensors.torch import save_file
 
 from model.card import card_license
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
 from model.training.adapters import merged_weight
 from model.training.network import TrainedNVEmbed, sources
 
 
-def config_json(config: NVEmbedConfig) -> dict[str, Any]:
+def config_json(config: ModelConfig) -> dict[str, Any]:
     """The official config.json of these sizes."""
     return {
         "_name_or_path": config.name,

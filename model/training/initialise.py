@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from model import console
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.training.examples import read_texts
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
 from model.training.teacher import Projection, Teacher, load_vectors
 
-DEFAULT = NVEmbedConfig(
+DEFAULT = ModelConfig(
     vocab_size=32_000,
     hidden_size=256,
     num_hidden_layers=4,
@@ -65,7 +65,7 @@ def piece_weights(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.floa
 
 
 def new_model(
-    config: NVEmbedConfig,
+    config: ModelConfig,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     projection: Projection,

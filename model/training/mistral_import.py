@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
-from model.loader import Checkpoint, check_shapes, tensor_table
 from model.training.network import TrainedNVEmbed, assemble, initialise_weights, stacked
+from model.weights.checkpoint import Checkpoint, check_shapes
+from model.weights.names import tensor_table
 
 logger = logging.getLogger("nv_embed.training")
 _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6}
@@ -36,7 +37,7 @@ def mistral_config(
     num_latents: int | None = None,
     num_cross_heads: int | None = None,
     cross_dim_head: int | None = None,
-) -> NVEmbedConfig:
+) -> ModelConfig:
     """The sizes of the model that the folder's backbone and a new pooler make.
 
     The pooler's defaults are the paper's at its width, 4,096, and in proportion elsewhere: D / 8
@@ -55,7 +56,7 @@ def mistral_config(
     name = f"{Path(str(raw.get('_name_or_path') or folder.resolve())).name}-embed"
     parts: dict[str, Any] = {"text_config": _DEFAULTS | raw, "latent_attention_config": pooler}
     try:
-        config = NVEmbedConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)
+        config = ModelConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     if raw.get("sliding_window"):
@@ -68,7 +69,7 @@ def mistral_config(
 
 def load_mistral(
     folder: Path,
-    config: NVEmbedConfig,
+    config: ModelConfig,
     *,
     seed: int,
     device: torch.device,

@@ -1,60 +1,43 @@
-"""The module that is trained: NVEmbed with the plain pooler, whose latents are parameters.
+"""The module that is trained: Embedder with the plain pooler, whose latents are parameters.
 
-Parameter names are those of `model.loader`'s tables, so that `export` needs no other map.
+Parameter names are those of `model.weights.names`, so that `export` needs no other map.
 Shapes: N sequences, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionKernel
-from model.config import NVEmbedConfig
-from model.latent_attention import LatentAttention, segment_mean
-from model.loader import Checkpoint, folded_sources, tensor_table
-from model.mistral import MistralBackbone
-from model.packing import PackedBatch, Segments
+from model.attention.kernels import AttentionKernel
+from model.backbone import MistralBackbone
+from model.config import ModelConfig
+from model.families import Family
+from model.packing import PackedBatch
+from model.poolers import SERVED, LatentAttention
+from model.weights.checkpoint import Checkpoint
+from model.weights.names import folded_sources, tensor_table
 
 
-class MeanPooler(nn.Module):
-    """The mean of the pooled rows: an ablation of the paper, not served."""
-
-    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
-        """h [P, D] -> float32 [N, D]."""
-        return segment_mean(h, pooled)
-
-
-class LastPooler(nn.Module):
-    """The last row, EOS: an ablation of the paper, not served."""
-
-    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
-        """h [P, D] -> float32 [N, D]."""
-        return h.index_select(0, pooled.cu_seqlens[1:].long() - 1).float()
-
-
-POOLERS: dict[str, Callable[[NVEmbedConfig], nn.Module]] = {
-    "latent": LatentAttention,
-    "mean": lambda _config: MeanPooler(),
-    "eos": lambda _config: LastPooler(),
-}
+def ablated(family: Family, pooling: str, *, causal: bool) -> Family:
+    """The family with another pooler ("eos": the last row) and mask: an ablation, not served."""
+    pooler = "last" if pooling == "eos" else pooling
+    return replace(family, pooler=pooler, mask="causal" if causal else "full")  # type: ignore[arg-type]
 
 
 class TrainedNVEmbed(nn.Module):
-    """Backbone and plain pooler; instruction rows out of the pool, as served.
+    """Backbone and plain pooler; instruction rows out of the pool, as served."""
 
-    The mask is the kernel's affair: bidirectional for all that is served.
-    """
-
-    def __init__(self, config: NVEmbedConfig, pooling: str = "latent") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = MistralBackbone(config)
-        self.pooler = POOLERS[pooling](config)
+        plain = {**SERVED, "latent": LatentAttention}
+        self.pooler = plain[config.family.pooler](config)
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""
@@ -62,7 +45,7 @@ class TrainedNVEmbed(nn.Module):
         return F.normalize(self.pooler(hidden_states, batch.pooled).float(), dim=-1)
 
 
-def sources(config: NVEmbedConfig) -> dict[str, list[tuple[str, int]]]:
+def sources(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
     """Parameter -> (checkpoint tensor, rows) of the tensors stacked to make it."""
     table = {
         parameter: [(source.name, source.shape[0]) for source in stack]
@@ -79,23 +62,23 @@ def load_trained(
     device: torch.device,
     projections: torch.dtype = torch.float32,
     pooling: str = "latent",
+    causal: bool = False,
 ) -> TrainedNVEmbed:
     """An official checkpoint as a trainable module, float32. Raises CheckpointError.
 
     projections: the dtype of the layers' matrices, for those that are frozen.
-    pooling: one of POOLERS; other ones than "latent" leave the checkpoint's pooler out.
+    pooling, causal: of an ablation, which leaves the checkpoint's pooler out unless it is "latent".
     """
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
+    config = replace(config, family=ablated(config.family, pooling, causal=causal))
     return assemble(
         config,
         {
             parameter: stacked(checkpoint, parameter, [n for n, _ in stack], device, projections)
             for parameter, stack in sources(config).items()
-            if pooling == "latent" or not parameter.startswith("pooler.")
         },
-        pooling,
     )
 
 
@@ -112,12 +95,10 @@ def stacked(
     return torch.cat([checkpoint.rows(name).to(device, dtype) for name in names])
 
 
-def assemble(
-    config: NVEmbedConfig, state: dict[str, Tensor], pooling: str = "latent"
-) -> TrainedNVEmbed:
+def assemble(config: ModelConfig, state: dict[str, Tensor]) -> TrainedNVEmbed:
     """The module of these values, which it takes over as they are."""
     with torch.device("meta"):
-        model = TrainedNVEmbed(config, pooling)
+        model = TrainedNVEmbed(config)
     model.load_state_dict(state, assign=True)
     return model
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from model.training.gradient_cache import rng_state, set_rng_state
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.user_files import locked
-from model.weights import weight_files
+from model.weights.headers import weight_files
 
 logger = logging.getLogger("nv_embed.training")
 _KEPT_STATES = 2

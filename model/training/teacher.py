@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from model import console, host, user_files
+from model import console, user_files
 from model.errors import FileError, UnsupportedError
 from model.extras import how_to_install
+from model.platform import resources
 from model.runner import resolve_device
 from model.training.examples import DataError, read_texts
 
@@ -68,7 +69,7 @@ class Teacher:
             ) from None
         where = resolve_device(device)
         if dtype == "auto":
-            fast = where.type == "cuda" or host.has_bfloat16()
+            fast = where.type == "cuda" or resources.has_bfloat16()
             dtype = "bfloat16" if fast else "float32"
         # `device` keeps the library from looking for one; local folders only, no remote code.
         self.network = library.SentenceTransformer(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model import host
 from model.batch import Encoding
 from model.errors import ModelError
 from model.packing import pack
+from model.platform import resources
 from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
@@ -84,7 +83,6 @@ class Trainer:
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
         self.model = self._load()
-        self.attend = partial(grouped_products, causal=settings.causal)
         self.tokenizer = NVEmbedTokenizer.from_dir(self.start, self.model.config.vocab_size)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
@@ -117,7 +115,11 @@ class Trainer:
             )
         else:
             model = load_trained(
-                self.start, device=self.device, projections=dtype, pooling=s.pooling
+                self.start,
+                device=self.device,
+                projections=dtype,
+                pooling=s.pooling,
+                causal=s.causal,
             )
         if s.lora_rank:
             torch.manual_seed(s.seed)
@@ -313,12 +315,12 @@ class Trainer:
 
     def _forward(self, encodings: Sequence[Encoding]) -> Tensor:
         """Vectors [N, D] in the order given."""
-        batch = pack(encodings, self.device)
+        batch = pack(encodings, self.device, pooled=self.model.config.family.pooled)
         with (
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             sdpa_kernel(SDPBackend.MATH),  # for the pooler; the fused one is slow backwards
         ):
-            return self.model(batch, self.attend)  # type: ignore[no-any-return]
+            return self.model(batch, grouped_products)  # type: ignore[no-any-return]
 
     # Validation
 
@@ -370,5 +372,5 @@ def _parameter_groups(model: torch.nn.Module, decay: float) -> list[dict[str, An
 def _autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """bfloat16 where it is fast: on GPUs and on processors that have it."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" or host.has_bfloat16() else "float32"
+        name = "bfloat16" if device.type == "cuda" or resources.has_bfloat16() else "float32"
     return torch.bfloat16 if name == "bfloat16" else None

@@ -14,10 +14,10 @@ from model.batch import Encoding
 from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.errors import CheckpointError
 from model.files import read_json
-from model.loader import Checkpoint
 from model.tokenizer import BOS_ID, EOS_ID, Truncation
 from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
 from model.verify.subject import EXAMPLE, PREFIX, SAMPLES, VECTOR_TOLERANCE, Loaded, Subject
+from model.weights.checkpoint import Checkpoint
 
 EXAMPLE_IDS = [
     1, 560, 1356, 28747, 12628, 264, 2996, 28725, 20132, 1455, 1291, 369, 4372, 272, 2996, 13,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from model import cuda_graphs
 from model.batch import Encoding, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.runner import ModelRunner, resolve_device
@@ -41,7 +41,7 @@ class Bench:
         serves in), work (a folder for what one process leaves to another)."""
         self.job, self.import_s = job, import_s
         self.source = ModelSource(job["model_id"], Path(job["path"]), job.get("revision"), None)
-        self.config = NVEmbedConfig.from_dir(self.source.path)
+        self.config = ModelConfig.from_dir(self.source.path)
         self.work = Path(job["work"])
         self._loaded: tuple[str, ModelRunner] | None = None
         self._recorded: Embed | None = None  # of the loaded runner

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.memory import FittingRunner
+from model.fitting import FittingRunner
 from model.verify.bench import Bench
 from model.verify.outcome import Check, at_least, smallest_cosine, status_of
 from model.verify.subject import SAME_DTYPE_COSINE

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import fused
+from model.backbone import RMSNorm
 from model.fused import Fused
-from model.mistral import RMSNorm
-from model.quantization import ScaledRows, float8_rows
+from model.linear.quantization import ScaledRows, float8_rows
+from model.operations import InPlace
 from model.rotary import HalvesRotary
 from model.verify.bench import FUSED, Bench
 from model.verify.outcome import at_least
@@ -70,6 +71,7 @@ def _norm(bench: Bench, chosen: Fused, rows: int, *, float8: bool) -> _Pair:
     width = bench.config.hidden_size
     residual, update = _numbers(bench, rows, width), _numbers(bench, rows, width)
     norm = RMSNorm(width, bench.config.rms_norm_eps)
+    norm.operations = InPlace()
     norm.weight = torch.nn.Parameter(_numbers(bench, width), requires_grad=False)
 
     def plain() -> Tensor | ScaledRows:
@@ -78,7 +80,7 @@ def _norm(bench: Bench, chosen: Fused, rows: int, *, float8: bool) -> _Pair:
         return float8_rows(normed) if float8 else normed
 
     def by_kernel() -> Tensor | ScaledRows:
-        return chosen.norm(residual, update, norm.weight, norm.eps, float8=float8)
+        return chosen.add_norm(residual, update, norm.weight, norm.eps, float8=float8)[1]
 
     return _Pair(by_kernel, plain, rows * width * (3 * residual.itemsize + _out(bench, float8)))
 

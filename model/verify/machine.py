@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from model import host
+from model.platform import resources
 from model.runner import device_name, resolve_dtype
 from model.verify.bench import Bench
 from model.verify.subject import dtype_name
@@ -59,8 +59,8 @@ def system(bench: Bench) -> dict[str, Any]:
         "nvidia_smi": nvidia_smi(),
         "driver": _or_why(lambda: Path("/proc/driver/nvidia/version").read_text().splitlines()[0]),
         "processor": _or_why(_processor),
-        "cores": host.usable_cores(),
-        "available_memory_bytes": host.available_memory(),
+        "cores": resources.usable_cores(),
+        "available_memory_bytes": resources.available_memory(),
         "container": any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }

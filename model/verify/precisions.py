@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from model.quantization import Float8Linear
+from model.linear.quantization import Float8Linear
 from model.verify.outcome import Check, at_least, skipped, smallest_cosine
 from model.verify.subject import Measured, Subject, load, no_room, sample_encodings
 

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model.attention import choose_kernel
-from model.config import NVEmbedConfig
+from model.attention.kernels import choose_kernel, planner_of
+from model.config import ModelConfig
+from model.linear.quantization import Float8Linear, float8_rows
 from model.packing import pack
-from model.products import layer_of
-from model.quantization import Float8Linear, float8_rows
+from model.platform.products import layer_of
 from model.verify.bench import Bench
 from model.verify.precisions import SlowFloat8Linear
 
 _FLOAT8 = {"float8": Float8Linear, "float8-slow": SlowFloat8Linear}
 
 
-def shapes(config: NVEmbedConfig) -> dict[str, tuple[int, int]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The products of a layer: I, O."""
     width, inter = config.hidden_size, config.intermediate_size
     return {
@@ -79,9 +79,10 @@ def attention(
     config, device = bench.config, bench.device
     dtype = getattr(torch, bench.job["base"])
     name, attend = choose_kernel(bench.job["attention"], device, dtype)
+    planner = planner_of(attend, dtype, causal=False)
     found: dict[str, Any] = {"kernel": name}
     for length in lengths:
-        batch = pack(bench.texts(length, batch_tokens), device)
+        batch = pack(bench.texts(length, batch_tokens), device, planner=planner)
         q, k, v = (
             torch.randn(batch.num_tokens, heads, config.head_dim, device=device).to(dtype)
             for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from model.backbone import select_rows
 from model.batch import Encoding
-from model.config import NVEmbedConfig
-from model.loader import Checkpoint, load_plain_pooler
-from model.mistral import select_rows
+from model.config import ModelConfig
 from model.packing import pack
+from model.verify.parts import load_plain_pooler
+from model.weights.checkpoint import Checkpoint
 
 _BACKBONE = "embedding_model."
 
@@ -32,7 +33,7 @@ _BACKBONE = "embedding_model."
 class Referee:
     """float32 vectors, which it remembers: each pass reads the whole checkpoint."""
 
-    def __init__(self, folder: Path, config: NVEmbedConfig, device: torch.device) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, device: torch.device) -> None:
         self._folder, self._config, self._device = folder, config, device
         self._known: dict[bytes, NDArray[np.float32]] = {}
 
@@ -88,7 +89,7 @@ def states_of(theirs: Any, **inputs: Tensor) -> Tensor:
     return states
 
 
-def mistral_model(config: NVEmbedConfig, layers: int) -> Any:
+def mistral_model(config: ModelConfig, layers: int) -> Any:
     """transformers' MistralModel in float32 on the CPU, values not yet set."""
     from transformers import MistralConfig, MistralModel
 

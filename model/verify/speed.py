@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
-from model.packing import pack
 from model.verify.bench import Bench, in_ms, precision_of, walls
 from model.verify.machine import AT_WORK, nvidia_smi
 from model.verify.primitives import product_s, shapes
@@ -69,7 +68,7 @@ def forward(
     return {**found, "products_ms": 1e3 * ceiling, "share_of_products": ceiling / median}
 
 
-def flops(config: NVEmbedConfig, lengths: Sequence[int]) -> int:
+def flops(config: ModelConfig, lengths: Sequence[int]) -> int:
     """Of the backbone's products and attention: 2 for each multiplication with its sum."""
     products = 2 * sum(lengths) * sum(i * o for i, o in shapes(config).values())
     attention = 4 * sum(length**2 for length in lengths) * config.q_size
@@ -87,7 +86,7 @@ def lone(bench: Bench, variant: str, tokens: int, runs: int, recorded: bool) -> 
     if not recorded:
         _, working = bench.loaded(variant)
         found |= _launch(
-            bench, lambda: working.model(pack(encodings, bench.device), working.attend), runs
+            bench, lambda: working.model(working.pack(encodings), working.attend), runs
         )
     return found
 

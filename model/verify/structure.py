@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from model import cuda_graphs
-from model.attention import available_kernels, choose_kernel
+from model.attention.kernels import available_kernels, choose_kernel
 from model.batch import Encoding
 from model.errors import UnsupportedError
-from model.loader import empty_model, load_backbone, load_plain_pooler
 from model.packing import pack
 from model.verify.authors import EXAMPLE_IDS
 from model.verify.outcome import Check, at_most, finite, skipped, status_of
+from model.verify.parts import load_backbone, load_plain_pooler
 from model.verify.referee import mistral_model, states_of
 from model.verify.subject import (
     SAMPLES,
@@ -29,6 +29,7 @@ from model.verify.subject import (
     say,
     too_large,
 )
+from model.weights.loader import empty_model
 
 FOLDED_COSINE = 0.9999
 REFEREE_LAYERS = 2

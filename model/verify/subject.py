@@ -16,19 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import fused, host, products
-from model.attention import AttentionKernel, choose_kernel
+from model import fused
+from model.attention.kernels import AttentionKernel, choose_kernel
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
+from model.embedder import Embedder
 from model.errors import UnsupportedError
 from model.hub import ModelSource
-from model.loader import empty_model, load_model
-from model.nv_embed import NVEmbed
-from model.packing import PackedBatch, pack
-from model.products import Products
-from model.runner import resolve_device, resolve_dtype, wants_filler
+from model.packing import PackedBatch
+from model.platform import products, resources
+from model.platform.products import Products
+from model.runner import packer, resolve_device, resolve_dtype
 from model.tokenizer import NVEmbedTokenizer, query_prefix
 from model.verify.outcome import Check, at_least, at_most, difference, smallest_cosine
+from model.weights.loader import empty_model, load_model
 
 PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
 EXAMPLE = "are judo throws allowed in wrestling?"
@@ -52,7 +53,7 @@ class Subject:
     """What is verified: a checkpoint, and the parts that run it."""
 
     source: ModelSource
-    config: NVEmbedConfig
+    config: ModelConfig
     tokenizer: NVEmbedTokenizer
     device: torch.device
     dtype: torch.dtype
@@ -77,7 +78,7 @@ def subject_of(
 ) -> Subject:
     """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
     run."""
-    config = NVEmbedConfig.from_dir(source.path)
+    config = ModelConfig.from_dir(source.path)
     where = resolve_device(device)
     working = resolve_dtype(dtype, where, config, cpu_products)
     choose_kernel(attention, where, working)  # refuses what cannot run
@@ -120,7 +121,7 @@ class Measured:
 class Loaded:
     """One model in memory, with its kernel."""
 
-    model: NVEmbed
+    model: Embedder
     attend: AttentionKernel
     device: torch.device
     layers: Products
@@ -129,10 +130,17 @@ class Loaded:
         self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
     ) -> NDArray[np.float32]:
         attend = attend or self.attend
-        filler = wants_filler(self.device, self.layers, attend)
         with torch.inference_mode():
-            rows = self.model(pack(encodings, self.device, filler=filler), attend)
+            rows = self.model(self.pack(encodings, attend), attend)
         return rows.cpu().numpy()  # type: ignore[no-any-return]
+
+    def pack(
+        self, encodings: Sequence[Encoding], attend: AttentionKernel | None = None
+    ) -> PackedBatch:
+        """A batch as the runner makes it."""
+        attend = attend or self.attend
+        make = packer(self.model.config, self.device, self.layers.dtype, self.layers, attend)
+        return make(encodings)
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         with torch.inference_mode():
@@ -156,7 +164,7 @@ def load(
         dtype=dtype,
         quantize=quantization,
         layers=layers,
-        fused=fused.choose(fused_kernels, subject.device),
+        operations=fused.choose(fused_kernels, subject.device),
     )
     return Loaded(model, subject.kernel(dtype)[1], subject.device, layers)
 
@@ -201,14 +209,14 @@ def too_large(needed: int, device: torch.device) -> str | None:
         torch.cuda.empty_cache()
         free: int | None = torch.cuda.mem_get_info(device)[0]
     else:
-        free = host.available_memory()
+        free = resources.available_memory()
     if free is None or needed <= free:
         return None
     return f"it needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
 
 
 class _CudaPeak:
-    """As host.PeakMemory, of the memory that torch allocates on a GPU."""
+    """As resources.PeakMemory, of the memory that torch allocates on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.bytes, self._device = 0, device
@@ -221,8 +229,8 @@ class _CudaPeak:
         self.bytes = torch.cuda.max_memory_allocated(self._device)
 
 
-def peak_memory(device: torch.device) -> host.PeakMemory | _CudaPeak:
-    return _CudaPeak(device) if device.type == "cuda" else host.PeakMemory(interval=0.02)
+def peak_memory(device: torch.device) -> resources.PeakMemory | _CudaPeak:
+    return _CudaPeak(device) if device.type == "cuda" else resources.PeakMemory(interval=0.02)
 
 
 def sample_encodings(subject: Subject) -> list[Encoding]:

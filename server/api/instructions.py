@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from model.families import NV_EMBED, Family
 from model.tasks import TASKS, find_task, prefix_of
 from server.errors import InvalidRequestError
 
@@ -25,15 +26,21 @@ class Defaults:
 
     query_instruction: str
     input_type: Side | None = None
+    family: Family = NV_EMBED
+    """Of the model that is served: how a task description is written before a text."""
 
     @classmethod
     def of(
-        cls, query_instruction: str, input_type: Literal["none", "query", "passage"]
+        cls,
+        query_instruction: str,
+        input_type: Literal["none", "query", "passage"],
+        family: Family = NV_EMBED,
     ) -> Defaults:
         task = find_task(query_instruction)
         return cls(
             task.query if task else query_instruction,
             None if input_type == "none" else input_type,
+            family,
         )
 
 
@@ -56,15 +63,16 @@ def choose_prefix(
     if prompt is not None:
         return prompt
     if instruction is not None:
-        return prefix_of(instruction)
+        return prefix_of(instruction, defaults.family)
     if task is not None:
-        return _task_prefix(task, side or model_side or "query") if task else ""
+        side = side or model_side or "query"
+        return _task_prefix(task, side, defaults.family) if task else ""
     if input_type == "":
         return ""
     side = side or model_side or defaults.input_type
     if side is None:
         return None
-    return prefix_of(defaults.query_instruction) if side == "query" else ""
+    return prefix_of(defaults.query_instruction, defaults.family) if side == "query" else ""
 
 
 def _side(input_type: str) -> Side:
@@ -77,14 +85,14 @@ def _side(input_type: str) -> Side:
     return side
 
 
-def _task_prefix(name: str, side: Side) -> str:
+def _task_prefix(name: str, side: Side, family: Family) -> str:
     task = find_task(name)
     if task is None:
         raise InvalidRequestError(
             f"unknown task {_shown(name)}; known: {', '.join(TASKS)} (GET /v1/instructions)",
             param="task",
         )
-    return prefix_of(task.query if side == "query" else task.passage)
+    return prefix_of(task.query if side == "query" else task.passage, family)
 
 
 def _shown(name: str) -> str:

@@ -35,7 +35,9 @@ class _Endpoints:
         self._engine = engine
         self._truncates_dimensions = settings.allow_truncated_dimensions
         self._names = ServedNames(engine.source.model_id, settings.served_model_name)
-        self._defaults = Defaults.of(settings.query_instruction, settings.default_input_type)
+        self._defaults = Defaults.of(
+            settings.query_instruction, settings.default_input_type, engine.family
+        )
         self._created = int(time.time())
         self._bodies, self._answers = BodyReader(settings.max_body_bytes), AnswerWriter()
 

@@ -10,8 +10,9 @@ import re
 import sys
 from collections.abc import Sequence
 
-from model import console, host
+from model import console
 from model.errors import did_you_mean
+from model.platform import resources
 from server.cli import encode, evaluate, gpu_check, mine, openapi, serve, train, verify
 from server.cli.parsing import Parser
 from server.cli.streams import open_standard_streams
@@ -24,7 +25,7 @@ COMMANDS = (serve, encode, verify, gpu_check, train, mine, evaluate, openapi)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for a wrong call."""
     open_standard_streams()
-    host.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
+    resources.let_waiting_threads_sleep()  # here and in the workers, which inherit the environment
 
     def command() -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)

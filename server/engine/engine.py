@@ -14,13 +14,14 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from model import host
 from model.batch import Encoding, RunnerInfo, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
+from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import NVIDIA_NOTICE, ModelSource
+from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
-from model.weights import weight_files
+from model.weights.headers import weight_files
 from server.engine.batcher import Batcher
 from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
@@ -43,11 +44,11 @@ class EmbeddingEngine:
 
     def __init__(self, settings: Settings, source: ModelSource) -> None:
         """Reads config and tokenizer. Raises SettingsError or CheckpointError."""
-        host.return_freed_memory()
+        resources.return_freed_memory()
         self.source = source
         # First: what changes on disk from here on is another checkpoint, to the workers as well.
         identity = fingerprint(source.path)
-        self.config = NVEmbedConfig.from_dir(source.path)
+        self.config = ModelConfig.from_dir(source.path)
         tokenizer = NVEmbedTokenizer.from_dir(source.path)
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
@@ -61,7 +62,7 @@ class EmbeddingEngine:
         self.worker_options = worker_options(
             self._runner_options(settings, identity),
             choose(settings.devices, child_environment()),
-            host.usable_cores(),
+            resources.usable_cores(),
             settings.max_batch_tokens,
         )
         self._supervisor = Supervisor(
@@ -113,6 +114,10 @@ class EmbeddingEngine:
                 f"--max-input-tokens {asked} is more than the model's {limit}: lower it"
             )
         return asked or limit
+
+    @property
+    def family(self) -> Family:
+        return self.config.family
 
     @property
     def dimensions(self) -> int:

@@ -15,7 +15,6 @@ from model.tokenizer import (
     MAX_PIECE_CHARS,
     NVEmbedTokenizer,
     Truncation,
-    to_encoding,
 )
 from server.engine.interface import EncodingOptions, Input
 from server.errors import ContextLengthExceededError, InvalidRequestError
@@ -137,7 +136,7 @@ class InputTokenizer:
                 param=param,
             )
         try:
-            return to_encoding(ids, 0, max_tokens, truncate)
+            return self.tokenizer.to_encoding(ids, max_tokens, truncate)
         except InputTooLongError as error:
             raise _too_long(error.num_tokens, error.max_tokens, param) from None
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding, RunnerInfo
+from model.families import Family
 from model.hub import ModelSource
 from model.tokenizer import Truncation
 
@@ -66,6 +67,10 @@ class Engine(Protocol):
     @property
     def source(self) -> ModelSource:
         """Where the model came from."""
+
+    @property
+    def family(self) -> Family:
+        """What kind of model it is."""
 
     @property
     def dimensions(self) -> int:

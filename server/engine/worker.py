@@ -23,10 +23,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model import host
 from model.batch import RunnerOptions
 from model.errors import ModelError
-from model.memory import FittingRunner, is_out_of_memory, loses_device
+from model.fitting import FittingRunner, is_out_of_memory, loses_device
+from model.platform import resources
 from server import logs
 from server.engine.wire import (
     HEADER,
@@ -116,7 +116,7 @@ def _start_runner(connection: _Connection, start: dict[str, Any]) -> Runner | No
     if options.device == "cpu":
         os.nice(CPU_NICENESS)
     try:
-        with host.for_good():
+        with resources.for_good():
             factory = load_factory(start["runner"] or MODEL_RUNNER)
         runner = factory(options)
         tokens_per_s = float(runner.warm_up() or 0.0)

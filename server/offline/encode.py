@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from model import host
 from model.batch import BatchLimits, RunnerOptions
+from model.fitting import is_out_of_memory
 from model.hub import ModelSource, locate
-from model.memory import is_out_of_memory
+from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from server.api.names import ServedNames
 from server.engine.inputs import InputTokenizer
@@ -145,7 +145,7 @@ def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run
 
 
 def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
-    with host.for_good():
+    with resources.for_good():
         from model.encoder import Encoder
 
     if arguments.runner:

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import host
-from model.attention import AttentionKernel
+from model.attention.kernels import AttentionKernel, planner_of
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.errors import UnsupportedError
-from model.packed_linear import PackedLinear
+from model.linear.packed_linear import PackedLinear
 from model.packing import PackedBatch, Segments, pack
-from model.products import CANDIDATES, layer_of, probe
+from model.platform import resources
+from model.platform.products import CANDIDATES, layer_of, probe
 from model.runner import ModelRunner
 from tests.bench import report, workloads
 
@@ -106,7 +106,10 @@ def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
     longest = max(lengths)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    ) -> Tensor:
+        assert not causal
         q, k, v = (x.unflatten(0, (len(lengths), longest)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
@@ -139,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="about so many tokens per mix")
     parser.add_argument("--max-batch-tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--threads", type=int, default=resources.usable_cores())
     options = parser.parse_args(arguments)
     out = report.Report("forward", __doc__ or "", report.settings_of(options))
     out.start()
@@ -211,7 +214,8 @@ def _measure(
     encodings = workloads.encodings_of(mix, count)
     limits = BatchLimits(options.max_batch_tokens, 256)
     groups = workloads.first_come_batches(encodings, limits)
-    batches = [pack(group, runner.device) for group in groups]
+    planner = planner_of(runner._attend, runner.dtype, causal=False)
+    batches = [pack(group, runner.device, planner=planner) for group in groups]
     in_32s = [encodings[i : i + 32] for i in range(0, len(encodings), 32)]
 
     def packed(runner: ModelRunner) -> Runs:
@@ -226,8 +230,8 @@ def _measure(
     memory = {}
     for what, runs in alternatives.items():
         ctypes.CDLL(None).malloc_trim(0)  # what earlier runs left would hide what this one takes
-        before = host.anonymous_memory()
-        with host.PeakMemory() as peak:
+        before = resources.anonymous_memory()
+        with resources.PeakMemory() as peak:
             for run in runs:
                 run()
         memory[what] = max(0, peak.bytes - before) / 1e6

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from model import host
-from model.config import NVEmbedConfig
-from model.loader import expected_shapes
+from model.config import ModelConfig
+from model.platform import resources
+from model.weights.names import expected_shapes
 from tests.bench import report, workloads
 from tests.checkpoints import official_tokenizer
 from tests.model.test_config import OFFICIAL
@@ -33,16 +33,17 @@ _SHARD_BYTES = 5 * 10**9
 _CHILD = """
 import json, sys, time
 import numpy as np, torch
-from model import host, quantization
+from model.linear import quantization
+from model.platform import resources
 from model.batch import Encoding, RunnerOptions
-from model.loader import empty_model
+from model.weights.loader import empty_model
 from model.runner import ModelRunner
 folder, dtype, how, threads = sys.argv[1:]
 if how == "int8":
     quantization.quantize([torch.zeros(8, 8)], 8, torch.device("cpu"))  # its own memory
-before = host.anonymous_memory()
+before = resources.anonymous_memory()
 started = time.perf_counter()
-with host.PeakMemory() as peak:
+with resources.PeakMemory() as peak:
     runner = ModelRunner(RunnerOptions(folder, dtype=dtype, quantization=how, threads=int(threads),
         cpu_products="allow-slow"))
 loaded = time.perf_counter()
@@ -64,7 +65,7 @@ def write_random(folder: Path, layers: int) -> Path:
     """An official-layout checkpoint of the official width; the same noise in every tensor."""
     raw = json.loads(json.dumps(OFFICIAL))
     raw["text_config"]["num_hidden_layers"] = layers
-    shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
+    shapes = expected_shapes(ModelConfig.from_dict(raw))
     folder.mkdir(parents=True)
     noise = (np.random.default_rng(3).standard_normal(1 << 24) * 0.02).astype(np.float16)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--true-size", action="store_true", help="all layers: 15.7 GB")
     parser.add_argument("--model", help="a checkpoint that exists, in place of a random one")
     parser.add_argument("--variants", default="bfloat16:none,bfloat16:int8,bfloat16:int8-dynamic")
-    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--threads", type=int, default=resources.usable_cores())
     options = parser.parse_args(arguments)
     out = report.Report("load", __doc__ or "", report.settings_of(options))
     out.start()

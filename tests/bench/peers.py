@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import host
+from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from tests.bench import report, serve, workloads
 
@@ -187,13 +187,13 @@ def export_trunk(checkpoint: Path, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from model.config import NVEmbedConfig
-    from model.loader import Checkpoint
+    from model.config import ModelConfig
+    from model.weights.checkpoint import Checkpoint
 
     if (folder / "modules.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    config = NVEmbedConfig.from_dir(checkpoint)
+    config = ModelConfig.from_dir(checkpoint)
     source = Checkpoint(checkpoint)
     prefix = "embedding_model."
     tensors = {
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="a,b of: " + ", ".join(PEERS))
     parser.add_argument("--texts", type=int, default=256)
     parser.add_argument("--mix", default="lognormal", choices=workloads.MIXES)
-    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--threads", type=int, default=resources.usable_cores())
     parser.add_argument("--torch", default="torch==2.13.0", help="what torch is asked for as")
     parser.add_argument("--limit", type=float, default=1800, help="seconds for each step of a peer")
     options = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model import host
+from model.platform import resources
 
 RESULTS = Path(__file__).parent / "results"
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -33,7 +33,7 @@ def hardware() -> dict[str, Any]:
     return {
         "processor": fields.get("model name", platform.processor()),
         "instructions": [flag for flag in _CPU_FLAGS if flag in flags],
-        "cores": host.usable_cores(),
+        "cores": resources.usable_cores(),
         "memory_gb": round(int(total) * 1024 / 1e9, 1),
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

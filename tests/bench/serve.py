@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from model import host
+from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from tests.bench import report, workloads
 from tests.server.processes import ROOT, ServerProcess
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=int, default=1024)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quantization", default="none")
-    parser.add_argument("--threads", type=int, default=host.usable_cores())
+    parser.add_argument("--threads", type=int, default=resources.usable_cores())
     parser.add_argument("--rounds", type=int, default=5, help="of the forward and the closed loops")
     parser.add_argument("--loads", default="0.5,0.8", help="of the open loop")
     parser.add_argument("--queries", type=int, default=200, help="beside the bulk request")

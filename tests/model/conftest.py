@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.encoder import Encoder
 from model.tokenizer import NVEmbedTokenizer
 
@@ -18,8 +18,8 @@ def tokenizer(golden_checkpoint: Path) -> NVEmbedTokenizer:
 
 
 @pytest.fixture(scope="session")
-def golden_config(golden_checkpoint: Path) -> NVEmbedConfig:
-    return NVEmbedConfig.from_dir(golden_checkpoint)
+def golden_config(golden_checkpoint: Path) -> ModelConfig:
+    return ModelConfig.from_dir(golden_checkpoint)
 
 
 @pytest.fixture(scope="session")

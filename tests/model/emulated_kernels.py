@@ -80,6 +80,8 @@ def _check_flash(
     dropout: float,
     causal: bool,
     *_: Any,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     **__: Any,
 ) -> None:
     _need(capability >= (8, 0), "FlashAttention only supports Ampere GPUs or newer")
@@ -98,7 +100,10 @@ def _check_flash(
     width = q.shape[2]
     _need(width <= 256 and width % 8 == 0, "head size: a multiple of 8, at most 256")
     _need(q.shape[1] % k.shape[1] == 0, "heads: a multiple of the key heads")
-    _need(not causal and dropout == 0, "the model has neither a causal mask nor dropout")
+    _need(dropout == 0, "the model has no dropout")
+    window = [-1 if side is None else side for side in (window_size_left, window_size_right)]
+    _need(window in ([-1, -1], [-1, 0]), "the model has no sliding window")
+    _need(window[1] == -1 or causal, "a window up to the row itself is a causal mask")
     swapped = q_most == 1 and q.shape[1] > k.shape[1]  # groups of heads take the place of rows
     _need(not swapped or len(q) == len(q_bounds) - 1, "max_seqlen_q 1 with an empty sequence")
 
@@ -111,6 +116,8 @@ def _flash(
     k_bounds: Tensor,
     q_most: int,
     k_most: int,
+    dropout: float,
+    causal: bool,
     *_: Any,
     **__: Any,
 ) -> tuple[Tensor, ...]:
@@ -127,7 +134,11 @@ def _flash(
             continue
         x, y, z = (part.float().transpose(0, 1) for part in (q[rows], k[others], v[others]))
         y, z = y.repeat_interleave(groups, 0), z.repeat_interleave(groups, 0)
-        weights = torch.softmax(x @ y.transpose(1, 2) / math.sqrt(q.shape[2]), -1)
+        scores = x @ y.transpose(1, 2) / math.sqrt(q.shape[2])
+        if causal:  # the mask's corner is where the last query meets the last key
+            behind = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]
+            scores = scores.masked_fill(behind, -torch.inf)
+        weights = torch.softmax(scores, -1)
         # The kernel multiplies the values by weights of their dtype.
         out[rows] = (weights.to(q.dtype).float() @ z).transpose(0, 1).to(q.dtype)
     sums = torch.zeros(q.shape[1], len(q))

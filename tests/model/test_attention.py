@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.attention import (
+from model.attention import cpu
+from model.attention.cpu import Plan, planner, sdpa_by_length
+from model.attention.kernels import (
     KERNEL_NAMES,
     AttentionKernel,
-    _plan,
     available_kernels,
     choose_kernel,
     flash_attn_kernel,
-    sdpa_by_length,
     sdpa_padded,
     varlen_kernel,
 )
@@ -45,8 +46,11 @@ def segments(lengths: list[int], device: torch.device = CPU) -> Segments:
     return Segments(tuple(lengths), bounds, max(lengths))
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
-    """softmax(q·kᵀ / sqrt(E))·v, head by head and sequence by sequence, in float64."""
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+) -> Tensor:
+    """softmax(q·kᵀ / sqrt(E))·v, head by head and sequence by sequence, in float64; causal: under a
+    mask that is written out, the queries being the last rows."""
     out, q_at, k_at = torch.empty_like(q), 0, 0
     for q_len, k_len in zip(queries.lengths, keys.lengths, strict=True):
         for head in range(q.shape[1]):
@@ -54,7 +58,12 @@ def naive(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) ->
             q_rows = q[q_at : q_at + q_len, head].double()
             k_rows = k[k_at : k_at + k_len, group].double()
             v_rows = v[k_at : k_at + k_len, group].double()
-            weights = (q_rows @ k_rows.T / math.sqrt(q.shape[-1])).softmax(-1)
+            scores = q_rows @ k_rows.T / math.sqrt(q.shape[-1])
+            if causal:
+                places = torch.arange(k_len)
+                behind = places[None] > places[k_len - q_len :, None]
+                scores = scores.masked_fill(behind, -torch.inf)
+            weights = scores.softmax(-1)
             out[q_at : q_at + q_len, head] = weights @ v_rows
         q_at, k_at = q_at + q_len, k_at + k_len
     return out
@@ -71,10 +80,9 @@ def fake_flash(
     causal: bool = True,  # not flash-attn's default: that ours says False must show
 ) -> Tensor:
     """flash_attn_varlen_func's parameters, the naive sum."""
-    assert not causal
     queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-    return naive(q, k, v, segments(queries), segments(keys))
+    return naive(q, k, v, segments(queries), segments(keys), causal=causal)
 
 
 def new_varlen(
@@ -86,11 +94,14 @@ def new_varlen(
     max_q: int,
     max_k: int,
     *,
+    window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch 2.11's parameters: grouped queries have to be asked for."""
+    """torch 2.11's parameters: grouped queries have to be asked for, a causal mask is a window."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=False)
+    assert window_size in ((-1, -1), (-1, 0))
+    causal = window_size == (-1, 0)
+    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=causal)
 
 
 def old_varlen(
@@ -117,13 +128,16 @@ def newest_varlen(
     max_q: int,
     max_k: int,
     *,
+    window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
     num_splits: int | None = None,
 ) -> Tensor:
     """torch 2.13's parameters: None lets it split keys by how many there are."""
     assert num_splits == 1
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=False)
+    return new_varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+        window_size=window_size, enable_gqa=enable_gqa,
+    )  # fmt: skip
 
 
 KERNELS = {
@@ -145,6 +159,7 @@ def random_heads(
     return q, k, v
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(
@@ -153,27 +168,30 @@ def random_heads(
     ids=str,
 )
 def test_every_kernel_computes_the_same(
-    kernel: AttentionKernel, kv_heads: int, lengths: list[int]
+    kernel: AttentionKernel, kv_heads: int, lengths: list[int], causal: bool
 ) -> None:
     seqs = segments(lengths)
     q, k, v = random_heads(4, kv_heads, seqs, seqs)
-    out = kernel(q, k, v, seqs, seqs)
-    torch.testing.assert_close(out, naive(q, k, v, seqs, seqs), rtol=0, atol=2e-6)
+    out = kernel(q, k, v, seqs, seqs, causal=causal)
+    torch.testing.assert_close(out, naive(q, k, v, seqs, seqs, causal=causal), rtol=0, atol=2e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 19)), min_size=1, max_size=12),
     kv_heads=st.sampled_from([1, 2, 4]),
+    causal=st.booleans(),
 )
-def test_every_kernel_on_any_pooled_subset(lengths: list[tuple[int, int]], kv_heads: int) -> None:
+def test_every_kernel_on_any_pooled_subset(
+    lengths: list[tuple[int, int]], kv_heads: int, causal: bool
+) -> None:
     """As in the last layer: the queries are the rows after each sequence's instruction."""
     keys = segments([length for length, _ in lengths])
     queries = segments([length - min(start, length - 1) for length, start in lengths])
     q, k, v = random_heads(4, kv_heads, queries, keys)
-    expected = naive(q, k, v, queries, keys)
+    expected = naive(q, k, v, queries, keys, causal=causal)
     for name, kernel in KERNELS.items():
-        out = kernel(q, k, v, queries, keys)
+        out = kernel(q, k, v, queries, keys, causal=causal)
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-6, msg=name)
 
 
@@ -194,12 +212,13 @@ def test_sequences_do_not_see_each_other(kernel: AttentionKernel) -> None:
 
 @pytest.mark.parametrize("name", [VARLEN, "padded", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_cuda_branch_on_meta_tensors(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_cuda_branch_on_meta_tensors(name: str, dtype: torch.dtype, causal: bool) -> None:
     queries, keys = segments([10, 22], META), segments([28, 40], META)
     q = torch.empty(32, 32, 128, dtype=dtype, device=META)
     k, v = torch.empty(2, 68, 8, 128, dtype=dtype, device=META)
     chosen, kernel = choose_kernel(name, META, dtype)
-    out = kernel(q, k, v, queries, keys)
+    out = kernel(q, k, v, queries, keys, causal=causal)
     assert chosen == name
     assert (out.shape, out.dtype, out.device.type) == ((32, 32, 128), dtype, "meta")
 
@@ -305,19 +324,23 @@ def test_the_naive_sum_is_scaled_dot_product_attention() -> None:
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 39)), min_size=1, max_size=6),
     round_to=st.sampled_from([1, 16]),
+    causal=st.booleans(),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_lengths_rounded_up_change_nothing(
-    dtype: torch.dtype, lengths: list[tuple[int, int]], round_to: int
+    dtype: torch.dtype, lengths: list[tuple[int, int]], round_to: int, causal: bool
 ) -> None:
     key_lengths = [length for length, _ in lengths]
     query_lengths = [max(1, length - left_out) for length, left_out in lengths]
     keys, queries = segments(key_lengths), segments(query_lengths)
     q, k, v = (x.to(dtype) for x in random_heads(4, 2, queries, keys))
     filled = [torch.cat([x, x[-1:].expand(-len(x) % round_to, -1, -1)]) for x in (q, k, v)]
-    out = sdpa_by_length(*filled, queries, keys)
+    plan = planner(dtype, causal=causal)(queries, keys, len(filled[0]), len(filled[1]))
+    out = sdpa_by_length(*filled, queries, keys, causal=causal)
+    again = sdpa_by_length(*filled, replace(queries, plan=plan), keys, causal=causal)
+    assert torch.equal(out, again), "the batch carries another plan than the kernel makes"
     assert len(out) == len(filled[0])
-    expected = naive(q, k, v, queries, keys)
+    expected = naive(q, k, v, queries, keys, causal=causal)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out[: len(q)], expected, atol=tolerance, rtol=tolerance)
     assert out.isfinite().all()
@@ -329,9 +352,31 @@ def test_one_sequence_on_the_cpu_is_not_copied() -> None:
     for dtype, needed in ((torch.float32, 21), (torch.bfloat16, 32)):
         for count in (needed, needed + 16):
             all_of_them = None if count == needed else slice(0, needed)
-            plan = _plan(rows, rows, count, count, dtype)
-            assert [alike.key_rows for alike in plan] == [all_of_them]
-            assert [alike.query_rows for alike in plan] == [all_of_them]
+            plan = planner(dtype, causal=False)(rows, rows, count, count)
+            assert isinstance(plan, Plan)
+            assert [alike.key_rows for alike in plan.groups] == [all_of_them]
+            assert [alike.query_rows for alike in plan.groups] == [all_of_them]
+
+
+def test_a_plan_serves_only_what_it_was_made_for() -> None:
+    rows = segments([21, 4])
+    q, k, v = random_heads(4, 2, rows, rows)
+    planned = replace(rows, plan=planner(torch.float32, causal=False)(rows, rows, 25, 25))
+    sdpa_by_length(q, k, v, planned, rows)
+    with pytest.raises(AssertionError):
+        sdpa_by_length(q, k, v, planned, rows, causal=True)
+    with pytest.raises(AssertionError):
+        sdpa_by_length(q.double(), k.double(), v.double(), planned, rows)
+
+
+def test_a_long_causal_mask_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = segments([40, 33, 40]), segments([30, 33, 1])
+    q, k, v = random_heads(4, 2, queries, keys)
+    for elements in (1, 100, 1 << 22):
+        monkeypatch.setattr(cpu, "_MASK_ELEMENTS", elements)
+        out = sdpa_by_length(q, k, v, queries, keys, causal=True)
+        expected = naive(q, k, v, queries, keys, causal=True)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
 def test_what_is_not_finite_stays_in_its_own_sequence() -> None:

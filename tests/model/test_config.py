@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
 from tests.checkpoints import config_json
 from tests.model.test_files import IN_PLACE_OF_A_FILE
@@ -42,7 +42,7 @@ OFFICIAL: dict[str, Any] = {
 
 
 def test_the_official_config_gives_the_official_sizes() -> None:
-    assert NVEmbedConfig.from_dict(OFFICIAL) == NVEmbedConfig(
+    assert ModelConfig.from_dict(OFFICIAL) == ModelConfig(
         vocab_size=32000,
         hidden_size=4096,
         num_hidden_layers=32,
@@ -102,7 +102,7 @@ def test_a_refusal_names_the_key_and_the_value(
         "rope_parameters": "rope_type is 'yarn'",
     }
     with pytest.raises(CheckpointError) as refusal:
-        NVEmbedConfig.from_dict(raw)
+        ModelConfig.from_dict(raw)
     assert words.get(key, key) in str(refusal.value)
     if value is not None and not isinstance(raw.get(key), str | None):
         assert str(value) in str(refusal.value)
@@ -152,7 +152,7 @@ def test_every_number_is_within_bounds_and_of_its_type(
         raw = copy.deepcopy(OFFICIAL)
         (raw[section] if section else raw)[key] = value
         with pytest.raises(CheckpointError, match=key) as refusal:
-            NVEmbedConfig.from_dict(raw)
+            ModelConfig.from_dict(raw)
         assert str(value)[:100] in str(refusal.value)
         assert len(str(refusal.value)) < 300
 
@@ -160,25 +160,25 @@ def test_every_number_is_within_bounds_and_of_its_type(
 def test_theta_said_twice() -> None:
     raw = copy.deepcopy(OFFICIAL)
     raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000}
-    assert NVEmbedConfig.from_dict(raw).rope_theta == 10000.0
+    assert ModelConfig.from_dict(raw).rope_theta == 10000.0
     for other in (1e6, math.nan, 10**400, "10000"):
         raw["text_config"]["rope_parameters"]["rope_theta"] = other
         with pytest.raises(CheckpointError, match="rope_theta"):
-            NVEmbedConfig.from_dict(raw)
+            ModelConfig.from_dict(raw)
 
 
 def test_a_byte_order_mark_and_what_the_file_is_not(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(OFFICIAL), encoding="utf-8-sig")
-    assert NVEmbedConfig.from_dir(tmp_path) == NVEmbedConfig.from_dict(OFFICIAL)
+    assert ModelConfig.from_dir(tmp_path) == ModelConfig.from_dict(OFFICIAL)
     for content, message in IN_PLACE_OF_A_FILE:
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
-            NVEmbedConfig.from_dir(tmp_path)
+            ModelConfig.from_dir(tmp_path)
     for depth in (900, 20_000):  # read, and too deep to read
         file.write_text('{"model_type":' + "[" * depth + "]" * depth + "}")
         with pytest.raises(CheckpointError, match=r"model_type|nested too deeply"):
-            NVEmbedConfig.from_dir(tmp_path)
+            ModelConfig.from_dir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_file_is_named(tmp_path: Path, content: str | None, message: str) ->
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message) as refusal:
-        NVEmbedConfig.from_dir(tmp_path)
+        ModelConfig.from_dir(tmp_path)
     assert str(tmp_path) in str(refusal.value)
 
 
@@ -197,13 +197,13 @@ def test_transformers_5_writes_theta_elsewhere() -> None:
     raw = copy.deepcopy(OFFICIAL)
     del raw["text_config"]["rope_theta"]
     raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
-    assert NVEmbedConfig.from_dict(raw).rope_theta == 1e6
+    assert ModelConfig.from_dict(raw).rope_theta == 1e6
 
 
 def test_positions_limit_the_input(tmp_path: Path) -> None:
     raw = config_json()
     raw["text_config"]["max_position_embeddings"] = 512
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    assert NVEmbedConfig.from_dir(tmp_path).max_input_tokens == 512
+    assert ModelConfig.from_dir(tmp_path).max_input_tokens == 512
     raw["text_config"]["max_position_embeddings"] = 131_072
-    assert NVEmbedConfig.from_dict(raw).max_input_tokens == 32_768
+    assert ModelConfig.from_dict(raw).max_input_tokens == 32_768

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import cuda_device
-from model.cuda_device import driver_version, runs_on
 from model.errors import UnsupportedError
+from model.platform import cuda_device
+from model.platform.cuda_device import driver_version, runs_on
 from model.runner import resolve_device
 
 CLOSED = """NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023

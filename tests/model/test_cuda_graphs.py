@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import cuda_graphs, latent_attention
-from model.attention import choose_kernel, sdpa_by_length
+from model import cuda_graphs, poolers
+from model.attention.cpu import sdpa_by_length
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
+from model.embedder import Embedder
 from model.errors import UnsupportedError
-from model.loader import empty_model, load_model
-from model.nv_embed import NVEmbed
 from model.packing import PackedBatch, Segments, pack
 from model.runner import ModelRunner
+from model.weights.loader import empty_model, load_model
 from tests.model.test_attention import segments
 from tests.model.torches import HAS_VARLEN
 
@@ -26,13 +27,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def model(golden_config: NVEmbedConfig, golden_checkpoint) -> NVEmbed:  # type: ignore[no-untyped-def]
+def model(golden_config: ModelConfig, golden_checkpoint) -> Embedder:  # type: ignore[no-untyped-def]
     return load_model(golden_checkpoint, golden_config, device=CPU, dtype=torch.float32)
 
 
-def by_bounds(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+def by_bounds(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+) -> Tensor:
     """As the kernels on CUDA: bounds from the tensors, empty sequences allowed, and rows of no
     sequence are left as they were: here NaN."""
+    assert not causal
     q_bounds, k_bounds = queries.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
     out = torch.full_like(q, torch.nan)
     for i in range(len(q_bounds) - 1):
@@ -44,7 +48,7 @@ def by_bounds(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments
 
 
 @pytest.fixture
-def graphed(model: NVEmbed, monkeypatch: pytest.MonkeyPatch) -> cuda_graphs.GraphedForward:
+def graphed(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> cuda_graphs.GraphedForward:
     def on_bounds(x: Tensor, pooled: Segments) -> Tensor:
         """segment_mean as it runs on CUDA."""
         lengths = pooled.cu_seqlens.diff()
@@ -53,7 +57,7 @@ def graphed(model: NVEmbed, monkeypatch: pytest.MonkeyPatch) -> cuda_graphs.Grap
     def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def again() -> Tensor:
             with monkeypatch.context() as patched:
-                patched.setattr(latent_attention, "segment_mean", on_bounds)
+                patched.setattr(poolers, "segment_mean", on_bounds)
                 return run()
 
         again()  # finds an empty batch in the buffers, as CUDA's recorder does
@@ -67,7 +71,7 @@ def encoding(length: int, pool_start: int = 0) -> Encoding:
     return Encoding((np.arange(length, dtype=np.int32) * 7 + length) % 90 + 3, pool_start)
 
 
-def test_a_replay_is_the_forward(graphed: cuda_graphs.GraphedForward, model: NVEmbed) -> None:
+def test_a_replay_is_the_forward(graphed: cuda_graphs.GraphedForward, model: Embedder) -> None:
     """One recording after another, larger and smaller, so that nothing of the last one stays."""
     with torch.inference_mode():
         for lengths in ([200, 40], [5], [17, 3, 9], [64], [1] * 16, [30, 2], [16]):
@@ -115,7 +119,7 @@ def test_what_cannot_be_recorded_is_refused(golden_checkpoint) -> None:  # type:
 
 
 @pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
-def test_meta_tensors_run_through_a_recording(golden_config: NVEmbedConfig) -> None:
+def test_meta_tensors_run_through_a_recording(golden_config: ModelConfig) -> None:
     """The buffers' views have the shapes and dtypes that the real varlen kernel wants."""
     meta = torch.device("meta")
     model = empty_model(golden_config, dtype=torch.bfloat16)

@@ -25,10 +25,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import attention, cuda_graphs, fused, latent_attention, packing, quantization, rotary
+from model import cuda_graphs, fused, packing, poolers, rotary
+from model.attention import kernels
 from model.batch import Encoding, RunnerOptions
 from model.errors import UnsupportedError
-from model.memory import FittingRunner
+from model.fitting import FittingRunner
+from model.linear import quantization
 from model.runner import ModelRunner
 from tests.model import emulated_kernels, fused_stand_in
 from tests.model.emulated_cuda import GUARD_TABLE, device_guard, emulated
@@ -339,11 +341,11 @@ class Fault:
 
 FAULTS = {
     "segment_reduce reads its lengths on the host": Fault(
-        edited(latent_attention, "_reduced", "unsafe=True", "unsafe=False"),
+        edited(poolers, "_reduced", "unsafe=True", "unsafe=False"),
         r"segment_reduce checks its lengths",
     ),
     "the same in a recording": Fault(
-        edited(latent_attention, "_reduced", "unsafe=True", "unsafe=False"),
+        edited(poolers, "_reduced", "unsafe=True", "unsafe=False"),
         r"segment_reduce checks its lengths: operation not permitted",
         graphs=True,
     ),
@@ -399,7 +401,7 @@ FAULTS = {
     ),
     "a kernel's output is not put where the next one reads": Fault(
         edited(
-            attention,
+            kernels,
             "varlen_kernel",
             "return attend(",
             "return torch.empty_like(q) if q.is_cuda else attend(",

@@ -12,7 +12,7 @@ import pytest
 from model import fingerprint as module
 from model.errors import CheckpointError
 from model.fingerprint import fingerprint, require
-from model.weights import weight_files
+from model.weights.headers import weight_files
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention import choose_kernel
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding
-from model.config import NVEmbedConfig
-from model.loader import empty_model, expected_shapes
+from model.config import ModelConfig
 from model.packing import pack
+from model.weights.loader import empty_model
+from model.weights.names import expected_shapes
 from tests.model.test_config import OFFICIAL
 from tests.model.torches import COUNTED_VARLEN
 
 META = torch.device("meta")
-CONFIG = NVEmbedConfig.from_dict(OFFICIAL)
+CONFIG = ModelConfig.from_dict(OFFICIAL)
 D, INTER, Q, KV, LAYERS = 4096, 14336, 4096, 1024, 32
 SLOTS, FF = 8 * 512, 16384  # the folded pooler's heads·latents, the feed-forward's width
 
@@ -31,7 +32,7 @@ def count(encodings: list[Encoding], kernel: str) -> tuple[int, dict[str, int]]:
     with counter, torch.inference_mode():
         model(pack(encodings, META), attend)
     by_module = {
-        module.removeprefix("NVEmbed."): sum(flops.values())
+        module.removeprefix("Embedder."): sum(flops.values())
         for module, flops in counter.get_flop_counts().items()
     }
     return counter.get_total_flops(), by_module

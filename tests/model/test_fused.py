@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from model import fused
-from model.attention import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.fused import Fused
-from model.loader import load_model
+from model.linear.quantization import Float8Linear, ScaledRows, float8_rows
 from model.packing import pack
-from model.products import Products
-from model.quantization import Float8Linear, ScaledRows, float8_rows
+from model.platform.products import Products
 from model.rotary import HalvesRotary
 from model.runner import ModelRunner
+from model.weights.loader import load_model
 from tests.model import fused_stand_in as stand_in
 from tests.model.torches import needs_cpu_float8
 
@@ -145,7 +145,10 @@ def test_add_and_norm(
     added = summed.to(dtype)
     wide = (summed if kernels.launch is interpreted else added).double()  # float32 throughout
     rms = (wide.pow(2).mean(1, keepdim=True) + EPS).sqrt()
-    got = kernels.norm(residual, update, weight, EPS, float8=float8)
+    if update is None:
+        got = kernels.norm(residual, weight, EPS, float8=float8)
+    else:
+        _, got = kernels.add_norm(residual, update, weight, EPS, float8=float8)
     assert torch.equal(residual, added), "the sum is left in the residual's place"
     if float8:
         assert_rows(got, wide / rms * weight.double())
@@ -208,7 +211,7 @@ def test_rotary_on_heads_of_a_wider_product(
     product = numbers(rows, 2 * heads + 1, width, dtype=dtype, device=device)
     before = product.clone()
     positions = torch.arange(rows, dtype=torch.int32, device=device) * 37 + 1
-    rotary = kernels.rotary().of(positions, width, 10000.0, dtype)
+    rotary = kernels.rotary.of(positions, width, 10000.0, dtype)
     x = product[:, 1::2]
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = rotary.cos.double(), rotary.sin.double()
@@ -232,7 +235,7 @@ def test_plain_float8_rows(dtype: torch.dtype) -> None:
 
 
 def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     eight_bit = Float8Linear if quantize == "float8" else None
     layers = Products(torch.bfloat16, nn.Linear, eight_bit)
     model = load_model(
@@ -242,7 +245,7 @@ def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
         dtype=torch.bfloat16,
         quantize=quantize,
         layers=layers,
-        fused=kernels,
+        operations=kernels,
     )
     generator = np.random.default_rng(0)
     encodings = [
@@ -278,7 +281,7 @@ def test_float8_rows_reach_the_products_once(wide_checkpoint: Path) -> None:
         names.append(kernel + (" to float8" if constants.get("float8") else ""))
         stand_in.launch(kernel, programs, *args, **constants)
 
-    layers = NVEmbedConfig.from_dir(wide_checkpoint).num_hidden_layers
+    layers = ModelConfig.from_dir(wide_checkpoint).num_hidden_layers
     vectors(wide_checkpoint, "float8", Fused(launch))
     counts = {name: names.count(name) for name in set(names)}
     assert counts == {

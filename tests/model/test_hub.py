@@ -11,7 +11,7 @@ import pytest
 
 from model.errors import CheckpointError
 from model.hub import PINNED_REVISIONS, locate
-from model.loader import Checkpoint
+from model.weights.checkpoint import Checkpoint
 
 CARD = "---\nlicense: cc-by-nc-4.0\nlanguage:\n- en\n---\n# NV-Embed\n"
 OTHER_REVISION = "f" * 40

@@ -16,12 +16,15 @@ from safetensors.numpy import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import products
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.loader import Checkpoint, expected_shapes, load_backbone, load_model
-from model.products import Products
+from model.platform import products
+from model.platform.products import Products
 from model.rotary import as_neighbours
+from model.verify.parts import load_backbone
+from model.weights.checkpoint import Checkpoint
+from model.weights.loader import load_model
+from model.weights.names import expected_shapes
 from tests.checkpoints import config_json, recipe_tensor
 
 INDEX = "model.safetensors.index.json"
@@ -35,7 +38,7 @@ def folder(tmp_path: Path, golden_checkpoint: Path) -> Path:
 
 
 def load(folder: Path) -> None:
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     load_model(folder, config, device=torch.device("cpu"), dtype=torch.float32)
 
 
@@ -111,7 +114,7 @@ def test_a_single_file_gives_the_same_parameters(folder: Path, golden_checkpoint
         shard.unlink()
     (folder / INDEX).unlink()
     save_file(tensors, folder / "model.safetensors")
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     options = {
         "device": torch.device("cpu"),
         "dtype": torch.float32,
@@ -123,7 +126,7 @@ def test_a_single_file_gives_the_same_parameters(folder: Path, golden_checkpoint
     assert all(torch.equal(single[name], sharded[name]) for name in single)
 
 
-def test_every_parameter_is_loaded(golden_checkpoint: Path, golden_config: NVEmbedConfig) -> None:
+def test_every_parameter_is_loaded(golden_checkpoint: Path, golden_config: ModelConfig) -> None:
     model = load_model(
         golden_checkpoint, golden_config, device=torch.device("cpu"), dtype=torch.bfloat16
     )
@@ -133,7 +136,7 @@ def test_every_parameter_is_loaded(golden_checkpoint: Path, golden_config: NVEmb
 
 
 def test_the_fused_projections_keep_their_order(
-    golden_checkpoint: Path, golden_config: NVEmbedConfig
+    golden_checkpoint: Path, golden_config: ModelConfig
 ) -> None:
     model = load_model(
         golden_checkpoint, golden_config, device=torch.device("cpu"), dtype=torch.float32
@@ -187,7 +190,7 @@ def test_a_single_number_that_is_none_is_refused(folder: Path, name: str, value:
 @pytest.mark.parametrize("quantize", ["none", "int8-dynamic"])
 def test_infinity_is_found_before_it_is_quantized(folder: Path, quantize: str) -> None:
     edit(folder, lambda tensors: tensors[K_PROJ].__setitem__((3, 5), np.inf))
-    config, device = NVEmbedConfig.from_dir(folder), torch.device("cpu")
+    config, device = ModelConfig.from_dir(folder), torch.device("cpu")
     shape = config.widest_product
     layers = products.choose(device, torch.float32, quantize, shape, "allow-slow")
     with pytest.raises(CheckpointError, match=r"k_proj\.weight holds NaN or infinity"):
@@ -214,14 +217,15 @@ def test_float32_weights_are_read_as_they_are(folder: Path) -> None:
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from model import host, products, quantization
-from model.config import NVEmbedConfig
-from model.loader import empty_model, load_model
+from model.linear import quantization
+from model.platform import products, resources
+from model.config import ModelConfig
+from model.weights.loader import empty_model, load_model
 folder, dtype, quantize = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 if quantize == "int8":
     quantization.quantize([torch.zeros(8, 8)], 8, torch.device("cpu"))  # bitsandbytes' own memory
-config = NVEmbedConfig.from_dir(folder)
+config = ModelConfig.from_dir(folder)
 # The weights as they are kept. (It also has torch import what the first meta tensor needs.)
 empty = empty_model(config, quantize=quantize, dtype=dtype)
 kept = sum(p.numel() * p.element_size() for p in empty.parameters())
@@ -229,8 +233,8 @@ device = torch.device("cpu")
 layers = products.choose(  # first: it takes memory of the libraries' own
     device, dtype, quantize, config.widest_product, "allow-slow"
 )
-before = host.anonymous_memory()
-with host.PeakMemory() as peak:
+before = resources.anonymous_memory()
+with resources.PeakMemory() as peak:
     model = load_model(
         folder, config, device=device, dtype=dtype, quantize=quantize, layers=layers
     )
@@ -253,7 +257,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hidden_dim": 512, "latent_dim": 512, "num_latents_value": 128, "cross_dim_head": 512,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(raw))
-    shapes = expected_shapes(NVEmbedConfig.from_dict(raw))
+    shapes = expected_shapes(ModelConfig.from_dict(raw))
     names = sorted(shapes)
     noise = np.random.default_rng(0).standard_normal(2_000_000).astype(np.float16)
     weight_map = {}
@@ -296,7 +300,7 @@ def test_an_unreadable_tensor_list_is_shortened(folder: Path) -> None:
             tensors["theirs." + name] = tensors.pop(name)
 
     edit(folder, rename)
-    config = NVEmbedConfig.from_dir(folder)
+    config = ModelConfig.from_dir(folder)
     with pytest.raises(CheckpointError, match=r"and \d+ more"):
         Checkpoint(folder).check(config)
 
@@ -313,7 +317,7 @@ def test_weights_are_converted_on_the_device(folder: Path) -> None:
                 copied.append((args[0].device, args[1].device))
             return op(*args, **(kwargs or {}))
 
-    config, meta = NVEmbedConfig.from_dir(folder), torch.device("meta")
+    config, meta = ModelConfig.from_dir(folder), torch.device("meta")
     plain = Products(torch.bfloat16, nn.Linear)
     with Copies():
         load_backbone(folder, config, depth=1, device=meta, dtype=torch.bfloat16, layers=plain)

@@ -14,17 +14,17 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.attention import choose_kernel
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.fused import Fused
-from model.loader import empty_model
 from model.packing import pack
+from model.weights.loader import empty_model
 from tests.model.test_config import OFFICIAL
 from tests.model.torches import needs_shared_heads
 
 META = torch.device("meta")
-CONFIG = NVEmbedConfig.from_dict(OFFICIAL)
+CONFIG = ModelConfig.from_dict(OFFICIAL)
 LAYERS = CONFIG.num_hidden_layers
 pytestmark = needs_shared_heads
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided"}

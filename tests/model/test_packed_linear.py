@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.config import NVEmbedConfig
-from model.loader import load_model
-from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear
-from model.products import Products
-from model.quantization import PlainInt8Linear
+from model.config import ModelConfig
+from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear
+from model.linear.quantization import PlainInt8Linear
+from model.platform.products import Products
+from model.weights.loader import load_model
 
 CPU = torch.device("cpu")
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
@@ -62,7 +62,7 @@ def test_it_is_the_plain_product(
 MANY_ROWS = """
 import torch
 from torch import nn
-from model.packed_linear import MKLLinear
+from model.linear.packed_linear import MKLLinear
 for threads in (1, 2):
     for inputs, outputs in ((64, 48), (257, 131), (768, 1280)):
         torch.set_num_threads(threads)
@@ -91,7 +91,7 @@ def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:
 @pytest.mark.parametrize(("kind", "dtype"), LAYERS)
 def test_where_it_is_taken(
     golden_checkpoint: Path,
-    golden_config: NVEmbedConfig,
+    golden_config: ModelConfig,
     kind: type[PackedLinear],
     dtype: torch.dtype,
 ) -> None:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import products
 from model.batch import RunnerOptions
 from model.errors import UnsupportedError
-from model.packed_linear import PackedLinear
-from model.products import Candidate, choose, fastest_dtype, probe
-from model.quantization import PlainInt8Linear, ScaledLinear
+from model.linear.packed_linear import PackedLinear
+from model.linear.quantization import PlainInt8Linear, ScaledLinear
+from model.platform import products
+from model.platform.products import Candidate, choose, fastest_dtype, probe
 from model.runner import ModelRunner, wants_filler
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_plain_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = choose(CPU, torch.float32, "int8-dynamic", SHAPE, "plain")
     assert (plain.linear, plain.eight_bit, plain.names) == (nn.Linear, PlainInt8Linear, {})
     for has in (True, False):
-        monkeypatch.setattr(products.host, "has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(products.resources, "has_bfloat16", lambda has=has: has)
         assert (fastest_dtype(SHAPE, "plain") == torch.bfloat16) == has
     with pytest.raises(UnsupportedError, match="known: auto, plain, allow-slow"):
         choose(CPU, torch.float32, "none", SHAPE, "fast")
@@ -216,7 +216,8 @@ def test_plain_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_filler_follows_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for each number of rows is oneDNN's, in whichever type."""
-    from model.attention import sdpa_by_length, sdpa_padded
+    from model.attention.cpu import sdpa_by_length
+    from model.attention.kernels import sdpa_padded
 
     class Level(Packed):
         compiles_rows = False
@@ -276,9 +277,9 @@ def test_a_torch_without_its_private_operations(
 MASKED = """
 import json, sys
 import numpy as np, torch
-from model import products
+from model.platform import products
 from model.encoder import Encoder
-from model.quantization import ScaledLinear
+from model.linear.quantization import ScaledLinear
 torch.set_num_threads(1)
 with torch.inference_mode():
     found = products.probe("int8", "float32", 256, 1536)

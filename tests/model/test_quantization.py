@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import quantization
-from model.attention import choose_kernel
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import UnsupportedError
-from model.loader import empty_model, load_model
+from model.linear import quantization
 from model.packing import pack
-from model.products import choose
+from model.platform.products import choose
+from model.weights.loader import empty_model, load_model
 from tests.checkpoints import golden_cases
 from tests.model.test_config import OFFICIAL
 from tests.model.torches import VARLEN, needs_cpu_float8
@@ -45,7 +45,7 @@ def test_8_bits_keep_the_direction(
 
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic"])
 def test_int8_weights_are_int8(wide_checkpoint: Path, how: str) -> None:
-    config = NVEmbedConfig.from_dir(wide_checkpoint)
+    config = ModelConfig.from_dir(wide_checkpoint)
     layers = choose(CPU, torch.bfloat16, how, config.widest_product, "allow-slow")
     model = load_model(
         wide_checkpoint, config, device=CPU, dtype=torch.bfloat16, quantize=how, layers=layers
@@ -60,7 +60,7 @@ def test_int8_weights_are_int8(wide_checkpoint: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
 def test_8_bits_are_a_quarter_of_the_official_model(how: str) -> None:
     """What is kept, counted on meta tensors: token table, pooler and norms stay in 16 bit."""
-    config = NVEmbedConfig.from_dict(OFFICIAL)
+    config = ModelConfig.from_dict(OFFICIAL)
     model = empty_model(config, quantize=how, dtype=torch.bfloat16)
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     float32 = 4 * sum(p.numel() for p in empty_model(config).parameters())
@@ -70,7 +70,7 @@ def test_8_bits_are_a_quarter_of_the_official_model(how: str) -> None:
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic", "float8"])
 @pytest.mark.parametrize("kernel", ["padded", VARLEN])
 def test_the_cuda_branch_with_8_bits_on_meta_tensors(
-    golden_config: NVEmbedConfig, kernel: str, how: str
+    golden_config: ModelConfig, kernel: str, how: str
 ) -> None:
     model = empty_model(golden_config, quantize=how, dtype=torch.bfloat16)
     for module in filter(quantization.is_quantized, model.modules() if how == "int8" else ()):
@@ -132,7 +132,7 @@ def test_int8_dynamic_vectors_do_not_depend_on_the_batch(wide_checkpoint: Path, 
 
 def test_weights_go_to_a_gpu_in_few_pieces() -> None:
     """Each piece costs a dozen launches and a wait, however small it is. Counted at 7B."""
-    config = NVEmbedConfig.from_dict(OFFICIAL)
+    config = ModelConfig.from_dict(OFFICIAL)
     model = empty_model(config, quantize="float8", dtype=torch.bfloat16)
     layers = [m for m in model.modules() if isinstance(m, quantization.Float8Linear)]
     pieces = 0

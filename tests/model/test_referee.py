@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import NVEmbedConfig
-from model.loader import Checkpoint
+from model.config import ModelConfig
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.verify.referee import Referee
+from model.weights.checkpoint import Checkpoint
 from tests.checkpoints import golden_cases
 
 
@@ -19,7 +19,7 @@ from tests.checkpoints import golden_cases
 def test_gives_the_authors_vectors(
     case: dict[str, object],
     golden_checkpoint: Path,
-    golden_config: NVEmbedConfig,
+    golden_config: ModelConfig,
     tokenizer: NVEmbedTokenizer,
 ) -> None:
     encodings = [
@@ -38,7 +38,7 @@ def test_gives_the_authors_vectors(
 
 def test_reads_the_checkpoint_once_for_the_same_inputs(
     golden_checkpoint: Path,
-    golden_config: NVEmbedConfig,
+    golden_config: ModelConfig,
     tokenizer: NVEmbedTokenizer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

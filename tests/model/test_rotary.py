@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.rotary import HalvesRotary, NeighboursRotary, as_neighbours, fastest
+from model.operations import InPlace, OnCpu
+from model.rotary import HalvesRotary, InPlaceRotary, NeighboursRotary, as_neighbours
 
 HEADS, E, WIDTH, ROWS = 3, 8, 20, 11
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 500, 4000, 1, 2], dtype=torch.int32)
@@ -23,7 +24,7 @@ def published(x: Tensor, positions: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_both_layouts_give_the_published_scores(dtype: torch.dtype) -> None:
+def test_each_way_gives_the_published_scores(dtype: torch.dtype) -> None:
     """Scores of queries with keys, through weights as a checkpoint holds them; on slices of a
     wider product, as the model has them."""
     torch.manual_seed(0)
@@ -35,7 +36,7 @@ def test_both_layouts_give_the_published_scores(dtype: torch.dtype) -> None:
 
     q, k = (published(heads(w), POSITIONS) for w in (wq, wk))
     expected = torch.einsum("qhe,khe->hqk", q, k)
-    for layout in (HalvesRotary, NeighboursRotary):
+    for layout in (HalvesRotary, InPlaceRotary, NeighboursRotary):
         rotary = layout.of(POSITIONS, E, 10000.0, dtype)
         if layout is NeighboursRotary:
             wq, wk = as_neighbours(wq, E), as_neighbours(wk, E)
@@ -49,12 +50,24 @@ def test_both_layouts_give_the_published_scores(dtype: torch.dtype) -> None:
 def test_chosen_rows() -> None:
     rows = torch.tensor([1, 7, 10])
     x = torch.randn(ROWS, HEADS, E)
-    for layout in (HalvesRotary, NeighboursRotary):
+    for layout in (HalvesRotary, InPlaceRotary, NeighboursRotary):
         rotary = layout.of(POSITIONS, E, 10000.0, torch.float32)
         some = rotary.select(rows).rotate(x[rows].clone())
         torch.testing.assert_close(some, rotary.rotate(x.clone())[rows], atol=0, rtol=0)
 
 
+def test_which_may_overwrite() -> None:
+    """What learns keeps its operands, and a gradient passes."""
+    for rotary, kept in ((HalvesRotary, True), (InPlaceRotary, False), (NeighboursRotary, False)):
+        x = torch.randn(ROWS, HEADS, E)
+        before = x.clone()
+        rotary.of(POSITIONS, E, 10000.0, torch.float32).rotate(x)
+        assert torch.equal(x, before) == kept
+    x = torch.randn(ROWS, HEADS, E, requires_grad=True)
+    HalvesRotary.of(POSITIONS, E, 10000.0, torch.float32).rotate(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_where_they_are_taken() -> None:
-    assert fastest(torch.device("cpu")) is NeighboursRotary
-    assert fastest(torch.device("cuda")) is HalvesRotary
+    assert OnCpu.rotary is NeighboursRotary
+    assert issubclass(InPlace.rotary, HalvesRotary)

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from model import host, products
 from model import runner as runner_module
 from model.batch import Encoding, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import CheckpointError, UnsupportedError
 from model.fingerprint import fingerprint
 from model.hub import locate
-from model.loader import load_model
+from model.platform import products, resources
 from model.runner import ModelRunner, resolve_device, resolve_dtype
+from model.weights.loader import load_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -99,7 +99,7 @@ def test_without_a_gpu() -> None:
 
 
 def test_float16_on_a_processor_is_warned_of(
-    golden_config: NVEmbedConfig, caplog: pytest.LogCaptureFixture
+    golden_config: ModelConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, device, warned in (
         ("float16", CPU, True),
@@ -111,7 +111,7 @@ def test_float16_on_a_processor_is_warned_of(
         assert ("float16 slowly: it is for GPUs" in caplog.text) == warned
 
 
-def test_dtypes(golden_config: NVEmbedConfig) -> None:
+def test_dtypes(golden_config: ModelConfig) -> None:
     assert resolve_dtype("float16", CPU, golden_config) == torch.float16
     with pytest.raises(UnsupportedError, match="known: auto, float32, bfloat16, float16"):
         resolve_dtype("float8", CPU, golden_config)
@@ -128,7 +128,7 @@ def test_dtypes(golden_config: NVEmbedConfig) -> None:
     ],
 )
 def test_auto_on_a_gpu(
-    golden_config: NVEmbedConfig,
+    golden_config: ModelConfig,
     capability: tuple[int, int],
     expected: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,7 @@ def test_auto_on_a_gpu(
     ],
 )
 def test_auto_on_a_processor(
-    golden_config: NVEmbedConfig,
+    golden_config: ModelConfig,
     fast: bool,
     free: int | None,
     expected: torch.dtype,
@@ -156,15 +156,15 @@ def test_auto_on_a_processor(
 ) -> None:
     dtype = torch.bfloat16 if fast else torch.float32
     monkeypatch.setattr(products, "fastest_dtype", lambda *_: dtype)
-    monkeypatch.setattr(host, "available_memory", lambda: free)
+    monkeypatch.setattr(resources, "available_memory", lambda: free)
     with caplog.at_level(logging.WARNING):
         assert resolve_dtype("auto", CPU, golden_config) == expected
     assert ("slower on this processor" in caplog.text) == (free == 1_000_000)
 
 
 def test_the_peak_of_anonymous_memory_is_seen() -> None:
-    with host.PeakMemory() as peak:
-        before = peak.bytes or host.anonymous_memory()
+    with resources.PeakMemory() as peak:
+        before = peak.bytes or resources.anonymous_memory()
         block = np.ones(16_000_000)  # 128 MB
         time.sleep(0.05)
         del block
@@ -177,7 +177,7 @@ def test_what_is_made_for_good_is_not_collected(collecting: bool) -> None:
     (gc.enable if collecting else gc.disable)()
     frozen = gc.get_freeze_count()
     try:
-        with host.for_good():
+        with resources.for_good():
             assert not gc.isenabled()
         assert gc.isenabled() == collecting
         assert gc.get_freeze_count() > frozen
@@ -194,22 +194,22 @@ def test_what_the_user_sets_about_waiting_stands(
         monkeypatch.delenv(variable, raising=False)
     if name is not None:
         monkeypatch.setenv(name, "7")
-    host.let_waiting_threads_sleep()
+    resources.let_waiting_threads_sleep()
     seen = {n: os.environ.get(n) for n in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     unset = {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}
     assert seen == unset | ({name: "7"} if name else {"GOMP_SPINCOUNT": "10000"})
 
 
 def test_this_machine() -> None:
-    assert host.usable_cores() >= 1
-    available = host.available_memory()
+    assert resources.usable_cores() >= 1
+    available = resources.available_memory()
     assert available is None or available > 0
 
 
 _MANY_SHAPES = """
 import sys
 import numpy as np
-from model import host, products
+from model.platform import products, resources
 from model.batch import Encoding, RunnerOptions
 from model.runner import ModelRunner
 dtype, _, quantization = sys.argv[2].partition(":")
@@ -224,9 +224,9 @@ def embed(lengths):
     for length in lengths:
         runner.embed([Encoding(np.full(length, 7, dtype=np.int32), length // 3)])
 embed(range(16, 257, 16))
-before = host.anonymous_memory()
+before = resources.anonymous_memory()
 embed(range(1, 257))
-print((host.anonymous_memory() - before) / 1e6)
+print((resources.anonymous_memory() - before) / 1e6)
 """
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from model import fused
-from model.attention import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.card import read_card
 from model.packing import Segments
@@ -197,7 +197,9 @@ def test_fails_when_a_tensor_is_missing(folder: Path, capsys: pytest.CaptureFixt
     assert "missing: embedding_model.norm.weight" in report["checks"][0]["note"]
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+def causal(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, **_: object
+) -> Tensor:
     """A kernel with Mistral's own mask: row i of the queries is the i-th last of the keys."""
     outputs = []
     parts = zip(
@@ -294,7 +296,9 @@ def test_without_room_for_float32_it_goes_layer_by_layer(
 
 
 def test_not_a_number_fails_and_is_still_json(folder: Path) -> None:
-    def broken(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> Tensor:
+    def broken(
+        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, **_: object
+    ) -> Tensor:
         return sdpa_by_length(q, k, v, queries, keys) * float("nan")
 
     wrong = replace(subject(folder), kernel=lambda dtype: ("broken", broken))

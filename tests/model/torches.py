@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import flop_counter
 
-from model.quantization import Float8Linear
+from model.linear.quantization import Float8Linear
 
 HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 """From 2.10 on."""
@@ -39,7 +39,7 @@ needs_shared_heads = pytest.mark.skipif(
 
 
 def _scales_rows() -> bool:
-    """By the public name where there is one, as model.quantization."""
+    """By the public name where there is one, as model.linear.quantization."""
     a = torch.zeros(16, 16).to(torch.float8_e4m3fn)
     layer = Float8Linear(16, 16)
     layer.weight = torch.nn.Parameter(a.T, requires_grad=False)

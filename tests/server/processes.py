@@ -31,9 +31,10 @@ class ServerProcess(Asking):
         log: Path,
         env: dict[str, str] | None = None,
         verify: ssl.SSLContext | bool = True,
+        program: str = "server.cli",
     ) -> None:
         self.log_file = log
-        command = [sys.executable, "-m", "server.cli", "serve"]
+        command = [sys.executable, "-m", program, "serve"]
         command += ["--model", str(model)] if model else []
         command += ["--port", "0", "--dtype", "float32"]
         command += [] if "--devices" in options else ["--devices", "cpu"]
@@ -125,10 +126,14 @@ def new_certificate(folder: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def serving(
-    model: Path, *options: str, log: Path, env: dict[str, str] | None = None
+    model: Path,
+    *options: str,
+    log: Path,
+    env: dict[str, str] | None = None,
+    program: str = "server.cli",
 ) -> Iterator[ServerProcess]:
     """A ready server, stopped at the end; it must have ended well, without a traceback."""
-    server = ServerProcess(model, *options, log=log, env=env)
+    server = ServerProcess(model, *options, log=log, env=env, program=program)
     try:
         yield server.wait_ready()
     except BaseException:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.batch import Encoding, RunnerInfo, RunnerOptions
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint, require
 
@@ -113,7 +113,7 @@ class Wide(Hashing):
 
     def __init__(self, options: RunnerOptions) -> None:
         super().__init__(options)
-        self._width = NVEmbedConfig.from_dir(Path(options.path)).hidden_size
+        self._width = ModelConfig.from_dir(Path(options.path)).hidden_size
         self.info = RunnerInfo(options.device, "fake", "float32", "none", "fake", self._width)
 
     def row(self, encoding: Encoding) -> np.ndarray:

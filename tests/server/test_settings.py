@@ -317,7 +317,7 @@ def test_secrets_that_lie_open_are_warned_of(tmp_path: Path) -> None:
 def test_every_kernel_can_be_asked_for() -> None:
     """The front does not import torch, so the names stand in two places."""
     from model import fused
-    from model.attention import KERNEL_NAMES
+    from model.attention.kernels import KERNEL_NAMES
 
     choices = get_args(Settings.model_fields["attention"].annotation)
     assert set(choices) == {"auto", *KERNEL_NAMES}

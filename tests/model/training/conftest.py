@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
 from model.training.teacher import Projection
 from tests.checkpoints import official_tokenizer
 
-TINY = NVEmbedConfig(
+TINY = ModelConfig(
     vocab_size=32_000,
     hidden_size=32,
     num_hidden_layers=2,

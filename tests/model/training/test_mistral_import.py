@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import MistralModel
 
-from model.attention import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.errors import CheckpointError
 from model.packing import pack
@@ -20,7 +20,7 @@ from model.training.adapters import add_lora
 from model.training.attention import grouped_products
 from model.training.mistral_import import is_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed
-from tests.model.test_mistral import referee_states
+from tests.model.test_backbone import referee_states
 
 CPU = torch.device("cpu")
 

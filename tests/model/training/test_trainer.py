@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.attention import sdpa_by_length
+from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import CheckpointError
 from model.hub import locate, packaged_checkpoint
@@ -406,7 +406,7 @@ def test_a_deeper_checkpoint_computes_the_same_at_first(
     deepen.main()
     encoders = [Encoder(folder, device="cpu", dtype="float32") for folder in (tiny_checkpoint, out)]
     first, second = (encoder.encode(["a cat", "the moon " * 9]) for encoder in encoders)
-    assert NVEmbedConfig.from_dir(out).num_hidden_layers == 4
+    assert ModelConfig.from_dir(out).num_hidden_layers == 4
     assert np.abs(first - second).max() < 1e-6
     deeper = load_trained(out, device=torch.device("cpu"))
     trained = deeper(

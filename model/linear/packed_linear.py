@@ -2,7 +2,7 @@
 
 A plain product lays it out anew each time, which is half of the time of a single query: with 16
 rows these are 1.3 to 2 times as fast, with 1,000 rows 1.04 to 1.2 times. They call operations that
-are private to torch, so only model.products takes them, and only where they prove right.
+are private to torch, so only model.platform.products takes them, and only where they prove right.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from model.errors import CheckpointError
-from model.weights import unread_files, weight_files
+from model.weights.headers import unread_files, weight_files
 from tests.model.test_files import IN_PLACE_OF_A_FILE
 
 INDEX = "model.safetensors.index.json"

@@ -1,25 +1,25 @@
-"""NV-Embed whole: backbone, pooler, normalisation. forward(PackedBatch) -> [N, D]."""
+"""A model whole: backbone, its family's pooler, normalisation. forward(PackedBatch) -> [N, D]."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionKernel
-from model.config import NVEmbedConfig
-from model.latent_attention import FoldedLatentAttention
-from model.mistral import MistralBackbone
+from model.attention.kernels import AttentionKernel
+from model.backbone import MistralBackbone
+from model.config import ModelConfig
 from model.packing import PackedBatch
+from model.poolers import SERVED
 
 
-class NVEmbed(nn.Module):
-    """The served model. Parameters come from `model.loader`, which folds and fuses."""
+class Embedder(nn.Module):
+    """The served model. Parameters come from `model.weights.loader`, which folds and fuses."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = MistralBackbone(config)
-        self.pooler = FoldedLatentAttention(config)
+        self.pooler = SERVED[config.family.pooler](config)
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 
-from model.attention import AttentionKernel, sdpa_by_length, sdpa_padded
+from model.attention.cpu import sdpa_by_length
+from model.attention.kernels import AttentionKernel, sdpa_padded
+from model.backbone import MistralBackbone
 from model.batch import Encoding
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.fused import Fused
-from model.loader import Source, tensor_table
-from model.mistral import MistralBackbone
-from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
+from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
+from model.operations import Differentiable, InPlace, OnCpu, Operations
 from model.packing import pack
-from model.rotary import NeighboursRotary, as_neighbours
+from model.rotary import as_neighbours
+from model.weights.names import Source, tensor_table
 from tests.model import fused_stand_in as stand_in
 
 CPU = torch.device("cpu")
-CONFIG = NVEmbedConfig(
+CONFIG = ModelConfig(
     vocab_size=300,
     hidden_size=32,
     num_hidden_layers=3,
@@ -40,7 +42,7 @@ CONFIG = NVEmbedConfig(
 )
 
 
-def referee(config: NVEmbedConfig, *, sliding_window: int | None = None) -> MistralModel:
+def referee(config: ModelConfig, *, sliding_window: int | None = None) -> MistralModel:
     """transformers' model with random weights of a size that makes attention matter."""
     torch.manual_seed(0)
     theirs = MistralModel(
@@ -86,9 +88,19 @@ TOLERANCE = dict.fromkeys(FORMS, 3e-5) | {"with gradients": 1e-5}
 from the same in float64."""
 
 
+def operations_of(form: str) -> Operations:
+    if form in SERVED:
+        return OnCpu(mlp_by_rows=SERVED[form] is MKLLinear)
+    return {
+        "with gradients": Differentiable(),
+        "as checkpoints": InPlace(),
+        "fused": Fused(stand_in.launch),
+    }[form]
+
+
 def our_states(
     theirs: MistralModel,
-    config: NVEmbedConfig,
+    config: ModelConfig,
     encodings: list[Encoding],
     kernel: AttentionKernel,
     form: str,
@@ -96,8 +108,7 @@ def our_states(
     """The same weights, through the loader's table of names: for training, as GPUs have them, and
     as this processor does."""
     backbone = MistralBackbone(config)
-    if form in SERVED:
-        backbone.rotary = NeighboursRotary
+    backbone.use(operations_of(form))
     weights = {f"embedding_model.{name}": value for name, value in theirs.state_dict().items()}
 
     def rows(source: Source) -> Tensor:
@@ -111,8 +122,6 @@ def our_states(
         if name.startswith("backbone.")
     }
     assert not weights, f"left over: {list(weights)}"
-    if form == "fused":
-        backbone.use(Fused(stand_in.launch))
     backbone.load_state_dict(fused)
     packed = SERVED.get(form, nn.Linear)
     if issubclass(packed, PackedLinear):

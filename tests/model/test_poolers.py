@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from model import latent_attention
-from model.attention import choose_kernel
+from model import poolers
+from model.attention.kernels import choose_kernel
 from model.batch import Encoding
-from model.config import NVEmbedConfig
-from model.latent_attention import segment_mean
-from model.loader import empty_model, expected_shapes, load_model, load_plain_pooler
+from model.config import ModelConfig
 from model.packing import Segments, pack
+from model.poolers import segment_mean
+from model.verify.parts import load_plain_pooler
+from model.weights.loader import empty_model, load_model
+from model.weights.names import expected_shapes
 from tests.checkpoints import recipe_tensor
 from tests.model.test_config import OFFICIAL
 
@@ -39,7 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def published_pooler(h: Tensor, config: NVEmbedConfig) -> Tensor:
+def published_pooler(h: Tensor, config: ModelConfig) -> Tensor:
     """One sequence, [T, D] -> [D], step by step in float64, from the checkpoint's own tensors:
     cross-attention, feed-forward, and the mean last."""
 
@@ -74,7 +76,7 @@ def published_pooler(h: Tensor, config: NVEmbedConfig) -> Tensor:
     return h.mean(0)
 
 
-def hidden_states(config: NVEmbedConfig) -> Tensor:
+def hidden_states(config: ModelConfig) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(sum(LENGTHS), config.hidden_size, generator=generator)
 
@@ -86,7 +88,7 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 
 
 def test_plain_and_folded_equal_the_published_formula(checkpoint: Path) -> None:
-    config = NVEmbedConfig.from_dir(checkpoint)
+    config = ModelConfig.from_dir(checkpoint)
     h = hidden_states(config)
     expected = F.normalize(
         torch.stack([published_pooler(part, config) for part in h.split(list(LENGTHS))]), dim=-1
@@ -101,7 +103,7 @@ def test_plain_and_folded_equal_the_published_formula(checkpoint: Path) -> None:
 
 
 def test_folded_equals_plain_in_bfloat16(checkpoint: Path) -> None:
-    config = NVEmbedConfig.from_dir(checkpoint)
+    config = ModelConfig.from_dir(checkpoint)
     h = hidden_states(config).bfloat16()
     plain = load_plain_pooler(checkpoint, config, device=CPU, dtype=torch.bfloat16)
     folded = load_model(checkpoint, config, device=CPU, dtype=torch.bfloat16).pooler
@@ -163,7 +165,7 @@ class MetaMemory(TorchDispatchMode):
 def peak(rows: int) -> tuple[float, float]:
     """GB that one text takes at the official size in bfloat16, as on a GPU: (in the backbone, in
     all)."""
-    model = empty_model(NVEmbedConfig.from_dict(OFFICIAL), dtype=torch.bfloat16)
+    model = empty_model(ModelConfig.from_dict(OFFICIAL), dtype=torch.bfloat16)
     _, attend = choose_kernel("auto", META, torch.bfloat16)
     batch = pack([Encoding(np.ones(rows, dtype=np.int32))], META)
     with torch.inference_mode(), MetaMemory() as memory:
@@ -177,7 +179,7 @@ def peak(rows: int) -> tuple[float, float]:
 def test_the_pooler_does_not_set_the_peak(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, whole = peak(rows)
     assert whole == backbone
-    monkeypatch.setattr(latent_attention, "_ROWS_AT_A_TIME", 1 << 20)
+    monkeypatch.setattr(poolers, "_ROWS_AT_A_TIME", 1 << 20)
     assert peak(rows)[1] > 1.1 * backbone  # so the counting sees it
 
 
@@ -186,21 +188,26 @@ def test_pieces_change_nothing(
     golden_checkpoint: Path, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences that begin, end and lie whole within a piece, and filler behind the last one."""
-    config = NVEmbedConfig.from_dir(golden_checkpoint)
+    config = ModelConfig.from_dir(golden_checkpoint)
     h = hidden_states(config)
     filled = torch.cat([h, h[-1:].expand(11, -1)])
     expected = F.normalize(
         torch.stack([published_pooler(part, config) for part in h.split(list(LENGTHS))]), dim=-1
     ).float()
-    poolers = (
-        load_plain_pooler(golden_checkpoint, config, device=CPU, dtype=torch.float32),
+    both = (
+        load_plain_pooler(
+            golden_checkpoint, config, device=CPU, dtype=torch.float32, in_pieces=True
+        ),
         load_model(golden_checkpoint, config, device=CPU, dtype=torch.float32).pooler,
     )
-    monkeypatch.setattr(latent_attention, "_ROWS_AT_A_TIME", rows_at_a_time)
-    for pooler in poolers:
+    monkeypatch.setattr(poolers, "_ROWS_AT_A_TIME", rows_at_a_time)
+    for pooler in both:
         with torch.inference_mode():
             vectors = F.normalize(pooler(filled, segments(LENGTHS)), dim=-1)
         torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
-        learning = filled.clone().requires_grad_()
-        whole = F.normalize(pooler(learning, segments(LENGTHS)), dim=-1)
-        torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+    learnt = load_plain_pooler(golden_checkpoint, config, device=CPU, dtype=torch.float32)
+    learning = filled.clone().requires_grad_()
+    whole = F.normalize(learnt(learning, segments(LENGTHS)), dim=-1)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-5)
+    whole.sum().backward()
+    assert learning.grad is not None

@@ -15,7 +15,7 @@ import torch
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.errors import NoMemoryError
-from model.memory import FittingRunner, is_out_of_memory, loses_device
+from model.fitting import FittingRunner, is_out_of_memory, loses_device
 from model.tokenizer import NVEmbedTokenizer
 from tests.server.runners import MARK, Hashing, vector_of
 

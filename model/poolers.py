@@ -1,12 +1,14 @@
-"""The latent-attention pooler (paper, section 3.1), plain and folded.
+"""Poolers: what makes one vector of the pooled rows of each sequence, not yet normalised.
+
+The latent-attention pooler (paper, section 3.1) comes plain and folded.
 
 `LatentAttention` is the published formula, parameter for parameter: for training and as the
 referee. `FoldedLatentAttention` is what serves: the latents are constants after training, so
 per head `Wq` and the keys collapse into one matrix, the values and `Wo` into another. It is
 exact algebra; 34 M parameters instead of 537 M at the official size.
 
-A row takes more memory here than in the backbone, most of it eight times its width and in float32.
-So without gradients many rows go through in pieces, whose sums are added up.
+A row takes more memory there than in the backbone, most of it eight times its width and in float32.
+So what serves takes many rows in pieces, whose sums are added up.
 
 Shapes: P pooled rows, N sequences, D width, L latents, H cross heads, C cross head width.
 """
@@ -20,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import NVEmbedConfig
+from model.config import ModelConfig
 from model.packing import Segments
 
 LAYER_NORM_EPS = 1e-5
-FEED_FORWARD_FACTOR = 4
 _ROWS_AT_A_TIME = 4096
 """Pooled rows: so few that the pooler takes less memory than the backbone for 8,192, and so many
 that its products stay large."""
@@ -47,11 +48,15 @@ def _reduced(x: Tensor, segments: Segments, how: str) -> Tensor:
 
 
 def means_of(
-    rows_of: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, segments: Segments
+    rows_of: Callable[[Tensor], tuple[Tensor, ...]],
+    x: Tensor,
+    segments: Segments,
+    *,
+    in_pieces: bool,
 ) -> list[Tensor]:
     """x [P, …] -> float32 [N, …] for each tensor that `rows_of` makes of some rows of x: the mean
     of each segment's rows."""
-    if len(x) <= _ROWS_AT_A_TIME or torch.is_grad_enabled():
+    if len(x) <= _ROWS_AT_A_TIME or not in_pieces:
         return [segment_mean(made, segments) for made in rows_of(x)]
     totals: list[Tensor] | None = None
     for first in range(0, len(x), _ROWS_AT_A_TIME):
@@ -66,15 +71,30 @@ def means_of(
     return [total.div_(lengths) for total in totals]
 
 
+class MeanPooler(nn.Module):
+    """The mean of the pooled rows; of one row, as where the last is pooled, that row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """It has no parameters."""
+        super().__init__()
+
+    def forward(self, h: Tensor, pooled: Segments) -> Tensor:
+        """h [P, D] -> float32 [N, D]."""
+        return segment_mean(h, pooled)
+
+
 class PooledFeedForward(nn.Module):
     """mean over rows of `W2(value * gelu(gate)) + h`, (value, gate) = W1·LayerNorm(h) + b1.
 
     The mean commutes with W2, so it comes first: W2 runs once per sequence. Exact (erf) GELU.
     """
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig, *, in_pieces: bool) -> None:
+        """in_pieces: many rows go through in pieces, and what is not needed any more is
+        overwritten, so that no gradient can pass."""
         super().__init__()
-        width, inner = config.hidden_size, FEED_FORWARD_FACTOR * config.hidden_size
+        self.in_pieces = in_pieces
+        width, inner = config.hidden_size, config.feed_forward_size
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.up_proj = nn.Linear(width, 2 * inner)
         self.down_proj = nn.Linear(inner, width)
@@ -86,20 +106,21 @@ class PooledFeedForward(nn.Module):
             piece = attended(piece)
             return self._gated(piece), piece
 
-        mean, mean_of_h = means_of(rows_of, h, pooled)
+        mean, mean_of_h = means_of(rows_of, h, pooled, in_pieces=self.in_pieces)
         return self.down_proj(mean.to(h.dtype)).float() + mean_of_h  # type: ignore[no-any-return]
 
     def _gated(self, h: Tensor) -> Tensor:
         value, gate = self.up_proj(self.norm(h)).chunk(2, dim=-1)
-        if torch.is_grad_enabled():
-            return value * F.gelu(gate)  # type: ignore[no-any-return]
-        return F.gelu(gate).mul_(value)
+        if self.in_pieces:
+            return F.gelu(gate).mul_(value)
+        return value * F.gelu(gate)  # type: ignore[no-any-return]
 
 
 class LatentAttention(nn.Module):
-    """The plain pooler: cross-attention from tokens to latents, feed-forward, mean."""
+    """The plain latent pooler: cross-attention from tokens to latents, feed-forward, mean."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig, *, in_pieces: bool = False) -> None:
+        """in_pieces: as for PooledFeedForward."""
         super().__init__()
         width, inner = config.hidden_size, config.num_cross_heads * config.cross_dim_head
         self.num_heads = config.num_cross_heads
@@ -109,7 +130,7 @@ class LatentAttention(nn.Module):
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, width, bias=False)
-        self.feed_forward = PooledFeedForward(config)
+        self.feed_forward = PooledFeedForward(config, in_pieces=in_pieces)
 
     def forward(self, h: Tensor, pooled: Segments) -> Tensor:
         """h [P, D] -> float32 [N, D], not yet normalised."""
@@ -131,14 +152,14 @@ class LatentAttention(nn.Module):
 class FoldedLatentAttention(nn.Module):
     """The same function with the latents' keys and values folded into the projections."""
 
-    def __init__(self, config: NVEmbedConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, slots = config.hidden_size, config.num_cross_heads * config.num_latents
         self.num_heads = config.num_cross_heads
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.to_latents = nn.Linear(width, slots, bias=False)  # D -> H·L
         self.from_latents = nn.Linear(slots, width, bias=False)  # H·L -> D
-        self.feed_forward = PooledFeedForward(config)
+        self.feed_forward = PooledFeedForward(config, in_pieces=True)
 
     def forward(self, h: Tensor, pooled: Segments) -> Tensor:
         """h [P, D] -> float32 [N, D], not yet normalised."""
@@ -147,6 +168,14 @@ class FoldedLatentAttention(nn.Module):
     def _attended(self, h: Tensor) -> Tensor:
         scores = self.to_latents(self.norm(h)).unflatten(-1, (self.num_heads, -1))
         return self.from_latents(scores.softmax(dim=-1).flatten(1)) + h  # type: ignore[no-any-return]
+
+
+SERVED: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "latent": FoldedLatentAttention,
+    "mean": MeanPooler,
+    "last": MeanPooler,
+}
+"""By Family.pooler: a module that takes (h [P, D], pooled) to float32 [N, D]."""
 
 
 def normed_latents(latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

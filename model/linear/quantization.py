@@ -4,7 +4,7 @@
   the weights' memory against 16 bit; it is not faster.
 - `int8-dynamic` multiplies int8 by int8 on the CPU: a scale for each output of a weight and, found
   anew in each forward, for each row of activations. Smaller, and faster where the processor
-  multiplies 8 bits: which of its layers is right and fast there, model.products finds out.
+  multiplies 8 bits: which of its layers is right and fast there, model.platform.products finds out.
 - `float8` is the same in float8_e4m3fn for GPUs whose matrix units have it.
 
 A row's scale is its own, so under the last two a text's vector does not depend on its batch-mates.
@@ -233,7 +233,7 @@ _LAYERS: dict[str, type[ScaledLinear]] = {
 
 
 def usual_layer(quantization: str) -> type[ScaledLinear] | None:
-    """Its layer, where it has one of ours; on a CPU model.products may take another."""
+    """Its layer, where it has one of ours; on a CPU model.platform.products may take another."""
     return _LAYERS.get(quantization)
 
 

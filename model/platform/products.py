@@ -20,16 +20,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from model import host, quantization
 from model.errors import UnsupportedError
-from model.packed_linear import MKLLinear, OneDNNLinear, PackedLinear
-from model.quantization import (
+from model.linear import quantization
+from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear
+from model.linear.quantization import (
     PlainInt8Linear,
     ScaledLinear,
     SignedInt8Linear,
     UnsignedInt7Linear,
     UnsignedInt8Linear,
 )
+from model.platform import resources
 
 MODES = ("auto", "plain", "allow-slow")
 """auto: by the probe; plain: torch's own, no probe; allow-slow: as auto, and int8-dynamic is taken
@@ -190,7 +191,7 @@ def _refuse_slow(eight: Probe, exact: Probe) -> None:
 def fastest_dtype(shape: tuple[int, int], mode: str = "auto") -> torch.dtype:
     """bfloat16 where its products are clearly faster than float32's on this processor."""
     if mode == "plain":
-        return torch.bfloat16 if host.has_bfloat16() else torch.float32
+        return torch.bfloat16 if resources.has_bfloat16() else torch.float32
     half, exact = (probe(kind, kind, *shape) for kind in ("bfloat16", "float32"))
     return torch.bfloat16 if half.faster_than(exact) >= _PREFERRED else torch.float32
 

@@ -1,0 +1,1 @@
+"""A checkpoint's tensors: the files, their names, and the way into a model."""
