@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CollectorRegistry
 
+from model.families import NV_EMBED
 from model.hub import ModelSource
 from server.api import admin, openai, schemas
 from server.engine.interface import Engine
@@ -26,7 +27,8 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 @functools.cache
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI document, which depends on no model and no setting."""
-    no_engine = SimpleNamespace(source=ModelSource("nv-embed", Path(), None, None))
+    source = ModelSource("nv-embed", Path(), None, None)
+    no_engine = SimpleNamespace(source=source, family=NV_EMBED)
     engine, settings = cast(Engine, no_engine), Settings()
     app = FastAPI()
     app.include_router(openai.create_router(engine, settings))

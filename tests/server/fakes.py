@@ -21,6 +21,7 @@ import numpy as np
 from fastapi import FastAPI
 
 from model.batch import Encoding, RunnerInfo
+from model.families import NV_EMBED
 from model.hub import locate
 from model.tokenizer import NVEmbedTokenizer
 from server import logs
@@ -39,6 +40,7 @@ class FakeEngine:
 
     def __init__(self, model: Path, settings: Settings, *, dimensions: int = WIDTH) -> None:
         self.source = locate(str(model))
+        self.family = NV_EMBED
         self.dimensions = dimensions
         most = settings.max_input_tokens or 32_768
         self.limits = EngineLimits(most, settings.max_queued_tokens, (1024,))
