@@ -111,13 +111,13 @@ def test_a_server_whose_card_is_none(folder: Path, tmp_path: Path) -> None:
         ("serve",),
         ("encode", "texts.txt"),
         ("verify",),
-        ("evaluate", "--sts", "sts.csv"),
+        ("evaluate", "--sts", "sts.jsonl"),
         ("mine", "examples.jsonl", "-o", "mined.jsonl"),
     ],
 )
 def test_a_path_that_leads_nowhere(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "texts.txt").write_text("a\n")
-    (tmp_path / "sts.csv").write_text("")
+    (tmp_path / "sts.jsonl").write_text('{"first": "a", "second": "b", "score": 1}\n' * 3)
     (tmp_path / "examples.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 2)
     arguments = [str(tmp_path / a) if "." in a else a for a in command]
     ended = run_cli(*arguments, "--model", "./missing")
