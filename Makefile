@@ -77,7 +77,7 @@ fix: $(VENV)/.installed-test ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 openapi: $(VENV)/.installed-test ## write openapi.yaml from the app
-	$(BIN)/nv-embed openapi > openapi.yaml
+	$(BIN)/nv-embed openapi > openapi.yaml.new && mv openapi.yaml.new openapi.yaml
 
 graph: $(VENV)/.installed-test ## draw who imports whom: docs/imports.svg
 	PYTHONPATH=. $(BIN)/python -m tests.import_graph
