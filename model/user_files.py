@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import logging
 import os
 import stat
@@ -24,6 +25,8 @@ logger = logging.getLogger("nv_embed.files")
 
 UTF8_MARK = b"\xef\xbb\xbf"
 """The byte-order mark that Windows' editors put in front of UTF-8. It is no part of the text."""
+TEMPORARY = ".nv-embed-"
+"""How the names of files begin that are being written."""
 HEAD_BYTES = 4096
 """How much of a file's beginning tells its encoding."""
 
@@ -138,12 +141,12 @@ def mode_like(read: int | None) -> int:
 
 
 @contextmanager
-def replacing(path: Path, mode: int) -> Iterator[TextIO]:
-    """A text file that takes the name `path` when the block ends well, and else vanishes. Till then
-    its name is one that nobody can guess. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(prefix=".nv-embed-", dir=path.parent)
+def replacing_bytes(path: Path, mode: int, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that takes the name `path` when the block ends well, and else vanishes. Till then its
+    name is one that nobody can guess, in `folder` or beside `path`. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder or path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             with suppress(PermissionError):  # file systems without modes; it is 0600 till here
                 os.fchmod(file.fileno(), mode)
             yield file
@@ -154,6 +157,17 @@ def replacing(path: Path, mode: int) -> Iterator[TextIO]:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+@contextmanager
+def replacing(path: Path, mode: int) -> Iterator[TextIO]:
+    """The same for text in UTF-8."""
+    with replacing_bytes(path, mode) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8")
+        try:
+            yield text
+        finally:
+            text.detach()  # flushes; the file is closed by its owner
 
 
 @contextmanager

@@ -11,9 +11,7 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +19,9 @@ from typing import BinaryIO
 import orjson
 
 from model.errors import FileError
-from model.user_files import open_regular
+from model.user_files import TEMPORARY, open_regular, replacing_bytes
 from server.offline.kept_rows import Keeper
 
-_TEMPORARY = ".nv-embed-"
 _LEDGER = ".ledger.jsonl"
 _OURS = re.compile(r"part-\d{5,}\.(npy|jsonl|parquet)|\.part-\d{5,}\.kept|\.ledger\.jsonl")
 
@@ -63,29 +60,16 @@ class Parts:
     def path(self, number: int) -> Path:
         return self.folder / f"part-{number:05}{self.suffix}"
 
-    @contextmanager
-    def replacing(self, target: Path) -> Iterator[BinaryIO]:
+    def replacing(self, target: Path) -> AbstractContextManager[BinaryIO]:
         """A file that takes the target's name when the block ends well, and else vanishes."""
-        descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=self.folder)
-        try:
-            with os.fdopen(descriptor, "w+b") as file:
-                with suppress(PermissionError):  # file systems without modes; it is 0600 till here
-                    os.fchmod(file.fileno(), self.mode)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        return replacing_bytes(target, self.mode, self.folder)
 
     def clear(self) -> None:
         """Remove what runs have left here, and the folder if nothing else is in it."""
         self._refuse_link()
         with suppress(FileNotFoundError, NotADirectoryError):
             for entry in list(os.scandir(self.folder)):
-                ours = _OURS.fullmatch(entry.name) or entry.name.startswith(_TEMPORARY)
+                ours = _OURS.fullmatch(entry.name) or entry.name.startswith(TEMPORARY)
                 if ours and not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.path)
             with suppress(OSError):
@@ -96,7 +80,7 @@ class Parts:
         a run that goes on needs."""
         for entry in list(os.scandir(self.folder)):
             needed = entry.name == _LEDGER or entry.name.endswith(".kept")
-            if entry.name.startswith(_TEMPORARY) or (finished and needed):
+            if entry.name.startswith(TEMPORARY) or (finished and needed):
                 os.unlink(entry.path)
 
     @property
