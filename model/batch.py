@@ -74,6 +74,7 @@ class RunnerOptions:
     max_input_tokens: int = 32_768
     cuda_graphs: bool | Literal["auto"] = False  # auto: where they can be recorded
     cpu_products: str = "auto"  # auto, plain, allow-slow: model.platform.products
+    products: dict[str, str] = field(default_factory=dict)  # kind -> who must compute it on a CPU
     fused_kernels: str = "plain"  # plain, triton: model.fused
     fingerprint: str | None = None  # of the checkpoint that it must be; None: whichever is there
 

@@ -52,6 +52,7 @@ class Encoder:
         attention: str = "auto",
         threads: int | None = None,
         cpu_products: str = "auto",
+        products: dict[str, str] | None = None,
         fused_kernels: str = "plain",
         max_batch_tokens: int | None = None,
         max_batch_seqs: int = BATCH_SEQS,
@@ -59,7 +60,8 @@ class Encoder:
         """Load `model`, a folder, a hub id or what `locate` found; by default the small model
         that ships.
 
-        The options are the server's (README.md).
+        The options are the server's (README.md). products: kind -> who must compute it on a CPU,
+        as `runner.info.products` of another process says it: the same numbers to the last bit.
 
         Raises CheckpointError or UnsupportedError.
         """
@@ -78,6 +80,7 @@ class Encoder:
                 attention=attention,
                 threads=threads,
                 cpu_products=cpu_products,
+                products=products or {},
                 fused_kernels=fused_kernels,
             )
         )

@@ -76,6 +76,7 @@ class ModelRunner:
             options.quantization,
             self.config.widest_product,
             options.cpu_products,
+            options.products,
         )
         for probe in layers.probes:
             logger.info("products: %s", probe)

@@ -149,12 +149,17 @@ def choose(
     quantize: str,
     shape: tuple[int, int],
     mode: str = "auto",
+    taken: Mapping[str, str] | None = None,
 ) -> Products:
     """The layers for a model whose widest product is `shape` [I, O].
 
-    Raises UnsupportedError when `quantize` cannot be had, or when it is int8-dynamic and no faster
-    than float32 (unless `mode` allows it).
+    taken: kind -> the candidate that another process took (its `Products.names`). Where two are
+    about as fast, the next process may take the other one, whose last bits differ.
+
+    Raises UnsupportedError when `quantize` or what was taken cannot be had, or when it is
+    int8-dynamic and no faster than float32 (unless `mode` allows it, or it was taken before).
     """
+    taken = taken or {}
     quantization.check(quantize, device, dtype)
     if mode not in MODES:
         raise UnsupportedError(f"unknown products {mode!r}; known: {', '.join(MODES)}")
@@ -163,15 +168,22 @@ def choose(
     if mode == "plain":
         return Products(dtype, nn.Linear, PlainInt8Linear if quantize == "int8-dynamic" else None)
     kind = _name(dtype)
-    floats = probe(kind, kind, *shape)
+    floats = probe(kind, kind, *shape, only=taken.get(kind))
     linear = floats.best.layer
     if quantize != "int8-dynamic":
         return Products(dtype, linear, None, (floats,))
-    eight = probe("int8", kind, *shape)
+    eight = probe("int8", kind, *shape, only=taken.get("int8"))
     assert issubclass(eight.best.layer, ScaledLinear), eight
-    if mode != "allow-slow":
+    if mode != "allow-slow" and "int8" not in taken:
         _refuse_slow(eight, probe("float32", "float32", *shape))
     return Products(dtype, linear, eight.best.layer, (floats, eight))
+
+
+def _refuse_missing(kind: str, only: str, attempts: list[_Attempt]) -> None:
+    if not attempts:
+        raise UnsupportedError(f"{kind} by {only}: there is no such product")
+    if attempts[0].trouble:
+        raise UnsupportedError(f"{kind} by {only}, taken before: {attempts[0].trouble}")
 
 
 def _refuse_slow(eight: Probe, exact: Probe) -> None:
@@ -196,22 +208,29 @@ def fastest_dtype(shape: tuple[int, int], mode: str = "auto") -> torch.dtype:
     return torch.bfloat16 if half.faster_than(exact) >= _PREFERRED else torch.float32
 
 
-def probe(kind: str, dtype: str, inputs: int, outputs: int) -> Probe:
+def probe(kind: str, dtype: str, inputs: int, outputs: int, *, only: str | None = None) -> Probe:
     """Try the candidates of `kind` on activations of `dtype` and a weight [outputs, inputs].
 
     Once in a process for each kind, shape and number of threads; torch's number of threads and
-    its random state stay as they are.
+    its random state stay as they are. only: the name of the one candidate that may be taken.
+
+    Raises UnsupportedError when that one is unknown or proves wrong.
     """
     shape = min(inputs, _LARGEST), min(outputs, _LARGEST)
-    return _probe(kind, dtype, *shape, torch.get_num_threads())
+    return _probe(kind, dtype, *shape, torch.get_num_threads(), only)
 
 
 @lru_cache(maxsize=32)
-def _probe(kind: str, dtype: str, inputs: int, outputs: int, threads: int) -> Probe:
-    attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in CANDIDATES[kind]]
+def _probe(
+    kind: str, dtype: str, inputs: int, outputs: int, threads: int, only: str | None
+) -> Probe:
+    candidates = [c for c in CANDIDATES[kind] if only in (None, c.name)]
+    attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in candidates]
     with torch.inference_mode():
         for attempt in attempts:
-            attempt.prove(3)
+            attempt.prove(3, *([] if only is None else [1, 64, 300]))
+        if only is not None:
+            _refuse_missing(kind, only, attempts)
         _time(attempts, *_TINY)  # so that a reference kernel is gone before it costs seconds
         for attempt in attempts:
             attempt.seconds.clear()

@@ -14,6 +14,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from model.batch import BatchLimits, RunnerInfo, RunnerOptions
 from server.engine import devices, worker_process
@@ -72,6 +73,7 @@ class Supervisor:
         self._runner, self._log_format, self._log_level = runner, log_format, log_level
         self._tasks: list[asyncio.Task[None]] = []
         self._was_ready = False
+        self._settled: dict[int, RunnerInfo] = {}  # slot -> what its last worker was
         self._reasons: dict[int, list[str]] = {}  # slot -> the same one, in a row
         self._stopping = False
         self.trouble: dict[int, str] = {}
@@ -131,7 +133,7 @@ class Supervisor:
         device, environment = devices.in_child(options.device, devices.child_environment())
         try:
             process, reader, writer = await worker_process.start(environment)
-            told = dataclasses.replace(options, device=device)
+            told = dataclasses.replace(options, device=device, **self._chosen(slot))
             writer.write(start_frame(told, self._runner, self._log_format, self._log_level))
         except OSError as error:  # out of processes, files or memory
             self.trouble[slot] = "its worker cannot be started"
@@ -156,6 +158,14 @@ class Supervisor:
                     )
         self._tell_end(slot, life, status)
 
+    def _chosen(self, slot: int) -> dict[str, Any]:
+        """What the slot's last worker chose by timing: another choice would be other vectors for
+        the same text. Not after one that did not start with it: the choice may be why."""
+        info = self._settled.pop(slot, None)
+        if info is None or info.device != "cpu":
+            return {}
+        return {"dtype": info.dtype, "products": info.products}
+
     async def _until_its_end(
         self,
         slot: int,
@@ -175,6 +185,7 @@ class Supervisor:
                 options.max_batch_seqs,
                 half_beside_query=info.device == "cpu",  # where it is measured
             )
+            self._settled[slot] = info
             life.worker = Worker(slot, info, limits, tokens_per_s, writer, process)
             self.trouble.pop(slot, None)
             self._was_ready = life.was_ready = True

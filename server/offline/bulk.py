@@ -13,17 +13,25 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 import numpy as np
 import orjson
 
 from model.batch import RunnerInfo
+from model.errors import UnsupportedError
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.user_files import LockedError, locked
 from server.offline.job import Job, Row, Rows, Tokenize
-from server.offline.manifest import differences, printable, proofs_of, read_manifest
+from server.offline.manifest import (
+    Settled,
+    differences,
+    printable,
+    proofs_of,
+    read_manifest,
+    settled_by,
+)
 from server.offline.parts import Ledger, OutputError, Proof, Shard, proves
 from server.offline.progress import Progress
 from server.offline.shards import shards_of
@@ -154,6 +162,21 @@ class Run(Generic[Row]):
             return False
         return True
 
+    @property
+    def settled(self) -> Settled:
+        """With `is_done` asked: what was chosen by timing when the earlier run began. To choose
+        anew could mean other numbers, and their vectors have to go with those that are kept."""
+        return settled_by(self._earlier or {})
+
+    def refuse_settled(self, error: UnsupportedError) -> NoReturn:
+        """Raises `error`, or OutputError where it is the earlier run that asks for too much."""
+        if self._earlier is None:
+            raise error
+        raise OutputError(
+            f"{self._job.manifest} cannot be gone on with here: {error}; use the machine that it "
+            f"was begun on, or remove {self._job.to_remove} to begin anew"
+        ) from None
+
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
         """A run that fails before anything was kept leaves nothing that a later one trips over."""
@@ -174,6 +197,7 @@ class Run(Generic[Row]):
             "quantization": info.quantization,
             "attention": info.attention,
             "fused_kernels": info.fused_kernels,
+            "products": info.products,
             "device": info.device.partition(":")[0],
         }
         if self._earlier is not None:

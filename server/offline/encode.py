@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from model.batch import BatchLimits, RunnerOptions
+from model.errors import UnsupportedError
 from model.fitting import is_out_of_memory
 from model.hub import ModelSource, locate
 from model.platform import resources
@@ -27,6 +28,7 @@ from server.engine.worker import load_factory
 from server.offline import bulk, call
 from server.offline.batch_files import BatchAnswers
 from server.offline.job import Job, Tokenize
+from server.offline.manifest import Settled
 from server.offline.parts import OutputError
 from server.offline.sources import Source
 from server.offline.text_files import InputFileError
@@ -128,7 +130,10 @@ def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run
         todo.describe(model, asked, defaults)
         if todo.is_done(resume=arguments.resume):
             return True
-        encoder = _encoder(arguments, model)
+        try:
+            encoder = _encoder(arguments, model, todo.settled)
+        except UnsupportedError as error:
+            todo.refuse_settled(error)
         encoder.max_tokens = min(encoder.max_tokens, arguments.max_input_tokens or sys.maxsize)
         todo.begin(encoder.runner.info)
         tokenize: Tokenize[Any] = texts(job, source, encoder)
@@ -144,7 +149,8 @@ def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run
     return False
 
 
-def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
+def _encoder(arguments: argparse.Namespace, model: ModelSource, settled: Settled) -> Encoder:
+    """settled: what an earlier run found for `auto`."""
     with resources.for_good():
         from model.encoder import Encoder
 
@@ -153,11 +159,12 @@ def _encoder(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
     return Encoder(
         model,
         device=arguments.device,
-        dtype=arguments.dtype,
+        dtype=(settled.dtype if arguments.dtype == "auto" else None) or arguments.dtype,
         quantization=arguments.quantization,
         attention=arguments.attention,
         threads=arguments.threads,
         cpu_products=arguments.cpu_products,
+        products=settled.products,
         fused_kernels=arguments.fused_kernels,
         max_batch_tokens=arguments.max_batch_tokens,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,27 @@ def proofs_of(manifest: Mapping[str, Any]) -> dict[int, Proof]:
         for number, file in enumerate(manifest["files"]):
             proofs[number] = Proof(file["size"], file["sha256"], file["made_of"])
     return proofs
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What a run chose by timing, which the next one on the same machine may choose otherwise."""
+
+    dtype: str | None = None
+    products: dict[str, str] = field(default_factory=dict)  # kind -> who computes it
+
+
+def settled_by(manifest: Mapping[str, Any]) -> Settled:
+    """Nothing of what is no such value."""
+    model = manifest.get("model")
+    if not isinstance(model, dict):
+        return Settled()
+    dtype, products = model.get("dtype"), model.get("products")
+    named = products.items() if isinstance(products, dict) else ()
+    return Settled(
+        dtype if isinstance(dtype, str) else None,
+        {kind: name for kind, name in named if isinstance(name, str)},
+    )
 
 
 def printable(name: str) -> str:

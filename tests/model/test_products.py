@@ -214,6 +214,30 @@ def test_plain_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         choose(CPU, torch.float32, "none", SHAPE, "fast")
 
 
+def test_what_was_taken_before_is_taken_again(candidates: Callable[..., None]) -> None:
+    candidates(Wrong, Fast, Slow)
+    assert choose(CPU, torch.float32, "none", SHAPE).linear is Fast
+    for name, layer in (("torch", nn.Linear), ("Slow", Slow), ("Fast", Fast)):
+        again = choose(CPU, torch.float32, "none", SHAPE, taken={"float32": name})
+        assert (again.linear, again.names) == (layer, {"float32": name})
+    for name, trouble in (
+        ("Wrong", "float32 by Wrong, taken before: wrong on this processor"),
+        ("gone", "float32 by gone: there is no such product"),
+    ):
+        with pytest.raises(UnsupportedError, match=trouble):
+            choose(CPU, torch.float32, "none", SHAPE, taken={"float32": name})
+
+
+def test_int8_that_was_taken_before_is_not_refused_for_its_speed(
+    candidates: Callable[..., None],
+) -> None:
+    candidates(Fast)
+    with pytest.raises(UnsupportedError, match="no faster than float32"):
+        choose(CPU, torch.float32, "int8-dynamic", SHAPE)
+    again = choose(CPU, torch.float32, "int8-dynamic", SHAPE, taken={"int8": "torch"})
+    assert again.names == {"float32": "Fast", "int8": "torch"}
+
+
 def test_filler_follows_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled for each number of rows is oneDNN's, in whichever type."""
     from model.attention.cpu import sdpa_by_length

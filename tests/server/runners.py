@@ -14,6 +14,7 @@ FAKE_SAYS        what to send to the front, in hexadecimal, by the options' path
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -223,6 +224,18 @@ def _ramble(path: str) -> None:
     socket = int(sys.argv[1])
     os.write(socket, bytes.fromhex(json.loads(os.environ["FAKE_SAYS"])[path]))
     time.sleep(3600)
+
+
+class Choosing(Hashing):
+    """It chooses by chance, unless it is told what was chosen; that fails once."""
+
+    def __init__(self, options: RunnerOptions) -> None:
+        super().__init__(options)
+        if options.products and _once(options.path):
+            raise UnsupportedError("what was chosen cannot be had any more")
+        chosen = options.products or {"float32": f"chance {os.getpid()}"}
+        dtype = "float32" if options.dtype == "auto" else options.dtype
+        self.info = dataclasses.replace(self.info, dtype=dtype, products=chosen)
 
 
 class StoppedWhileLoading(Hashing):

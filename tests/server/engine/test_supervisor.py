@@ -451,6 +451,30 @@ def test_once_it_has_served_a_worker_is_tried_for_ever(starts: Path) -> None:
     supervised(test, "Starting")
 
 
+def test_a_new_worker_chooses_what_the_last_one_chose(environment: Path) -> None:
+    """Otherwise a text could have other numbers after a restart. If that cannot be had any more,
+    it chooses anew."""
+    (environment / "0").unlink()
+
+    async def next_choice(events: Events) -> tuple[str, dict[str, str]]:
+        starts = events.seen.count("ready")
+        os.kill(events.ready[0]._process.pid, signal.SIGKILL)
+        await events.until(lambda events: events.seen.count("ready") > starts)
+        info = events.ready[0].info
+        return info.dtype, info.products
+
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        await events.until(lambda events: events.seen == ["ready"])
+        first = events.ready[0].info
+        assert await next_choice(events) == (first.dtype, first.products)
+        assert await next_choice(events) == (first.dtype, first.products)
+        (environment / "0").touch()
+        _, anew = await next_choice(events)
+        assert anew == {"float32": f"chance {events.ready[0]._process.pid}"}
+
+    supervised(test, "Choosing")
+
+
 def test_a_worker_that_cannot_be_executed_ends_the_start(
     monkeypatch: pytest.MonkeyPatch, starts: Path
 ) -> None:

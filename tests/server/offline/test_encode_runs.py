@@ -19,9 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
+from model.linear.packed_linear import PackedLinear
+from model.platform import products
+from model.platform.products import Candidate
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import LockedError, locked
 from server import cli
@@ -522,6 +527,73 @@ def test_an_input_that_changes_between_its_readings_is_refused(
     assert not (tmp_path / "a.npy").exists()
 
 
+class Rounding(PackedLinear):
+    """As right as torch's product, with other last bits."""
+
+    compiles_rows = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.double() @ self.weight.double().T).to(x.dtype)
+
+    @staticmethod
+    def _laid_out(weight: Tensor) -> Tensor:
+        return weight.clone()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_run_goes_on_with_what_was_chosen_by_timing(
+    golden_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+) -> None:
+    """The next process may find another product, or another dtype, the fastest."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("".join(f"some words of line {number}\n" for number in range(40)))
+    choices = (products._TORCH, Candidate("rounding", Rounding))
+    monkeypatch.setattr(
+        products, "CANDIDATES", {**products.CANDIDATES, "float32": choices, "bfloat16": choices}
+    )
+
+    def encode(place: int, output: str, *options: str) -> int:
+        products._probe.cache_clear()
+        monkeypatch.setattr(
+            products, "_fastest", lambda attempts: attempts[min(place, len(attempts) - 1)]
+        )
+        fastest = torch.bfloat16 if place else torch.float32
+        monkeypatch.setattr(products, "fastest_dtype", lambda *_: fastest)
+        model = ("--model", str(golden_checkpoint), "--device", "cpu", "--dtype", dtype)
+        texts = ("a.txt", "-o", output, "--shard-size", "20")
+        return cli.main(["encode", *texts, *model, *options])
+
+    assert encode(0, "first.npy") == 0
+    assert encode(1, "second.npy") == 0
+    first, second = Path("first.npy").read_bytes(), Path("second.npy").read_bytes()
+    assert first != second
+
+    encode(0, "a/")
+    begun = json.loads(Path("a/manifest.json").read_text())
+    manifest = {name: begun[name] for name in begun if name not in ("complete", "files")}
+    Path("a/manifest.json").write_text(json.dumps(manifest))
+    Path("a/part-00001.npy").unlink()
+    assert encode(1, "a/", "--resume") == 0
+    np.testing.assert_array_equal(
+        np.concatenate([np.load(f"a/part-0000{number}.npy") for number in (0, 1)]),
+        np.load("first.npy"),
+    )
+
+    manifest["model"]["products"] = {"float32": "of another machine"}
+    Path("a/manifest.json").write_text(json.dumps(manifest))
+    Path("a/part-00001.npy").unlink()
+    capsys.readouterr()
+    assert encode(0, "a/", "--resume") == 1
+    said = capsys.readouterr().err
+    assert "a/manifest.json cannot be gone on with here: float32 by of another machine: " in said
+    assert "use the machine that it was begun on, or remove a to begin anew\n" in said
+    products._probe.cache_clear()
+
+
 def test_what_settles_at_the_start_is_in_the_manifest_and_counts(
     encode: Encode, golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -545,7 +617,6 @@ def test_what_settles_at_the_start_is_in_the_manifest_and_counts(
     )
     # As another machine would have left it, where auto means something else.
     for name, then in (
-        ("dtype", other),
         ("device", "cuda"),
         ("attention", "varlen"),
         ("fused_kernels", "triton"),
