@@ -65,7 +65,7 @@ def test_weights_exchanged_at_random_under_load(golden_checkpoint: Path, tmp_pat
 
         asyncio.run(run())
         assert answers > 100
-        assert CHANGED in server.log
+        assert server.says(CHANGED), server.log
         server.wait_for_metric("nv_embed_workers_ready", 2)
 
 

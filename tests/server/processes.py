@@ -62,6 +62,13 @@ class ServerProcess(Asking):
             time.sleep(0.02)
         raise AssertionError(f"no {pattern!r} in the log (exit {self.process.poll()}):\n{self.log}")
 
+    def says(self, text: str) -> bool:
+        """Whether it is in the log, or comes: lines are written together, a moment later."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (found := text in self.log) is False and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return found
+
     def wait_ready(self) -> ServerProcess:
         self.wait_until(lambda: self.client.get("/readyz").status_code == 200, "ready")
         return self

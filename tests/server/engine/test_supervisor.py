@@ -418,7 +418,7 @@ def test_what_others_do_to_a_worker_is_no_reason_to_give_up(starts: Path, line: 
 
 def test_a_device_that_cannot_start_does_not_end_those_that_still_load(starts: Path) -> None:
     """The second is killed in its starts for longer than the first needs to fail for good."""
-    write_starts(starts, ", ".join(["broken"] * 5), "signal 9, signal 9, signal 9, signal 9")
+    write_starts(starts, ", ".join(["broken"] * 500), "signal 9, signal 9, signal 9, signal 9")
 
     async def test(supervisor: Supervisor, events: Events) -> None:
         failing = asyncio.create_task(supervisor.failed())

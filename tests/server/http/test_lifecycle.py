@@ -260,7 +260,7 @@ def test_a_worker_is_told_of_fused_kernels_and_info_shows_them(
     with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
         (device,) = server.client.get("/info").json()["devices"]
         assert device["fused_kernels"] == "triton"
-        assert "triton kernels" in server.log
+        assert server.says("triton kernels"), server.log
 
 
 def test_fused_kernels_without_a_gpu_end_the_server(
