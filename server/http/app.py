@@ -43,14 +43,16 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         openapi_url="/openapi.json" if settings.docs else None,
         docs_url=None,  # both pages are ours: they say what they need
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # nobody asked for it
     )
     app.root_path = _prefix(settings.root_path)  # as an argument it is deprecated, and warned of
-    for router in (
+    routers = (
         openai.create_router(engine, settings),
         admin.create_router(engine, settings, metrics.registry),
-    ):
-        # Not included, which has each request matched twice; and before the framework's own.
-        app.router.routes[:0] = router.routes
+    )
+    # Not included, which has each request matched twice; before the framework's own; and those of
+    # most requests first, for each is compared with the paths in turn.
+    app.router.routes[:0] = [route for router in routers for route in router.routes]
     if settings.docs:
         add_pages(app)
     _add_layers(app, settings, engine, metrics)

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.schemas import EMBEDDINGS_PATHS
 from tests.server.fakes import AppInProcess, in_process
 
 
@@ -41,6 +42,12 @@ def test_a_route_that_is_nearly_one(server: AppInProcess, path: str, meant: str)
     answer = server.client.post(httpx.URL(server.url, path=path), json={})
     assert answer.status_code == 404
     assert message_of(answer).endswith(f"Unknown route POST {path}: did you mean {meant}?")
+
+
+def test_the_route_of_most_requests_is_looked_for_first(server: AppInProcess) -> None:
+    """Paths are compared in turn: behind five others it cost 7 us of a call of 67."""
+    first, second = (getattr(route, "path", None) for route in server.app.routes[:2])
+    assert (first, second) == EMBEDDINGS_PATHS
 
 
 def test_other_unknown_routes(server: AppInProcess) -> None:
