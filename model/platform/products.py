@@ -179,13 +179,6 @@ def choose(
     return Products(dtype, linear, eight.best.layer, (floats, eight))
 
 
-def _refuse_missing(kind: str, only: str, attempts: list[_Attempt]) -> None:
-    if not attempts:
-        raise UnsupportedError(f"{kind} by {only}: there is no such product")
-    if attempts[0].trouble:
-        raise UnsupportedError(f"{kind} by {only}, taken before: {attempts[0].trouble}")
-
-
 def _refuse_slow(eight: Probe, exact: Probe) -> None:
     """By the many rows of a batch: with few, the calls take longer than the products."""
     if eight.seconds[1] * _WORTHWHILE <= exact.seconds[1]:
@@ -228,16 +221,18 @@ def _probe(
     attempts = [_Attempt(candidate, getattr(torch, dtype)) for candidate in candidates]
     with torch.inference_mode():
         for attempt in attempts:
-            attempt.prove(3, *([] if only is None else [1, 64, 300]))
-        if only is not None:
-            _refuse_missing(kind, only, attempts)
+            attempt.prove(3)
         _time(attempts, *_TINY)  # so that a reference kernel is gone before it costs seconds
         for attempt in attempts:
             attempt.seconds.clear()
             attempt.prove(1, 64, 300)
         for rows in (_FEW, _MANY):
             _time(attempts, rows, inputs, outputs)
-    best = _fastest([attempt for attempt in attempts if not attempt.trouble])
+    right = [attempt for attempt in attempts if not attempt.trouble]
+    if not right:
+        why = attempts[0].trouble if attempts else "there is no such product"
+        raise UnsupportedError(f"{kind} by {only}, taken before: {why}")
+    best = _fastest(right)
     few, many = best.seconds
     trials = tuple(Trial(a.candidate.name, tuple(a.seconds), a.trouble) for a in attempts)
     return Probe(kind, best.candidate, (few, many), trials)
@@ -285,6 +280,8 @@ def _time(attempts: list[_Attempt], rows: int, inputs: int, outputs: int) -> Non
         for attempt in attempts
         if not attempt.trouble
     ]
+    if not timed:
+        return
     for attempt, layer, activations in timed:
         layer(activations)  # warms up
         attempt.seconds.append(_seconds(layer, activations))

@@ -222,7 +222,7 @@ def test_what_was_taken_before_is_taken_again(candidates: Callable[..., None]) -
         assert (again.linear, again.names) == (layer, {"float32": name})
     for name, trouble in (
         ("Wrong", "float32 by Wrong, taken before: wrong on this processor"),
-        ("gone", "float32 by gone: there is no such product"),
+        ("gone", "float32 by gone, taken before: there is no such product"),
     ):
         with pytest.raises(UnsupportedError, match=trouble):
             choose(CPU, torch.float32, "none", SHAPE, taken={"float32": name})

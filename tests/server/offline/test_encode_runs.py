@@ -589,7 +589,7 @@ def test_a_run_goes_on_with_what_was_chosen_by_timing(
     capsys.readouterr()
     assert encode(0, "a/", "--resume") == 1
     said = capsys.readouterr().err
-    assert "a/manifest.json cannot be gone on with here: float32 by of another machine: " in said
+    assert "a/manifest.json cannot be gone on with here: float32 by of another machine, " in said
     assert "use the machine that it was begun on, or remove a to begin anew\n" in said
     products._probe.cache_clear()
 
