@@ -6,6 +6,7 @@ process without the mark fails. So `-m "not process"` is all that runs within py
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,16 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest) -> Iterato
     yield
     if request.node.get_closest_marker("process") is None:
         assert not started, f"mark this test `process`, for it starts one: {started}"
+
+
+@pytest.fixture
+def signals_as_usual() -> Iterator[None]:
+    """xdist's workers ignore SIGINT, and nohup has all ignore SIGHUP; children inherit that."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -235,6 +235,7 @@ def test_out_of_address_space_is_one_line(golden_checkpoint: Path, tmp_path: Pat
 # Signals
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 def test_a_closing_terminal_drains(golden_checkpoint: Path, tmp_path: Path) -> None:
     """SIGHUP to the whole group: the worker must finish what it has."""
     with _at_work(golden_checkpoint, tmp_path, seconds=1) as (server, statuses):
@@ -257,6 +258,7 @@ def test_nohup_is_obeyed_and_the_file_limit_raised(golden_checkpoint: Path, tmp_
         assert end(process) == 0
 
 
+@pytest.mark.usefixtures("signals_as_usual")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_says_what_it_drops(
     golden_checkpoint: Path, tmp_path: Path, signum: int

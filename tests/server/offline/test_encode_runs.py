@@ -82,11 +82,9 @@ class Interrupting(Hashing):
 
 
 @pytest.fixture
-def interrupting(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def interrupting(signals_as_usual: None, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(Interrupting, "batches", 0)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
-    yield f"{__name__}:Interrupting"
-    signal.signal(signal.SIGINT, before)
+    return f"{__name__}:Interrupting"
 
 
 # ---- what the output may be called
