@@ -39,5 +39,6 @@ def compare(checkpoint: str, data: str, out: str) -> None:
         vectors.append(torch.from_numpy(trainer.embed_texts(["red cat", "tea"], "")))
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, msg=name, rtol=1e-4, atol=1e-6)
+        got = gradients[1][name]
+        torch.testing.assert_close(got, expected, msg=f"{name}: {{}}".format, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(*vectors)
