@@ -78,4 +78,15 @@ class Compiled(Differentiable):
 
 def compile_parts(model: TrainedNVEmbed) -> None:
     """In place; parameters and their names stay."""
+    _keep_apart(torch.backends.cpu.get_cpu_capability())
     model.backbone.use(Compiled())
+
+
+def _keep_apart(capability: str) -> None:
+    """What torch compiled for other vector units on this disk is wrong here, and its key is equal.
+
+    Its cache takes a pass written in steps of 16 floats for one in steps of 8, without a word.
+    """
+    config = torch.compiler.config
+    if capability not in config.cache_key_tag:
+        config.cache_key_tag += capability
