@@ -41,7 +41,8 @@ from tests.server.questions import WORDS
 MODEL = "golden-embed"  # the name that the generated bad requests send
 OPTIONS = ("--devices", "cpu,cpu", "--served-model-name", MODEL, "--no-access-log")
 QUERY_CLIENTS = 4
-SWEEPS = 2
+MOST_SWEEPS = 10
+LEVEL = 0.001
 RIGHT = {"float32": 0.999999}
 """Least cosine of an answer to the text's vector alone; 0.999 in other types, which round each
 batch differently."""
@@ -117,16 +118,26 @@ class Soak:
         await asyncio.gather(*tasks)
 
     async def _sweep(self) -> None:
-        """Batches of every size, several times: a worker keeps the code that is compiled for each,
-        and a rare size that comes late would read as growth."""
+        """Batches of every size, until the worker grows no more: it keeps the code that is compiled
+        for each, and a rare size that comes late would read as growth. One that never stops
+        growing is measured all the same."""
         connections = [await Connection.to(*address(self._server)) for _ in range(4)]
-        for count in SWEEPS * list(range(1, 33)):  # several at once, so that both workers get some
-            asked = [
-                connection.ask(request_of(self._dice.choices(self._texts, k=count)))
-                for connection in connections
-            ]
-            for answer in await asyncio.gather(*asked):
-                assert answer.status == 200, answer.body[:200]
+        level = 0
+        for sweep in range(1, MOST_SWEEPS + 1):
+            before = rss_bytes(self._elder)
+            for count in range(1, 33):  # several at once, so that both workers get some
+                counts = [count, *self._dice.choices(range(1, 33), k=len(connections) - 1)]
+                asked = [
+                    connection.ask(request_of(self._dice.choices(self._texts, k=k)))
+                    for connection, k in zip(connections, counts, strict=True)
+                ]
+                for answer in await asyncio.gather(*asked):
+                    assert answer.status == 200, answer.body[:200]
+            grown = rss_bytes(self._elder) / before - 1
+            print(f"sweep {sweep}: worker {before / 1e6:.1f} MB, {grown:+.2%}", flush=True)
+            level = level + 1 if grown < LEVEL else 0
+            if level == 2:
+                break
         for connection in connections:
             connection.close()
 
