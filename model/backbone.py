@@ -5,8 +5,8 @@ dropped as early as they can be, after the last layer's keys and values. Knows n
 lies between the products is handed in (`use`), and so is the attention kernel.
 
 Shapes: T packed tokens, P pooled rows, D width, H heads, K kv heads, E head width.
-`sliding_window` is in NV-Embed's config and not applied, as in the reference; for a causal mask it
-bounds the length of an input instead (model.config).
+`sliding_window` goes with a causal mask. Under a full one it is not applied, as in the authors'
+code (NV-Embed's config has one).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
         width, q_size, kv_size = config.hidden_size, config.q_size, config.kv_size
         self.head_dim = config.head_dim
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.causal = config.family.mask == "causal"
+        self.causal, self.window = config.causal, config.window
         if split_q:
             self.q_proj = nn.Linear(width, q_size, bias=False)
             self.kv_proj = nn.Linear(width, 2 * kv_size, bias=False)
@@ -74,7 +74,8 @@ class SelfAttention(nn.Module):
         qkv = self._by_head(self.qkv_proj(x))
         qk, v = qkv.split_with_sizes([q_heads + k_heads, v_heads], dim=1)
         q, k = rotary.rotate(qk).split_with_sizes([q_heads, k_heads], dim=1)
-        out = attend(q, k, v, batch.seqs, batch.seqs, causal=self.causal)
+        q = rotary.scale(q)
+        out = attend(q, k, v, batch.seqs, batch.seqs, causal=self.causal, window=self.window)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def forward_pooled(
@@ -89,8 +90,8 @@ class SelfAttention(nn.Module):
         of_queries = select_rows(x, batch) if isinstance(x, Tensor) else x.select(batch.pool_rows)
         q = self._by_head(self.q_proj(of_queries))
         of_pooled = rotary if batch.pool_rows is None else rotary.select(batch.pool_rows)
-        q, k = of_pooled.rotate(q), rotary.rotate(k)
-        out = attend(q, k, v, batch.pooled, batch.seqs, causal=self.causal)
+        q, k = of_pooled.scale(of_pooled.rotate(q)), rotary.rotate(k)
+        out = attend(q, k, v, batch.pooled, batch.seqs, causal=self.causal, window=self.window)
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
     def _by_head(self, projected: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class MistralBackbone(nn.Module):
             Layer(config, last=index == last) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.rope = config.rope
 
     def use(self, operations: Operations) -> None:
         """Run these between the products. Before the weights are loaded and after the layers are
@@ -190,7 +191,7 @@ class MistralBackbone(nn.Module):
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> [P, D], the final norm applied."""
         embedded: Tensor = self.embed_tokens(batch.input_ids)
-        rotary = self.rotary.of(batch.positions, self.head_dim, self.rope_theta, embedded.dtype)
+        rotary = self.rotary.of(batch.positions, self.rope, embedded.dtype)
         residual, update = self.operations.residual(embedded), None
         for layer in self.layers:
             residual, update = layer(residual, update, rotary, batch, attend)

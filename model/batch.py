@@ -64,6 +64,7 @@ class RunnerOptions:
     """What an engine worker is told about the model it runs; plain values, to cross a wire."""
 
     path: str  # the checkpoint folder
+    family: str = "auto"  # a name of model.families; auto: by what the folder says
     device: str = "cpu"  # cpu, cuda, cuda:N
     dtype: str = "auto"
     quantization: str = "none"

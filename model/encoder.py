@@ -22,6 +22,7 @@ from model.batch import BATCH_SEQS, BatchLimits, Encoding, RunnerOptions, defaul
 from model.errors import NoMemoryError, NonFiniteError
 from model.fitting import FittingRunner
 from model.hub import ModelSource, locate
+from model.prompts import Prompt
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
 
@@ -46,6 +47,7 @@ class Encoder:
         *,
         revision: str | None = None,
         offline: bool = False,
+        family: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
         quantization: str = "none",
@@ -69,11 +71,12 @@ class Encoder:
             source = model
         else:
             name = None if model is None else str(model)
-            source = locate(name, revision=revision, offline=offline)
-        tokenizer = NVEmbedTokenizer.from_dir(source.path)
+            source = locate(name, revision=revision, offline=offline, family=family)
+        tokenizer = NVEmbedTokenizer.from_dir(source.path, source.family)
         runner = ModelRunner(
             RunnerOptions(
                 path=str(source.path),
+                family=source.family,
                 device=device,
                 dtype=dtype,
                 quantization=quantization,
@@ -107,7 +110,7 @@ class Encoder:
     def encode(
         self,
         texts: Sequence[str],
-        instruction: str = "",
+        instruction: str | Prompt = "",
         *,
         max_tokens: int | None = None,
         truncate: Truncation = Truncation.NONE,
@@ -115,7 +118,8 @@ class Encoder:
     ) -> NDArray[np.float32]:
         """-> [len(texts), D], in the order of `texts`.
 
-        instruction: put before each text verbatim, and left out of the pool.
+        instruction: what stands around each text: verbatim before it, or a Prompt, as
+        `tokenizer.family.prompt` makes it.
         max_tokens: the limit of one input, by default the model's own.
         progress: a bar on stderr; None means when stderr is a terminal.
         Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError, NoMemoryError.
@@ -168,7 +172,7 @@ class Encoder:
         self,
         texts: Sequence[str],
         first: int,
-        instruction: str,
+        instruction: str | Prompt,
         max_tokens: int,
         truncate: Truncation,
     ) -> list[Encoding]:

@@ -4,6 +4,7 @@ ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
 │   └── MissingFileError  a file of the folder is not there
 ├── FileError             a named file is no regular file, or its text is not UTF-8
+├── PromptError           the model's family has no place for an instruction, or for examples
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
 ├── InputError            one input cannot be embedded; `index` tells which
 │   ├── InputTooLongError more tokens than the limit, and no truncation asked for
@@ -36,6 +37,14 @@ class MissingFileError(CheckpointError):
 
 class UnsupportedError(ModelError):
     """The device, dtype, kernel or quantization that was asked for does not work here."""
+
+
+class PromptError(ModelError):
+    """What was to stand around a text has no place in the model's template; `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
 
 
 class InputError(ModelError):

@@ -29,13 +29,32 @@ SHIPPED = "nv-embed-small"
 PINNED_REVISIONS = {
     "nvidia/NV-Embed-v1": "570834afd5fef5bf3a3c2311a2b6e0a66f6f4f2c",
     "nvidia/NV-Embed-v2": "7604d305b621f14095a1aa23d351674c2859553a",
+    "intfloat/e5-mistral-7b-instruct": "07163b72af1488142a360786df853f237b1a3ca1",
+    "Salesforce/SFR-Embedding-Mistral": "938c560d1c236aa563b2dbdf084f28ab28bccb11",
+    "Salesforce/SFR-Embedding-2_R": "91762139d94ed4371a9fa31db5551272e0b83818",
+    "Linq-AI-Research/Linq-Embed-Mistral": "0c1a0b0589177079acc552433cad51d7c9132379",
+    "zeta-alpha-ai/Zeta-Alpha-E5-Mistral": "c791d37474fa6a5c72eb3a2522be346bc21fbfc3",
+    "GritLM/GritLM-7B": "13f00a0e36500c80ce12870ea513846a066004af",
+    "BAAI/bge-en-icl": "971c7e1445cc86656ca0bd85ed770b8675a40bb5",
+    "nvidia/Nemotron-3-Embed-8B-BF16": "dd9d06b1852ef836d3dc2fbd2b71a34356912759",
+    "nvidia/Nemotron-3-Embed-1B-BF16": "f880174635613cff04033875fc6a69296cb72006",
 }
 """What runs when no revision is asked for: the commits that the published MTEB scores name."""
 _PINNED = {name.lower(): name for name in PINNED_REVISIONS}
-NVIDIA_NOTICE = (
-    "These are NVIDIA's NV-Embed weights, licensed CC-BY-NC-4.0: non-commercial use only "
+_NON_COMMERCIAL = (
+    "{whose} weights, licensed CC-BY-NC-4.0: non-commercial use only "
     "(https://creativecommons.org/licenses/by-nc/4.0/)."
 )
+NVIDIA_NOTICE = _NON_COMMERCIAL.format(whose="These are NVIDIA's NV-Embed")
+_NOTICES = {
+    "nvidia/nv-embed": NVIDIA_NOTICE,
+    "salesforce/sfr-embedding": _NON_COMMERCIAL.format(
+        whose="These are Salesforce's SFR-Embedding"
+    ),
+    "linq-ai-research/linq-embed": _NON_COMMERCIAL.format(whose="These are Linq's Linq-Embed"),
+}
+"""By how an id begins, in lower case. The other pinned models allow commercial use (MIT,
+Apache-2.0; Nemotron-3-Embed: OpenMDW-1.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +65,28 @@ class ModelSource:
     path: Path
     revision: str | None  # the hub's commit; None for a folder
     license: str | None  # from the model card
+    family: str = "auto"  # as asked for, or what the hub's id says
 
     @property
-    def is_nvidia(self) -> bool:
-        return self.model_id.lower().startswith("nvidia/nv-embed")
+    def notice(self) -> str | None:
+        """What a user must know of the licence, where it forbids something."""
+        known = (n for start, n in _NOTICES.items() if self.model_id.lower().startswith(start))
+        return next(known, None)
+
+    def config(self) -> ModelConfig:
+        """Raises CheckpointError."""
+        return ModelConfig.from_dir(self.path, self.family, self.model_id)
 
 
-def locate(model: str | None, *, revision: str | None = None, offline: bool = False) -> ModelSource:
+def locate(
+    model: str | None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    family: str = "auto",
+) -> ModelSource:
     """Find `model`, downloading it when it is a hub id that is not cached; None is the small
-    model that ships with the package.
+    model that ships with the package. family: as in ModelConfig.from_dir.
 
     Raises CheckpointError with what to do about it.
     """
@@ -71,10 +103,11 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
                 model,
                 model,
             )
-        name = _name(ModelConfig.from_dir(folder).name, folder)
+        config = ModelConfig.from_dir(folder, family)
+        name = _name(config.name, folder)
         if unread := unread_files(folder):
             logger.warning("not read, for it is no part of the weights: %s", ", ".join(unread))
-        return ModelSource(name, folder, None, card_license(folder))
+        return ModelSource(name, folder, None, card_license(folder), config.family.name)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{_said(model)} is neither a folder nor a Hugging Face id (owner/name)"
@@ -83,7 +116,8 @@ def locate(model: str | None, *, revision: str | None = None, offline: bool = Fa
     known = _PINNED.get(model.lower(), model)
     path = _download(known, revision or PINNED_REVISIONS.get(known), offline)
     # In the cache, a snapshot's folder is named after its commit.
-    return ModelSource(model, path, path.name, card_license(path))
+    config = ModelConfig.from_dir(path, family, known)
+    return ModelSource(model, path, path.name, card_license(path), config.family.name)
 
 
 def _folder(model: str) -> Path | None:

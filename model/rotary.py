@@ -4,11 +4,15 @@ Which numbers of a head make a pair is a matter of layout. In a checkpoint it is
 a CPU the loader lays the rows of Wq and Wk so that a pair's are neighbours: q and k change alike,
 so no score does, and one complex product turns what otherwise takes five passes over half heads.
 
+Long contexts are had by yarn (arXiv 2309.00071), which slows the low frequencies down and
+sharpens the scores, and by Llama 4's scaling of queries by their position.
+
 Letters: T rows, E head width.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, Self
@@ -16,17 +20,23 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from model.config import Rope
+
 
 class Rotary(Protocol):
     """The angles of T rows, for all layers and heads alike."""
 
     @classmethod
-    def of(cls, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Self:
+    def of(cls, positions: Tensor, rope: Rope, dtype: torch.dtype) -> Self:
         """positions [T] -> the angles for queries and keys of `dtype`, computed in float32."""
         ...
 
     def rotate(self, x: Tensor) -> Tensor:
         """x [T, heads, E], turned; some do it in place."""
+        ...
+
+    def scale(self, q: Tensor) -> Tensor:
+        """Turned queries [T, heads, E], multiplied by what their positions ask for."""
         ...
 
     def select(self, rows: Tensor) -> Self:
@@ -40,19 +50,28 @@ class HalvesRotary:
 
     cos: Tensor  # [T, 1, E/2]
     sin: Tensor
+    of_queries: Tensor | None = None  # [T, 1, 1]
 
     @classmethod
-    def of(cls, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Self:
-        angles = _angles(positions, head_dim, theta)
-        return cls(angles.cos().to(dtype), angles.sin().to(dtype))
+    def of(cls, positions: Tensor, rope: Rope, dtype: torch.dtype) -> Self:
+        angles, sharpness = _angles(positions, rope), rope.sharpness
+        cos, sin = angles.cos(), angles.sin()
+        if sharpness != 1.0:
+            cos, sin = cos * sharpness, sin * sharpness
+        return cls(cos.to(dtype), sin.to(dtype), _of_queries(positions, rope, dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
         cos, sin = self.cos, self.sin
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
+    def scale(self, q: Tensor) -> Tensor:
+        return q if self.of_queries is None else q * self.of_queries
+
     def select(self, rows: Tensor) -> Self:
-        return type(self)(self.cos.index_select(0, rows), self.sin.index_select(0, rows))
+        of_queries = None if self.of_queries is None else self.of_queries.index_select(0, rows)
+        cos, sin = self.cos.index_select(0, rows), self.sin.index_select(0, rows)
+        return type(self)(cos, sin, of_queries)
 
 
 class InPlaceRotary(HalvesRotary):
@@ -72,20 +91,28 @@ class InPlaceRotary(HalvesRotary):
 class NeighboursRotary:
     """Pairs (2i, 2i + 1), after `as_neighbours`. Always in place, and in float32."""
 
-    turns: Tensor  # [T, 1, E/2] complex, of length 1
+    turns: Tensor  # [T, 1, E/2] complex, of length 1 without yarn
+    of_queries: Tensor | None = None  # [T, 1, 1]
 
     @classmethod
-    def of(cls, positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Self:
-        angles = _angles(positions, head_dim, theta)
-        return cls(torch.complex(angles.cos(), angles.sin()))
+    def of(cls, positions: Tensor, rope: Rope, dtype: torch.dtype) -> Self:
+        angles, sharpness = _angles(positions, rope), rope.sharpness
+        turns = torch.complex(angles.cos(), angles.sin())
+        if sharpness != 1.0:
+            turns = turns * sharpness
+        return cls(turns, _of_queries(positions, rope, dtype))
 
     def rotate(self, x: Tensor) -> Tensor:
         wide = x.float()  # x itself in float32
         torch.view_as_complex(torch.unflatten(wide, -1, (-1, 2))).mul_(self.turns)
         return x if wide is x else x.copy_(wide)
 
+    def scale(self, q: Tensor) -> Tensor:
+        return q if self.of_queries is None else q * self.of_queries
+
     def select(self, rows: Tensor) -> Self:
-        return type(self)(self.turns.index_select(0, rows))
+        of_queries = None if self.of_queries is None else self.of_queries.index_select(0, rows)
+        return type(self)(self.turns.index_select(0, rows), of_queries)
 
 
 def as_neighbours(weight: Tensor, head_dim: int) -> Tensor:
@@ -94,16 +121,33 @@ def as_neighbours(weight: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+def _angles(positions: Tensor, rope: Rope) -> Tensor:
     """[T, 1, E/2] in float32."""
     of_device = _on_cpu if positions.device.type == "cpu" else _frequencies
-    return positions[:, None, None] * of_device(head_dim, theta, positions.device)
+    return positions[:, None, None] * of_device(rope, positions.device)
 
 
-def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+def _of_queries(positions: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor | None:
+    """[T, 1, 1] what queries are multiplied by: 1 + beta·ln(1 + floor(position / original))."""
+    if not rope.query_beta:
+        return None
+    times = torch.floor(positions[:, None, None].float() / rope.original_positions)
+    return (1 + rope.query_beta * torch.log1p(times)).to(dtype)
+
+
+def _frequencies(rope: Rope, device: torch.device) -> Tensor:
     """[E/2] in float32."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
-    return 1.0 / theta ** (exponents / head_dim)
+    exponents = torch.arange(0, rope.head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = 1.0 / rope.theta ** (exponents / rope.head_dim)
+    if rope.factor == 1.0:
+        return frequencies
+    # Of what turns often within the original context nothing is slowed down, of what turns less
+    # than `beta_slow` times all, and in between a part.
+    low, high = (math.floor(rope.turning(rope.beta_fast)), math.ceil(rope.turning(rope.beta_slow)))
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    places = torch.arange(rope.head_dim // 2, device=device, dtype=torch.float32)
+    slowed = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies / rope.factor * slowed + frequencies * (1 - slowed)
 
 
 _on_cpu = lru_cache(maxsize=8)(_frequencies)

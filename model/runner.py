@@ -63,7 +63,7 @@ class ModelRunner:
             torch.set_num_threads(options.threads)
         self._options = options
         unchanged = Unchanged(Path(options.path), options.fingerprint)
-        self.config = ModelConfig.from_dir(Path(options.path))
+        self.config = ModelConfig.from_dir(Path(options.path), options.family)
         self.device = resolve_device(options.device)
         self.dtype = resolve_dtype(options.dtype, self.device, self.config, options.cpu_products)
         kernel, self._attend = choose_kernel(options.attention, self.device, self.dtype)
@@ -166,7 +166,7 @@ def packer(
         device=device,
         pooled=config.family.pooled,
         filler=wants_filler(device, layers, attend),
-        planner=planner_of(attend, dtype, causal=config.family.mask == "causal"),
+        planner=planner_of(attend, dtype, causal=config.causal, window=config.window),
     )
 
 

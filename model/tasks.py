@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from model.families import NV_EMBED, Family
 from model.tokenizer import query_prefix
 
 
@@ -158,6 +157,6 @@ def find_variant(name: str) -> Task | None:
     return _BY_BARE_NAME.get(_bare(name))
 
 
-def prefix_of(instruction: str, family: Family = NV_EMBED) -> str:
-    """A task description as the model's prefix; none for an empty one."""
-    return query_prefix(instruction, family) if instruction else ""
+def prefix_of(instruction: str) -> str:
+    """A task description as NV-Embed's prefix; none for an empty one."""
+    return query_prefix(instruction) if instruction else ""

@@ -1,9 +1,10 @@
-"""text + instruction -> Encoding. Owns BOS, EOS, truncation and which positions are pooled.
+"""text + what stands around it -> Encoding. Owns BOS, EOS, truncation and which positions are pooled.
 
-Torch-free: the front process tokenizes. The rules are the reference's, to the off-by-one
-(the published `encode`): EOS is appended before truncation, truncation keeps the first tokens,
-and the pool leaves out `len(tokenize(instruction))` positions, counted without BOS. Where a family
-differs, its row in `model.families` says so.
+Torch-free: the front process tokenizes. BOS, EOS and a template's markers are ids that are put
+here, whatever the tokenizer's own settings say. The rules are the authors' of each family, to the
+off-by-one; where families differ, their rows in `model.families` say so. NV-Embed appends EOS
+before truncation, truncation keeps the first tokens, and the pool leaves out
+`len(tokenize(instruction))` positions, counted without BOS.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.families import NV_EMBED, Family
+from model.prompts import Marker, Parts, Prompt, joined
 from model.tokenizer_file import read_tokenizer
 
 BOS_ID = 1
@@ -42,9 +44,10 @@ _CHARS_A_TOKEN = (4, 8, MAX_PIECE_CHARS)
 """Of a long text so many characters for each token of the limit are tried, in turn."""
 
 
-def query_prefix(task: str, family: Family = NV_EMBED) -> str:
-    """What the reference writes before the text of a query; passages get nothing."""
-    return family.template.replace("{task}", task)
+def query_prefix(task: str) -> str:
+    """What NV-Embed's authors write before the text of a query; passages get nothing."""
+    assert NV_EMBED.template is not None
+    return NV_EMBED.template.replace("{task}", task)
 
 
 class Truncation(StrEnum):
@@ -77,19 +80,25 @@ class NVEmbedTokenizer:
             )
         if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
             raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
-        added = tokenizer.num_special_tokens_to_add(is_pair=False)
-        if added != 1 or tokenizer.encode("x").ids[0] != BOS_ID:
-            raise CheckpointError("tokenizer.json does not put BOS, and only that, in front")
-        self._pool_start = lru_cache(maxsize=1024)(self._count_pool_start)
+        special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
+        if missing := [marker for marker in family.markers if marker not in special]:
+            raise CheckpointError(
+                f"tokenizer.json has no special token {', '.join(missing)}, which a {family.name} "
+                "model's template writes"
+            )
+        self._frame = lru_cache(maxsize=1024)(self._framed)
 
     @classmethod
-    def from_dir(cls, folder: Path, vocab_size: int | None = None) -> NVEmbedTokenizer:
-        """Read `folder/tokenizer.json`, and the family from the config beside it.
+    def from_dir(
+        cls, folder: Path, family: str = "auto", *, vocab_size: int | None = None
+    ) -> NVEmbedTokenizer:
+        """Read `folder/tokenizer.json`, and the family from what lies beside it.
 
-        vocab_size: of the model that is made of NV-Embed's tokenizer and no config of its kind.
+        family: as in ModelConfig.from_dir. vocab_size: of the model that is made of NV-Embed's
+        tokenizer and no config of its kind.
         """
         tokenizer = read_tokenizer(folder)
-        config = None if vocab_size else ModelConfig.from_dir(folder)
+        config = None if vocab_size else ModelConfig.from_dir(folder, family)
         ours = cls(tokenizer, config.family if config else NV_EMBED)
         rows = config.vocab_size if config else vocab_size
         assert rows is not None
@@ -100,29 +109,64 @@ class NVEmbedTokenizer:
             )
         return ours
 
-    def pool_start(self, instruction: str) -> int:
-        """Number of leading positions that `instruction` takes out of the pool."""
-        if not instruction:
-            return 0
-        short = len(instruction) <= _CACHED_CHARS  # clients send what they like
-        return self._pool_start(instruction) if short else self._count_pool_start(instruction)
+    def pool_start(self, prompt: str | Prompt) -> int:
+        """Number of leading positions that a prompt takes out of the pool."""
+        return self._frame_of(self._prompt(prompt)).pool_start
 
-    def _count_pool_start(self, instruction: str) -> int:
-        # BOS is not counted, as in the reference. Because the official prefix ends with a space,
-        # whose lone "▁" piece merges into the first word, this is BOS and just the instruction.
-        return len(self._ids([instruction], add_special_tokens=False)[0])
+    def _prompt(self, prompt: str | Prompt) -> Prompt:
+        return self.family.verbatim(prompt) if isinstance(prompt, str) else prompt
 
-    def _ids(self, prompts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        if len(prompts) == 1 and len(prompts[0]) <= _SHORT_CHARS:
-            one = self._tokenizer.encode(prompts[0], add_special_tokens=add_special_tokens)
-            return [one.ids]
-        many = self._tokenizer.encode_batch_fast(prompts, add_special_tokens=add_special_tokens)
+    def _frame_of(self, prompt: Prompt) -> _Frame:
+        short = prompt.num_chars <= _CACHED_CHARS  # clients send what they like
+        return self._frame(prompt) if short else self._framed(prompt)
+
+    def _framed(self, prompt: Prompt) -> _Frame:
+        around = prompt.prefix if prompt.round_trip else joined(prompt.examples, prompt.prefix)
+        before = _segments(around)
+        (_, trail), *behind = _segments(prompt.suffix)
+        lead = before[-1].text
+        head = self._ids_of([*before[:-1], before[-1]._replace(text="")])
+        leading = len(head) + len(self._ids_of_text(lead))
+        pool_start = 0
+        if prompt.prefix and self.family.pooled == "text":
+            # GritLM's authors count BOS, NV-Embed's do not. Because the official prefix ends with
+            # a space, whose lone "▁" piece merges into the first word, that is BOS and just the
+            # instruction.
+            pool_start = leading + (self.family.left_out == "prefix")
+        trail_ids = tuple(self._ids_of_text(f"x{trail}")[len(self._ids_of_text("x")) :])
+        return _Frame(
+            head=tuple(head),
+            lead=lead,
+            trail=trail,
+            trail_ids=trail_ids,
+            tail=(*trail_ids, *self._ids_of(behind)),
+            pool_start=pool_start,
+            kept=pool_start or 1 + leading,
+            uncounted=len(self._ids_of(_segments(prompt.examples))),
+        )
+
+    def _ids_of(self, segments: Sequence[_Segment]) -> list[int]:
+        ids: list[int] = []
+        for marker, text in segments:
+            if marker is not None:
+                ids.append(self._tokenizer.token_to_id(marker.token))
+            ids += self._ids_of_text(text)
+        return ids
+
+    def _ids_of_text(self, text: str) -> list[int]:
+        """Without BOS and EOS; what a text of its own begins with is in front."""
+        return self._ids([text])[0] if text else []
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if len(texts) == 1 and len(texts[0]) <= _SHORT_CHARS:
+            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+        many = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in many]
 
     def encode(
         self,
         text: str,
-        instruction: str = "",
+        instruction: str | Prompt = "",
         *,
         max_tokens: int,
         truncate: Truncation = Truncation.NONE,
@@ -140,54 +184,161 @@ class NVEmbedTokenizer:
     def encode_batch(
         self,
         texts: Sequence[str],
-        instruction: str = "",
+        instruction: str | Prompt = "",
         *,
         max_tokens: int,
         truncate: Truncation = Truncation.NONE,
     ) -> list[Encoding | InputTooLongError | EmptyPoolError]:
         """Tokenize many texts on the library's threads; a refused one gives its error in place.
 
-        Of a long text only a part is tokenized, and a longer one where that had too few ids: the
-        library needs some 60 bytes for each id, and 8 MB of text take it 16 seconds.
+        instruction: verbatim before each, or all that stands around each. Of a long text only a
+        part is tokenized, and a longer one where that had too few ids: the library needs some 60
+        bytes for each id, and 8 MB of text take it 16 seconds.
         """
+        prompt = self._prompt(instruction)
+        frame = self._frame_of(prompt)
+        lead = frame.lead
         longest = MAX_PIECE_CHARS * max_tokens
         results: dict[int, Encoding | InputTooLongError | EmptyPoolError] = {
             index: InputTooLongError(None, max_tokens)
             for index, text in enumerate(texts)
-            if len(instruction) + len(text) > longest
-            and (truncate is Truncation.NONE or len(instruction) > longest)
+            if len(lead) + len(text) > longest
+            and (truncate is Truncation.NONE or len(lead) > longest)
         }
-        start = self.pool_start(instruction) if len(results) < len(texts) else 0
         for chars_a_token in _CHARS_A_TOKEN:
             left = [index for index in range(len(texts)) if index not in results]
             most = chars_a_token * max_tokens
-            if not left or len(instruction) > most:
+            if not left or len(lead) > most:
                 continue
-            clips = [_clip(texts[index], instruction, most, truncate) for index in left]
-            encoded = self._ids([clip.prompt for clip in clips])
+            clips = [_clip(texts[index], lead, most, truncate) for index in left]
+            trail = "" if prompt.round_trip else frame.trail
+            encoded = self._ids([c.prompt + trail if c.is_whole else c.prompt for c in clips])
             for index, clip, ids in zip(left, clips, encoded, strict=True):
                 if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
-                    results[index] = self._result(ids, clip, start, max_tokens, truncate)
+                    results[index] = self._result(ids, clip, prompt, frame, max_tokens, truncate)
         return [results[index] for index in range(len(texts))]
 
     def _result(
-        self, ids: list[int], clip: _Clip, pool_start: int, max_tokens: int, truncate: Truncation
+        self,
+        ids: list[int],
+        clip: _Clip,
+        prompt: Prompt,
+        frame: _Frame,
+        max_tokens: int,
+        truncate: Truncation,
     ) -> Encoding | InputTooLongError | EmptyPoolError:
+        """ids: of the clip, and of the frame's trail where the clip is whole."""
         if truncate is Truncation.NONE and not clip.is_whole:
             return InputTooLongError(None, max_tokens)
         try:
-            return self.to_encoding([*ids, EOS_ID], max_tokens, truncate, pool_start=pool_start)
+            if prompt.round_trip:
+                return self._round_trip(ids, prompt, max_tokens, truncate)
+            trail = len(frame.trail_ids) if clip.is_whole else 0
+            tail = frame.tail[trail:]
+            whole = [BOS_ID, *frame.head, *ids, *tail]
+            return self._cut(whole, frame, max_tokens, truncate)
         except (InputTooLongError, EmptyPoolError) as error:
             # Its traceback holds this frame, which holds it: the texts would stay until the next
             # collection of cycles.
             return error.with_traceback(None)
 
-    def to_encoding(
-        self, ids: list[int], max_tokens: int, truncate: Truncation, *, pool_start: int = 0
+    def to_encoding(self, ids: list[int], max_tokens: int, truncate: Truncation) -> Encoding:
+        """Ids as a client sent them: from BOS, and to EOS where the family has it."""
+        if len(ids) <= max_tokens:
+            return Encoding(np.array(ids, dtype=np.int32))
+        without_eos = ids[:-1] if self.family.keeps_eos is not None and ids[-1] == EOS_ID else ids
+        return self._cut(without_eos, self._frame_of(Prompt()), max_tokens, truncate)
+
+    def _cut(
+        self, ids: list[int], frame: _Frame, max_tokens: int, truncate: Truncation
     ) -> Encoding:
-        """As the function, by the family's rule for EOS."""
+        """Ids from BOS to the tail, without EOS, as an Encoding of at most `max_tokens`."""
+        max_tokens += frame.uncounted
         keeps_eos = self.family.keeps_eos
-        return to_encoding(ids, pool_start, max_tokens, truncate, keeps_eos=keeps_eos)
+        eos = [] if keeps_eos is None else [EOS_ID]
+        num_tokens = len(ids) + len(eos)
+        if num_tokens > max_tokens:
+            if truncate is Truncation.NONE:
+                raise InputTooLongError(num_tokens, max_tokens)
+            if truncate is Truncation.END and not keeps_eos:
+                eos = []
+            most = max_tokens - len(eos)
+            if truncate is Truncation.START:
+                first = min(max(frame.kept, 1), most)
+                ids = ids[:first] + ids[len(ids) - (most - first) :]
+            else:
+                behind = min(len(frame.tail), most - 1)
+                ids = ids[: most - behind] + ids[len(ids) - behind :]
+        ids = ids + eos
+        if frame.pool_start >= len(ids):
+            raise EmptyPoolError(frame.pool_start, max_tokens)
+        return Encoding(np.array(ids, dtype=np.int32), frame.pool_start)
+
+    def _round_trip(
+        self, ids: list[int], prompt: Prompt, max_tokens: int, truncate: Truncation
+    ) -> Encoding:
+        """As the authors of bge-en-icl: prefix and text are tokenized, cut, decoded and tokenized
+        again. So a lone "▁" follows each marker, and the result may be longer than the limit,
+        which leaves room for what stands behind and counts no examples.
+
+        ids: of the text and what is directly before it."""
+        segments = _segments(prompt.prefix)
+        behind = _segments(prompt.suffix)
+        parts = [self._ids_of([segment]) for segment in segments[:-1]]
+        parts.append([*self._ids_of([segments[-1]._replace(text="")]), *ids])
+        total = sum(map(len, parts))
+        most = max_tokens - 2 - len(self._ids_of(behind))  # BOS and EOS
+        if total > most and truncate is Truncation.NONE:
+            raise InputTooLongError(total + max_tokens - most, max_tokens)
+        if total > most and truncate is Truncation.START:
+            markers = len(parts[-1]) - len(ids)
+            text = max(0, most - (total - len(ids)))
+            parts[-1] = parts[-1][:markers] + ids[len(ids) - text :]
+        again: list[_Segment] = []
+        for (marker, _), part in zip(segments, parts, strict=True):
+            kept, most = part[: max(most, 0)], most - len(part)
+            if marker is not None and kept:
+                kept = kept[1:]
+            elif marker is not None:
+                break
+            text = self._tokenizer.decode(kept, skip_special_tokens=False)
+            again.append(_Segment(marker, f" {text}" if marker is not None and kept else text))
+        again = again or [_Segment(None, "")]
+        again[-1] = again[-1]._replace(text=again[-1].text + behind[0].text)
+        examples = _segments(prompt.examples)
+        whole = [*self._ids_of(examples), *self._ids_of(again), *self._ids_of(behind[1:])]
+        return Encoding(np.array([BOS_ID, *whole, EOS_ID], dtype=np.int32))
+
+
+class _Segment(NamedTuple):
+    """A text that is tokenized by itself, and the marker before it."""
+
+    marker: Marker | None
+    text: str
+
+
+def _segments(parts: Parts) -> list[_Segment]:
+    """One at least. A marker ends the text before it, and begins another."""
+    segments = [_Segment(None, "")]
+    for part in parts:
+        if isinstance(part, Marker):
+            segments.append(_Segment(part, ""))
+        else:
+            segments[-1] = segments[-1]._replace(text=segments[-1].text + part)
+    return segments
+
+
+class _Frame(NamedTuple):
+    """What a prompt puts around the ids of a text."""
+
+    head: tuple[int, ...]  # between BOS and the segment that holds the text
+    lead: str  # directly before the text, and tokenized with it
+    trail: str  # directly behind it
+    trail_ids: tuple[int, ...]
+    tail: tuple[int, ...]  # behind the text: `trail_ids`, and what follows them but for EOS
+    pool_start: int
+    kept: int  # leading ids that stay when the beginning of a text is cut
+    uncounted: int  # ids of examples, which no limit counts
 
 
 class _Clip(NamedTuple):
@@ -233,26 +384,3 @@ def _without_spaces_before(text: str, end: int) -> int:
     while end and text[end - 1] in " ▁":  # "▁" is what spaces become
         end -= 1
     return end
-
-
-def to_encoding(
-    ids: list[int],
-    pool_start: int,
-    max_tokens: int,
-    truncate: Truncation = Truncation.NONE,
-    *,
-    keeps_eos: bool = False,
-) -> Encoding:
-    """Ids from BOS to EOS as an Encoding of at most `max_tokens`.
-
-    Raises InputTooLongError or EmptyPoolError.
-    """
-    if len(ids) > max_tokens:
-        if truncate is Truncation.NONE:
-            raise InputTooLongError(len(ids), max_tokens)
-        most = max_tokens - keeps_eos
-        head = min(max(pool_start, 1), most) if truncate is Truncation.START else most
-        ids = ids[:head] + ids[len(ids) - (max_tokens - head) :]
-    if pool_start >= len(ids):
-        raise EmptyPoolError(pool_start, max_tokens)
-    return Encoding(np.array(ids, dtype=np.int32), pool_start)

@@ -150,10 +150,11 @@ def official_tokenizer() -> Tokenizer:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    # A sentencepiece BPE joins the pair whose result has the best score, and ids are in the order
-    # of scores. So the merges are all splits of each piece into two pieces, by the piece's id.
+    # A sentencepiece BPE joins the pair whose result has the best score. So the merges are all
+    # splits of each piece into two pieces, by the piece's score: by its id, but for runs of spaces,
+    # which come last.
     merges = []
-    for piece in pieces:
+    for _, piece in sorted(enumerate(pieces), key=lambda p: (-processor.get_score(p[0]), p[0])):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [(a, b) for a, b in splits if a in vocabulary and b in vocabulary]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

@@ -8,6 +8,7 @@ Letters: Tq query rows, Tk key rows, H heads, K kv heads, E head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from model.packing import ROUND_TO, Planner, Segments
 
-_MASK_ELEMENTS = 1 << 22
-"""Of a causal mask at a time: some MB, however long the sequences."""
+_BLOCK_ROWS = 256
+"""Queries under a causal mask that are attended to at a time: none of them needs the keys behind
+the last of them, so about half of the products are saved where sequences are long, and the mask
+stays small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +32,49 @@ class _Alike:
     query_rows: Tensor | slice | None  # [count * rounded length] the packed rows; None: all
     key_rows: Tensor | slice | None
     mask: Tensor | None  # [count, 1, 1, keys] added to the scores: 0, or -inf beyond the end
-    last_keys: Tensor | None = None  # [count, queries, 1] of a causal mask: the last that each sees
+    blocks: tuple[_Block, ...] = ()  # of a causal mask; else all queries go at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some queries of sequences of one length, and the keys that any of them sees."""
+
+    queries: slice
+    keys: slice
+    sees: Tensor  # bool [count, 1, queries, keys]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """For queries and keys of so many rows, in this dtype, under this mask."""
+    """For queries and keys of so many rows, in this dtype, under this mask and its window."""
 
     groups: list[_Alike]
-    made_for: tuple[int, int, torch.dtype, bool]
+    made_for: tuple[int, int, torch.dtype, bool, int | None]
 
 
-def planner(dtype: torch.dtype, *, causal: bool) -> Planner:
+def planner(dtype: torch.dtype, *, causal: bool, window: int | None = None) -> Planner:
     """Makes the plan of `sdpa_by_length` for q, k and v of `dtype`."""
 
     def plan(queries: Segments, keys: Segments, q_rows: int, k_rows: int) -> Plan:
-        return _plan(queries, keys, q_rows, k_rows, dtype, causal)
+        return _plan(queries, keys, q_rows, k_rows, dtype, causal, window)
 
     return plan
 
 
+def within(window: int | None, keys: Segments) -> int | None:
+    """The window, where one of the sequences is longer."""
+    return window if window is not None and window < keys.max_seqlen else None
+
+
 def sdpa_by_length(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """scaled_dot_product_attention, one call for all sequences of about the same length.
 
@@ -60,9 +84,9 @@ def sdpa_by_length(
     many sequences is faster than many calls. Makes its own plan where the batch carries none.
     """
     k, v, grouped = shared_heads(q, k, v)
-    plan = queries.plan or _plan(queries, keys, len(q), len(k), q.dtype, causal)
+    plan = queries.plan or _plan(queries, keys, len(q), len(k), q.dtype, causal, window)
     assert isinstance(plan, Plan), plan
-    assert plan.made_for == (len(q), len(k), q.dtype, causal), plan.made_for
+    assert plan.made_for == (len(q), len(k), q.dtype, causal, window), plan.made_for
 
     def attend(alike: _Alike) -> Tensor:
         heads = (
@@ -70,8 +94,8 @@ def sdpa_by_length(
             _take(k, alike.key_rows, alike.count),
             _take(v, alike.key_rows, alike.count),
         )
-        if alike.last_keys is not None:
-            out = _causal(*heads, alike.last_keys, grouped)
+        if alike.blocks:
+            out = _in_blocks(*heads, alike.blocks, grouped)
         else:
             out = F.scaled_dot_product_attention(*heads, attn_mask=alike.mask, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
@@ -85,21 +109,18 @@ def sdpa_by_length(
     return attended
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, last_keys: Tensor, grouped: bool) -> Tensor:
-    """q [N, H, queries, E] over k and v [N, K, keys, E]; last_keys [N, queries, 1].
-
-    Some queries at a time, so that the mask stays small beside q, k and v. What is beyond a
-    sequence's end sees what its last row sees, so it is equal to that."""
-    keys = torch.arange(k.shape[2], device=k.device)
-    rows = _MASK_ELEMENTS // (len(q) * k.shape[2])
-    rows = max(ROUND_TO, rows - rows % ROUND_TO)
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[_Block], grouped: bool) -> Tensor:
+    """q [N, H, queries, E] over k and v [N, K, keys, E]. What is beyond a sequence's end sees what
+    its last row sees, so it is equal to that."""
     parts = [
         F.scaled_dot_product_attention(
-            queries, k, v, attn_mask=(keys <= last)[:, None], enable_gqa=grouped
+            q[:, :, block.queries],
+            k[:, :, block.keys],
+            v[:, :, block.keys],
+            attn_mask=block.sees,
+            enable_gqa=grouped,
         )
-        for queries, last in zip(
-            torch.split(q, rows, dim=2), torch.split(last_keys, rows, dim=1), strict=True
-        )
+        for block in blocks
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -111,11 +132,13 @@ def _plan(
     k_rows: int,
     dtype: torch.dtype,
     causal: bool,
+    window: int | None,
 ) -> Plan:
-    made_for = q_rows, k_rows, dtype, causal
+    made_for = q_rows, k_rows, dtype, causal, window
     device = keys.cu_seqlens.device
+    window = within(window, keys)
     # A lone query is the last row of its sequence: it sees all keys under either mask.
-    causal = causal and queries.max_seqlen > 1
+    causal = causal and (queries.max_seqlen > 1 or window is not None)
     compiled = dtype != torch.float32 and device.type != "cuda"  # for each length
     step = ROUND_TO if compiled else 1
     if len(keys.lengths) == 1 and not causal:
@@ -132,17 +155,35 @@ def _plan(
     for (q_length, k_length), chosen in sorted(members.items()):
         query_rows = _rows_up_to(q_length, *q_bounds[:, chosen])
         key_rows = _rows_up_to(k_length, *k_bounds[:, chosen])
-        mask = last_keys = None
+        mask, blocks = None, ()
         if causal:
             ends = lengths[chosen, None] - 1
             firsts = ends + 1 - np.array(queries.lengths)[chosen, None]
-            sees = np.minimum(firsts + np.arange(q_length), ends)
-            last_keys = torch.from_numpy(sees[:, :, None]).to(device)
+            last_seen = np.minimum(firsts + np.arange(q_length), ends)
+            blocks = _blocks(last_seen, k_length, window, step, device)
         elif (beyond := np.arange(k_length) >= lengths[chosen, None]).any():
             mask = torch.from_numpy(np.where(beyond, -np.inf, 0.0)[:, None, None]).to(device, dtype)
         rows = _index(query_rows, q_rows, device), _index(key_rows, k_rows, device)
-        groups.append(_Alike(len(chosen), *rows, mask, last_keys))
+        groups.append(_Alike(len(chosen), *rows, mask, blocks))
     return Plan(groups, made_for)
+
+
+def _blocks(
+    last_seen: np.ndarray, k_length: int, window: int | None, step: int, device: torch.device
+) -> tuple[_Block, ...]:
+    """last_seen [N, queries]: the last key that each sees."""
+    blocks = []
+    for first in range(0, last_seen.shape[1], _BLOCK_ROWS):
+        rows = slice(first, min(first + _BLOCK_ROWS, last_seen.shape[1]))
+        last = last_seen[:, None, rows, None]
+        end = min(-(-int(last.max() + 1) // step) * step, k_length)
+        begin = 0 if window is None else max(int(last.min()) - window + 1, 0) // step * step
+        keys = np.arange(begin, end)
+        sees = keys <= last
+        if window is not None:
+            sees &= keys > last - window
+        blocks.append(_Block(rows, slice(begin, end), torch.from_numpy(sees).to(device)))
+    return tuple(blocks)
 
 
 def _alone(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention.cpu import planner, sdpa_by_length, shared_heads
+from model.attention.cpu import planner, sdpa_by_length, shared_heads, within
 from model.errors import UnsupportedError
 from model.extras import how_to_install
 from model.packing import Planner, Segments
@@ -39,31 +39,42 @@ class AttentionKernel(Protocol):
         keys: Segments,
         *,
         causal: bool = False,
+        window: int | None = None,
     ) -> Tensor:
         """q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
         The rows of sequence i of `queries` are the last of sequence i of `keys`, and attend to all
-        of its rows; causal: to themselves and those before them. Behind the last sequence there may
-        be filler (CPU only), whose output rows hold anything.
+        of its rows; causal: to themselves and those before them, of which a `window` takes so many,
+        themselves included. Behind the last sequence there may be filler (CPU only), whose output
+        rows hold anything.
         """
         ...
 
 
 def sdpa_padded(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """All padded to the longest: for GPUs and dtypes that the varlen kernels refuse."""
     k, v, grouped = shared_heads(q, k, v)
     padded = _pad(q, queries), _pad(k, keys), _pad(v, keys)
-    if causal and queries is keys:  # what is behind a sequence's end is behind all of its rows
+    window = within(window, keys)
+    if causal and queries is keys and window is None:
+        # What is behind a sequence's end is behind all of its rows.
         out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped)
     else:
-        mask = _padded_mask(queries, keys, causal)[:, None]
+        mask = _padded_mask(queries, keys, causal, window)[:, None]
         out = F.scaled_dot_product_attention(*padded, attn_mask=mask, enable_gqa=grouped)
     return out.transpose(1, 2).flatten(0, 1)[_padded_rows(queries)]
 
 
-def _padded_mask(queries: Segments, keys: Segments, causal: bool) -> Tensor:
+def _padded_mask(queries: Segments, keys: Segments, causal: bool, window: int | None) -> Tensor:
     """[N, 1 or longest query, longest key] whether it is seen."""
     lengths = keys.cu_seqlens.diff()[:, None, None]
     places = torch.arange(keys.max_seqlen, device=lengths.device)
@@ -71,7 +82,10 @@ def _padded_mask(queries: Segments, keys: Segments, causal: bool) -> Tensor:
         return places < lengths
     rows = torch.arange(queries.max_seqlen, device=lengths.device)[:, None]
     last_seen = lengths - queries.cu_seqlens.diff()[:, None, None] + rows
-    return places <= torch.minimum(last_seen, lengths - 1)
+    last_seen = torch.minimum(last_seen, lengths - 1)
+    if window is None:
+        return places <= last_seen
+    return (places <= last_seen) & (places > last_seen - window)
 
 
 def _padded_rows(segments: Segments) -> Tensor:
@@ -99,15 +113,29 @@ def varlen_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
     native_gqa = "enable_gqa" in parameters
     # One split of the keys, so that a text's bits do not depend on how many there are beside it.
     always: dict[str, Any] = {"num_splits": 1} if "num_splits" in parameters else {}
-    # Either way the mask's corner is where the last query meets the last key.
-    masked: dict[str, Any] = (
-        {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
-    )
+
+    def masked(window: int | None) -> dict[str, Any]:
+        """Either way the mask's corner is where the last query meets the last key."""
+        if window is None and "is_causal" in parameters:
+            return {"is_causal": True}
+        if "window_size" in parameters:
+            return {"window_size": (-1 if window is None else window - 1, 0)}
+        raise UnsupportedError(
+            f"this torch's varlen_attn knows no sliding window ({window} tokens here): "
+            "--attention flash-attn or padded, or --max-input-tokens within the window"
+        )
 
     def varlen(
-        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Segments,
+        keys: Segments,
+        *,
+        causal: bool = False,
+        window: int | None = None,
     ) -> Tensor:
-        options = always | masked if causal else dict(always)
+        options = always | masked(within(window, keys)) if causal else dict(always)
         if q.shape[1] != k.shape[1]:
             if native_gqa:
                 options["enable_gqa"] = True
@@ -132,7 +160,14 @@ def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
     """A kernel around `flash_attn_varlen_func` of the flash-attn package."""
 
     def flash_attn(
-        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Segments,
+        keys: Segments,
+        *,
+        causal: bool = False,
+        window: int | None = None,
     ) -> Tensor:
         return attend(
             q,
@@ -143,6 +178,11 @@ def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
             queries.max_seqlen,
             keys.max_seqlen,
             causal=causal,  # the mask's corner as in `varlen`, since flash-attn 2.1
+            **(
+                {}
+                if within(window, keys) is None or not causal
+                else {"window_size": (window - 1, 0)}
+            ),
         )
 
     return flash_attn
@@ -230,9 +270,11 @@ def choose_kernel(
     return name, _KERNELS[name].load()
 
 
-def planner_of(attend: AttentionKernel, dtype: torch.dtype, *, causal: bool) -> Planner | None:
+def planner_of(
+    attend: AttentionKernel, dtype: torch.dtype, *, causal: bool, window: int | None = None
+) -> Planner | None:
     """What prepares a batch for this kernel, where it wants that."""
-    return planner(dtype, causal=causal) if attend is sdpa_by_length else None
+    return planner(dtype, causal=causal, window=window) if attend is sdpa_by_length else None
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:

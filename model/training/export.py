@@ -53,7 +53,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
             "head_dim": config.head_dim,
             "intermediate_size": config.intermediate_size,
             "max_position_embeddings": config.max_position_embeddings,
-            "rope_theta": config.rope_theta,
+            "rope_theta": config.rope.theta,
             "rms_norm_eps": config.rms_norm_eps,
             "hidden_act": "silu",
             "bos_token_id": 1,

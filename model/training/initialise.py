@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from model import console
-from model.config import ModelConfig
+from model.config import ModelConfig, Rope
 from model.training.examples import read_texts
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
@@ -34,7 +34,7 @@ DEFAULT = ModelConfig(
     head_dim=64,
     intermediate_size=768,
     max_position_embeddings=2048,
-    rope_theta=10_000.0,
+    rope=Rope(head_dim=64, theta=10_000.0),
     rms_norm_eps=1e-5,
     num_latents=64,
     num_cross_heads=4,

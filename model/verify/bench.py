@@ -37,11 +37,17 @@ class Bench:
     """Made anew in each process."""
 
     def __init__(self, job: Mapping[str, Any], import_s: float) -> None:
-        """job: model_id, path, revision, device, attention, base (the 16-bit dtype that the card
+        """job: model_id, path, revision, family, device, attention, base (the 16-bit dtype that the card
         serves in), work (a folder for what one process leaves to another)."""
         self.job, self.import_s = job, import_s
-        self.source = ModelSource(job["model_id"], Path(job["path"]), job.get("revision"), None)
-        self.config = ModelConfig.from_dir(self.source.path)
+        self.source = ModelSource(
+            job["model_id"],
+            Path(job["path"]),
+            job.get("revision"),
+            None,
+            job.get("family", "auto"),
+        )
+        self.config = self.source.config()
         self.work = Path(job["work"])
         self._loaded: tuple[str, ModelRunner] | None = None
         self._recorded: Embed | None = None  # of the loaded runner

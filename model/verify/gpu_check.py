@@ -65,6 +65,7 @@ def _all_steps(options: Options, report: Report, work: Path) -> int:
         "model_id": source.model_id,
         "path": str(source.path.resolve()),
         "revision": source.revision,
+        "family": source.family,
         "device": options.device,
         "attention": options.attention,
         "base": "auto",

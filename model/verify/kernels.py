@@ -107,7 +107,7 @@ def _rotary(bench: Bench, chosen: Fused, rows: int) -> _Pair:
     heads = config.num_heads + config.num_kv_heads
     x = _numbers(bench, rows, heads, config.head_dim)
     positions = torch.arange(rows, device=bench.device)
-    angles = HalvesRotary.of(positions, config.head_dim, config.rope_theta, x.dtype)
+    angles = HalvesRotary.of(positions, config.rope, x.dtype)
     return _Pair(
         lambda: chosen.rotate(x, angles.cos, angles.sin),
         lambda: angles.rotate(x),

@@ -103,7 +103,7 @@ def mistral_model(config: ModelConfig, layers: int) -> Any:
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rope.theta,
         "sliding_window": None,
         "attn_implementation": "sdpa",
         "bos_token_id": None,

@@ -78,7 +78,7 @@ def subject_of(
 ) -> Subject:
     """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
     run."""
-    config = ModelConfig.from_dir(source.path)
+    config = source.config()
     where = resolve_device(device)
     working = resolve_dtype(dtype, where, config, cpu_products)
     choose_kernel(attention, where, working)  # refuses what cannot run
@@ -89,7 +89,7 @@ def subject_of(
         except UnsupportedError:  # a 16-bit kernel, asked for the float32 comparison
             return choose_kernel("auto", where, wanted)
 
-    tokenizer = NVEmbedTokenizer.from_dir(source.path)
+    tokenizer = NVEmbedTokenizer.from_dir(source.path, config.family.name)
     shape = config.widest_product
     products.choose(where, working, quantization, shape, cpu_products)  # refuses likewise
     fused.choose(fused_kernels, where)

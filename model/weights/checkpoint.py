@@ -20,10 +20,17 @@ from model.weights.headers import weight_files
 from model.weights.names import expected_shapes
 
 
+_WHOLE = "model."
+"""Before the names of a language model's trunk, as MistralForCausalLM has them."""
+_HEAD = "lm_head.weight"
+"""What such a checkpoint predicts words with: not read."""
+
+
 class Checkpoint:
     """The mapped shards of one folder: names, shapes, and rows of tensors on demand."""
 
     def __init__(self, folder: Path) -> None:
+        self._before = ""
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for weights in weight_files(folder):
@@ -35,22 +42,29 @@ class Checkpoint:
             self._shapes |= {name: tensor.shape for name, tensor in weights.tensors.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
+        """By the names of the family's layout, as far as `check` has found them."""
+        return {name.removeprefix(self._before): shape for name, shape in self._shapes.items()}
 
     def check(self, config: ModelConfig) -> None:
-        """Raise CheckpointError naming what is missing, surplus or of another shape."""
+        """Find the family's tensors, also where they are those of a whole language model. Raise
+        CheckpointError naming what is missing, surplus or of another shape."""
+        if not config.family.prefix and f"{_WHOLE}norm.weight" in self._shapes:
+            self._before = _WHOLE
+            self._shapes.pop(_HEAD, None)
         check_shapes(expected_shapes(config), self.shapes(), f"a {config.family.name} model")
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype.
 
         Raises CheckpointError when one of their numbers is NaN or infinity."""
+        name = self._before + name
         if start == 0 and stop is None:
             return _finite(name, self._files[name].get_tensor(name))
         return _finite(name, self._files[name].get_slice(name)[start:stop])
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """As `rows`."""
+        name = self._before + name
         return _finite(name, self._files[name].get_slice(name)[:, start:stop])
 
 

@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding, RunnerInfo, RunnerOptions
-from model.config import ModelConfig
 from model.families import Family
 from model.fingerprint import fingerprint
-from model.hub import NVIDIA_NOTICE, ModelSource
+from model.hub import ModelSource
 from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from model.weights.headers import weight_files
@@ -48,8 +47,8 @@ class EmbeddingEngine:
         self.source = source
         # First: what changes on disk from here on is another checkpoint, to the workers as well.
         identity = fingerprint(source.path)
-        self.config = ModelConfig.from_dir(source.path)
-        tokenizer = NVEmbedTokenizer.from_dir(source.path)
+        self.config = source.config()
+        tokenizer = NVEmbedTokenizer.from_dir(source.path, self.config.family.name)
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
@@ -84,6 +83,7 @@ class EmbeddingEngine:
         """What all workers are told; each has its own device, threads and batch size."""
         return RunnerOptions(
             path=str(self.source.path),
+            family=self.config.family.name,
             fingerprint=identity,
             dtype=settings.dtype,
             quantization=settings.quantization,
@@ -108,12 +108,12 @@ class EmbeddingEngine:
         )
 
     def _input_limit(self, settings: Settings) -> int:
-        limit, asked = self.config.max_input_tokens, settings.max_input_tokens
-        if asked is not None and asked > limit:
+        most, asked = self.config.most_input_tokens, settings.max_input_tokens
+        if asked is not None and asked > most:
             raise SettingsError(
-                f"--max-input-tokens {asked} is more than the model's {limit}: lower it"
+                f"--max-input-tokens {asked} is more than the model's {most}: lower it"
             )
-        return asked or limit
+        return asked or self.config.max_input_tokens
 
     @property
     def family(self) -> Family:
@@ -136,8 +136,8 @@ class EmbeddingEngine:
 
     def start(self) -> None:
         """Start the workers; `not_ready` tells when they can serve."""
-        if self.source.is_nvidia:
-            logger.warning(NVIDIA_NOTICE)
+        if self.source.notice:
+            logger.warning(self.source.notice)
         self._supervisor.start()
 
     async def failed(self) -> None:

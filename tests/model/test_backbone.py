@@ -15,7 +15,7 @@ from model.attention.cpu import sdpa_by_length
 from model.attention.kernels import AttentionKernel, sdpa_padded
 from model.backbone import MistralBackbone
 from model.batch import Encoding
-from model.config import ModelConfig
+from model.config import ModelConfig, Rope
 from model.fused import Fused
 from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear, replace_linears
 from model.operations import Differentiable, InPlace, OnCpu, Operations
@@ -34,7 +34,7 @@ CONFIG = ModelConfig(
     head_dim=12,  # not width / heads
     intermediate_size=72,
     max_position_embeddings=32768,
-    rope_theta=10000.0,
+    rope=Rope(12, 10000.0),
     rms_norm_eps=1e-5,
     num_latents=8,
     num_cross_heads=2,
@@ -56,7 +56,7 @@ def referee(config: ModelConfig, *, sliding_window: int | None = None) -> Mistra
             intermediate_size=config.intermediate_size,
             max_position_embeddings=config.max_position_embeddings,
             rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
             sliding_window=sliding_window,
             initializer_range=0.25,
             attn_implementation="sdpa",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Rope
 from model.errors import CheckpointError
 from tests.checkpoints import config_json
 from tests.model.test_files import IN_PLACE_OF_A_FILE
@@ -51,7 +51,7 @@ def test_the_official_config_gives_the_official_sizes() -> None:
         head_dim=128,
         intermediate_size=14336,
         max_position_embeddings=32768,
-        rope_theta=10000.0,
+        rope=Rope(128, 10000.0),
         rms_norm_eps=1e-5,
         num_latents=512,
         num_cross_heads=8,
@@ -160,7 +160,7 @@ def test_every_number_is_within_bounds_and_of_its_type(
 def test_theta_said_twice() -> None:
     raw = copy.deepcopy(OFFICIAL)
     raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000}
-    assert ModelConfig.from_dict(raw).rope_theta == 10000.0
+    assert ModelConfig.from_dict(raw).rope.theta == 10000.0
     for other in (1e6, math.nan, 10**400, "10000"):
         raw["text_config"]["rope_parameters"]["rope_theta"] = other
         with pytest.raises(CheckpointError, match="rope_theta"):
@@ -197,7 +197,7 @@ def test_transformers_5_writes_theta_elsewhere() -> None:
     raw = copy.deepcopy(OFFICIAL)
     del raw["text_config"]["rope_theta"]
     raw["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
-    assert ModelConfig.from_dict(raw).rope_theta == 1e6
+    assert ModelConfig.from_dict(raw).rope.theta == 1e6
 
 
 def test_positions_limit_the_input(tmp_path: Path) -> None:

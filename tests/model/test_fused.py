@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from model import fused
 from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding, RunnerOptions
-from model.config import ModelConfig
+from model.config import ModelConfig, Rope
 from model.errors import UnsupportedError
 from model.fused import Fused
 from model.linear.quantization import Float8Linear, ScaledRows, float8_rows
@@ -211,7 +211,7 @@ def test_rotary_on_heads_of_a_wider_product(
     product = numbers(rows, 2 * heads + 1, width, dtype=dtype, device=device)
     before = product.clone()
     positions = torch.arange(rows, dtype=torch.int32, device=device) * 37 + 1
-    rotary = kernels.rotary.of(positions, width, 10000.0, dtype)
+    rotary = kernels.rotary.of(positions, Rope(width, 10000.0), dtype)
     x = product[:, 1::2]
     first, second = x.double().chunk(2, dim=-1)
     cos, sin = rotary.cos.double(), rotary.sin.double()

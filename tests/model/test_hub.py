@@ -45,7 +45,7 @@ def test_the_pinned_revision_from_the_cache(cache: Path) -> None:
     assert source.model_id == "nvidia/NV-Embed-v2"
     assert source.revision == PINNED_REVISIONS["nvidia/NV-Embed-v2"] == source.path.name
     assert source.license == "cc-by-nc-4.0"
-    assert source.is_nvidia
+    assert source.notice is not None
     assert len(Checkpoint(source.path).shapes()) > 30
 
 
@@ -54,7 +54,7 @@ def test_the_pin_does_not_depend_on_case(cache: Path, model: str) -> None:
     source = locate(model, offline=True)
     assert source.model_id == model
     assert source.revision == PINNED_REVISIONS["nvidia/NV-Embed-v2"] == source.path.name
-    assert source.is_nvidia
+    assert source.notice is not None
 
 
 def test_a_folder_that_hides_a_hub_id_is_told(
@@ -99,7 +99,7 @@ def test_a_folder(golden_checkpoint: Path) -> None:
     assert source.model_id == "golden"
     assert source.revision is None
     assert source.license is None
-    assert not source.is_nvidia
+    assert source.notice is None
     with pytest.raises(CheckpointError, match="--revision is for hub ids"):
         locate(str(golden_checkpoint), revision="main")
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import Rope
 from model.operations import InPlace, OnCpu
 from model.rotary import HalvesRotary, InPlaceRotary, NeighboursRotary, as_neighbours
 
 HEADS, E, WIDTH, ROWS = 3, 8, 20, 11
+ROPE = Rope(E, 10000.0)
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 500, 4000, 1, 2], dtype=torch.int32)
 
 
@@ -37,7 +39,7 @@ def test_each_way_gives_the_published_scores(dtype: torch.dtype) -> None:
     q, k = (published(heads(w), POSITIONS) for w in (wq, wk))
     expected = torch.einsum("qhe,khe->hqk", q, k)
     for layout in (HalvesRotary, InPlaceRotary, NeighboursRotary):
-        rotary = layout.of(POSITIONS, E, 10000.0, dtype)
+        rotary = layout.of(POSITIONS, ROPE, dtype)
         if layout is NeighboursRotary:
             wq, wk = as_neighbours(wq, E), as_neighbours(wk, E)
         q, k = (rotary.rotate(heads(w)).double() for w in (wq, wk))
@@ -51,7 +53,7 @@ def test_chosen_rows() -> None:
     rows = torch.tensor([1, 7, 10])
     x = torch.randn(ROWS, HEADS, E)
     for layout in (HalvesRotary, InPlaceRotary, NeighboursRotary):
-        rotary = layout.of(POSITIONS, E, 10000.0, torch.float32)
+        rotary = layout.of(POSITIONS, ROPE, torch.float32)
         some = rotary.select(rows).rotate(x[rows].clone())
         torch.testing.assert_close(some, rotary.rotate(x.clone())[rows], atol=0, rtol=0)
 
@@ -61,10 +63,10 @@ def test_which_may_overwrite() -> None:
     for rotary, kept in ((HalvesRotary, True), (InPlaceRotary, False), (NeighboursRotary, False)):
         x = torch.randn(ROWS, HEADS, E)
         before = x.clone()
-        rotary.of(POSITIONS, E, 10000.0, torch.float32).rotate(x)
+        rotary.of(POSITIONS, ROPE, torch.float32).rotate(x)
         assert torch.equal(x, before) == kept
     x = torch.randn(ROWS, HEADS, E, requires_grad=True)
-    HalvesRotary.of(POSITIONS, E, 10000.0, torch.float32).rotate(x).sum().backward()
+    HalvesRotary.of(POSITIONS, ROPE, torch.float32).rotate(x).sum().backward()
     assert x.grad is not None
 
 

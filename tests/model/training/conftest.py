@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Rope
 from model.training.export import export
 from model.training.network import TrainedNVEmbed, initialise_weights
 from model.training.teacher import Projection
@@ -25,7 +25,7 @@ TINY = ModelConfig(
     head_dim=8,
     intermediate_size=48,
     max_position_embeddings=128,
-    rope_theta=10_000.0,
+    rope=Rope(8, 10_000.0),
     rms_norm_eps=1e-5,
     num_latents=8,
     num_cross_heads=2,

@@ -79,7 +79,7 @@ def test_what_config_json_leaves_out_is_transformers_default(
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = mistral_config(tmp_path)
     assert (config.rms_norm_eps, config.num_kv_heads, config.head_dim) == (1e-6, 8, 4)
-    assert config.rope_theta == 10_000
+    assert config.rope.theta == 10_000
     assert config.name == "Mistral-7B-v0.1-embed"
 
 

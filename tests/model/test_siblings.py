@@ -1,0 +1,122 @@
+"""Parity of the sibling families with their authors' code, on checkpoints rebuilt from recipes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.batch import Encoding
+from model.encoder import Encoder
+from model.errors import EmptyPoolError
+from model.families import Family
+from model.prompts import Example, Prompt
+from model.tokenizer import Truncation
+from tests.siblings import MARKERS, SIBLINGS, golden_cases, write_sibling
+
+LITERAL = ("<s>", "</s>", "<unk>")
+"""In a user's text: text here, and ids of their own in the authors' code; as bge-en-icl's markers
+are there."""
+CASES = [(name, case) for name in SIBLINGS for case in golden_cases(name)]
+EACH_CASE = pytest.mark.parametrize(
+    ("name", "case"), CASES, ids=[f"{name}: {case['name']}" for name, case in CASES]
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(set, keys of config.json that are other ones) -> its encoder in float32."""
+
+    @cache
+    def written(name: str, config: str) -> Encoder:
+        folder = tmp_path_factory.mktemp("siblings") / name
+        write_sibling(folder, name, json.loads(config))
+        return Encoder(folder, device="cpu", dtype="float32")
+
+    return lambda name, config: written(name, json.dumps(config or {}))
+
+
+def prompt_of(family: Family, case: dict[str, Any]) -> Prompt:
+    """By the family's own template, not by the strings that the case holds."""
+    if case["side"] == "raw":
+        return family.verbatim("")
+    if case.get("road") == "direct":
+        return family.verbatim(case["prefix"], case["suffix"])
+    examples = [
+        Example(e["instruct"], e["query"], e["response"]) for e in case.get("examples") or ()
+    ]
+    return family.prompt(case["side"], case["task"] or "", examples)
+
+
+def usable(name: str, case: dict[str, Any]) -> list[int]:
+    """Indices of texts without a literal special token."""
+    literal = (*LITERAL, *MARKERS) if name == "bge-en-icl" else LITERAL
+    texts = case["texts"]
+    return [i for i, text in enumerate(texts) if not any(token in text for token in literal)]
+
+
+@EACH_CASE
+def test_the_same_token_ids(name: str, case: dict[str, Any], encoder: Any) -> None:
+    tokenizer = encoder(name, case.get("config")).tokenizer
+    prompt = prompt_of(tokenizer.family, case)
+    for i in usable(name, case):
+        (result,) = tokenizer.encode_batch(
+            [case["texts"][i]], prompt, max_tokens=case["max_length"], truncate=Truncation.END
+        )
+        if case["embeddings"][i] is None:
+            assert isinstance(result, EmptyPoolError), case["texts"][i]
+            continue
+        assert isinstance(result, Encoding), result
+        assert result.ids.tolist() == case["token_ids"][i], case["texts"][i]
+        pooled = len(result) - 1 if tokenizer.family.pooled == "last" else result.pool_start
+        assert pooled == case["pool_from"][i], case["texts"][i]
+
+
+@EACH_CASE
+def test_the_same_vectors(name: str, case: dict[str, Any], encoder: Any) -> None:
+    """Each text alone, and all packed together in another order."""
+    ours = encoder(name, case.get("config"))
+    prompt = prompt_of(ours.tokenizer.family, case)
+    chosen = [i for i in usable(name, case) if case["embeddings"][i] is not None]
+    if not chosen:
+        pytest.skip("the authors' code gives no vector here: 0/0")
+    expected = np.array([case["embeddings"][i] for i in chosen])
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        limit = case["max_length"]
+        found = ours.encode(texts, prompt, max_tokens=limit, truncate=Truncation.END)
+        return np.asarray(found)
+
+    texts = [case["texts"][i] for i in chosen]
+    alone = np.concatenate([vectors([text]) for text in texts])
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
+    packed = vectors(texts[::-1])[::-1]
+    np.testing.assert_allclose(packed, expected, rtol=0, atol=1e-5)
+
+
+def test_what_is_left_out() -> None:
+    """Only texts with a literal special token; tests/golden/README.md lists them."""
+    texts = {n: sum(len(case["texts"]) for case in golden_cases(n)) for n in SIBLINGS}
+    kept = {n: sum(len(usable(n, case)) for case in golden_cases(n)) for n in SIBLINGS}
+    assert texts == COUNTS
+    assert {n: texts[n] - kept[n] for n in SIBLINGS} == LEFT_OUT
+
+
+def test_the_rebuilt_checkpoint_is_the_recipes(tmp_path: Path) -> None:
+    folder = write_sibling(tmp_path / "e5", "e5-mistral")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "1_Pooling",
+        "config.json",
+        "config_sentence_transformers.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "modules.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
