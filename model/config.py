@@ -235,11 +235,9 @@ def _window(text: dict[str, Any], family: Family) -> int | None:
 
 
 def _rope(text: dict[str, Any], head_dim: int) -> Rope:
-    rope: dict[str, Any] = {}
-    if text.get("rope_parameters") is not None:  # how transformers 5 writes it
-        rope = _section(text, "rope_parameters")
-    elif text.get("rope_scaling") is not None:
-        rope = _section(text, "rope_scaling")
+    # The second is how transformers 5 writes it, also for what is not scaled.
+    said = [key for key in ("rope_scaling", "rope_parameters") if text.get(key) is not None]
+    rope = _section(text, said[-1]) if said else {}
     theta = _number(rope, "rope_theta", _number(text, "rope_theta", 10000.0))
     if text.get("rope_theta") not in (None, theta):
         raise CheckpointError(
@@ -249,9 +247,7 @@ def _rope(text: dict[str, Any], head_dim: int) -> Rope:
     if kind == "default":
         return Rope(head_dim, theta)
     if kind != "yarn":
-        raise CheckpointError(
-            f"rope_type is {shown(kind)}, only 'default' and 'yarn' are supported"
-        )
+        raise CheckpointError(f"{said[-1]} is {shown(rope)}: only yarn and 'default' are supported")
     _require(rope, "truncate", True, "yarn's bounds are rounded outwards")
     for key in ("factor", "original_max_position_embeddings"):
         if rope.get(key) is None:

@@ -83,7 +83,7 @@ def _found(raw: dict[str, Any], files: SentenceTransformersFiles, model_id: str 
     for name in (model_id, raw.get("_name_or_path")):
         known_by_name = _BY_ID.get(name.lower()) if isinstance(name, str) else None
         if known_by_name in of_kind:
-            return known_by_name  # type: ignore[return-value]
+            return known_by_name
     if len(of_kind) == 1:
         return of_kind[0]
     if _names_gritlm(raw):

@@ -86,6 +86,7 @@ class NVEmbedTokenizer:
                 f"tokenizer.json has no special token {', '.join(missing)}, which a {family.name} "
                 "model's template writes"
             )
+        self._marker_ids = {marker: vocabulary[marker] for marker in family.markers}
         self._frame = lru_cache(maxsize=1024)(self._framed)
 
     @classmethod
@@ -141,7 +142,7 @@ class NVEmbedTokenizer:
             trail_ids=trail_ids,
             tail=(*trail_ids, *self._ids_of(behind)),
             pool_start=pool_start,
-            kept=pool_start or 1 + leading,
+            kept=pool_start or leading + (not lead.endswith(" ")),
             uncounted=len(self._ids_of(_segments(prompt.examples))),
         )
 
@@ -149,7 +150,7 @@ class NVEmbedTokenizer:
         ids: list[int] = []
         for marker, text in segments:
             if marker is not None:
-                ids.append(self._tokenizer.token_to_id(marker.token))
+                ids.append(self._marker_ids[marker.token])
             ids += self._ids_of_text(text)
         return ids
 
@@ -292,8 +293,8 @@ class NVEmbedTokenizer:
             raise InputTooLongError(total + max_tokens - most, max_tokens)
         if total > most and truncate is Truncation.START:
             markers = len(parts[-1]) - len(ids)
-            text = max(0, most - (total - len(ids)))
-            parts[-1] = parts[-1][:markers] + ids[len(ids) - text :]
+            room = max(0, most - (total - len(ids)))
+            parts[-1] = parts[-1][:markers] + ids[len(ids) - room :]
         again: list[_Segment] = []
         for (marker, _), part in zip(segments, parts, strict=True):
             kept, most = part[: max(most, 0)], most - len(part)
@@ -301,8 +302,8 @@ class NVEmbedTokenizer:
                 kept = kept[1:]
             elif marker is not None:
                 break
-            text = self._tokenizer.decode(kept, skip_special_tokens=False)
-            again.append(_Segment(marker, f" {text}" if marker is not None and kept else text))
+            said = self._tokenizer.decode(kept, skip_special_tokens=False)
+            again.append(_Segment(marker, f" {said}" if marker is not None and kept else said))
         again = again or [_Segment(None, "")]
         again[-1] = again[-1]._replace(text=again[-1].text + behind[0].text)
         examples = _segments(prompt.examples)

@@ -155,7 +155,8 @@ def _plan(
     for (q_length, k_length), chosen in sorted(members.items()):
         query_rows = _rows_up_to(q_length, *q_bounds[:, chosen])
         key_rows = _rows_up_to(k_length, *k_bounds[:, chosen])
-        mask, blocks = None, ()
+        mask: Tensor | None = None
+        blocks: tuple[_Block, ...] = ()
         if causal:
             ends = lengths[chosen, None] - 1
             firsts = ends + 1 - np.array(queries.lengths)[chosen, None]

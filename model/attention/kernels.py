@@ -169,6 +169,8 @@ def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
         causal: bool = False,
         window: int | None = None,
     ) -> Tensor:
+        window = within(window, keys)
+        options = {"window_size": (window - 1, 0)} if causal and window is not None else {}
         return attend(
             q,
             k,
@@ -178,11 +180,7 @@ def flash_attn_kernel(attend: Callable[..., Tensor]) -> AttentionKernel:
             queries.max_seqlen,
             keys.max_seqlen,
             causal=causal,  # the mask's corner as in `varlen`, since flash-attn 2.1
-            **(
-                {}
-                if within(window, keys) is None or not causal
-                else {"window_size": (window - 1, 0)}
-            ),
+            **options,
         )
 
     return flash_attn

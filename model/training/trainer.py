@@ -83,7 +83,9 @@ class Trainer:
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
         self.model = self._load()
-        self.tokenizer = NVEmbedTokenizer.from_dir(self.start, self.model.config.vocab_size)
+        self.tokenizer = NVEmbedTokenizer.from_dir(
+            self.start, vocab_size=self.model.config.vocab_size
+        )
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,

@@ -102,7 +102,7 @@ def _check_flash(
     _need(q.shape[1] % k.shape[1] == 0, "heads: a multiple of the key heads")
     _need(dropout == 0, "the model has no dropout")
     window = [-1 if side is None else side for side in (window_size_left, window_size_right)]
-    _need(window in ([-1, -1], [-1, 0]), "the model has no sliding window")
+    _need(window == [-1, -1] or window[1] == 0, "a window reaches to the row itself")
     _need(window[1] == -1 or causal, "a window up to the row itself is a causal mask")
     swapped = q_most == 1 and q.shape[1] > k.shape[1]  # groups of heads take the place of rows
     _need(not swapped or len(q) == len(q_bounds) - 1, "max_seqlen_q 1 with an empty sequence")

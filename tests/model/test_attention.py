@@ -47,7 +47,14 @@ def segments(lengths: list[int], device: torch.device = CPU) -> Segments:
 
 
 def naive(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ / sqrt(E))·v, head by head and sequence by sequence, in float64; causal: under a
     mask that is written out, the queries being the last rows."""
@@ -61,8 +68,10 @@ def naive(
             scores = q_rows @ k_rows.T / math.sqrt(q.shape[-1])
             if causal:
                 places = torch.arange(k_len)
-                behind = places[None] > places[k_len - q_len :, None]
-                scores = scores.masked_fill(behind, -torch.inf)
+                own = places[k_len - q_len :, None]
+                scores = scores.masked_fill(places[None] > own, -torch.inf)
+                if window is not None:
+                    scores = scores.masked_fill(places[None] <= own - window, -torch.inf)
             weights = scores.softmax(-1)
             out[q_at : q_at + q_len, head] = weights @ v_rows
         q_at, k_at = q_at + q_len, k_at + k_len
@@ -78,11 +87,15 @@ def fake_flash(
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: bool = True,  # not flash-attn's default: that ours says False must show
+    window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
     """flash_attn_varlen_func's parameters, the naive sum."""
     queries, keys = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
     assert (max(queries), max(keys)) == (max_seqlen_q, max_seqlen_k)
-    return naive(q, k, v, segments(queries), segments(keys), causal=causal)
+    left, right = window_size
+    assert right == (0 if left >= 0 else -1)
+    window = left + 1 if left >= 0 else None
+    return naive(q, k, v, segments(queries), segments(keys), causal=causal, window=window)
 
 
 def new_varlen(
@@ -99,9 +112,12 @@ def new_varlen(
 ) -> Tensor:
     """torch 2.11's parameters: grouped queries have to be asked for, a causal mask is a window."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert window_size in ((-1, -1), (-1, 0))
-    causal = window_size == (-1, 0)
-    return fake_flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=causal)
+    assert window_size[1] == 0 or window_size == (-1, -1)
+    left, right = window_size
+    return fake_flash(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+        causal=right == 0, window_size=(left, 0 if left >= 0 else -1),
+    )  # fmt: skip
 
 
 def old_varlen(
@@ -372,11 +388,40 @@ def test_a_plan_serves_only_what_it_was_made_for() -> None:
 def test_a_long_causal_mask_is_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, queries = segments([40, 33, 40]), segments([30, 33, 1])
     q, k, v = random_heads(4, 2, queries, keys)
-    for elements in (1, 100, 1 << 22):
-        monkeypatch.setattr(cpu, "_MASK_ELEMENTS", elements)
+    for rows in (1, 7, 16, 256):
+        monkeypatch.setattr(cpu, "_BLOCK_ROWS", rows)
         out = sdpa_by_length(q, k, v, queries, keys, causal=True)
         expected = naive(q, k, v, queries, keys, causal=True)
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 5, 32, 33, 39, 40, 4096])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
+def test_a_sliding_window(
+    kernel: AttentionKernel, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row sees itself and those before it, `window` in all; a lone query, too."""
+    keys, queries = segments([40, 33, 40, 7]), segments([30, 33, 1, 7])
+    q, k, v = random_heads(4, 2, queries, keys)
+    if kernel is KERNELS["varlen, older torch"] and window < 40:
+        with pytest.raises(UnsupportedError, match="no sliding window"):
+            kernel(q, k, v, queries, keys, causal=True, window=window)
+        return
+    expected = naive(q, k, v, queries, keys, causal=True, window=window)
+    for rows in (16, 256):
+        monkeypatch.setattr(cpu, "_BLOCK_ROWS", rows)
+        out = kernel(q, k, v, queries, keys, causal=True, window=window)
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+def test_a_sliding_window_where_lengths_are_rounded_up() -> None:
+    keys, queries = segments([40, 33, 40, 7]), segments([30, 33, 1, 7])
+    heads = random_heads(4, 2, queries, keys)
+    for window in (5, 39):
+        expected = naive(*heads, queries, keys, causal=True, window=window)
+        rounded = (x.to(torch.bfloat16) for x in heads)
+        out = sdpa_by_length(*rounded, queries, keys, causal=True, window=window)
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=0.05)
 
 
 def test_what_is_not_finite_stays_in_its_own_sequence() -> None:

@@ -73,7 +73,7 @@ def test_the_official_config_gives_the_official_sizes() -> None:
         ("text_config", "attention_bias", True),
         ("text_config", "mlp_bias", True),
         ("text_config", "rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("text_config", "rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("text_config", "rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
         ("text_config", "bos_token_id", 0),
         ("text_config", "eos_token_id", 3),
         ("text_config", "hidden_size", "4096"),
@@ -99,7 +99,6 @@ def test_a_refusal_names_the_key_and_the_value(
     words = {
         "num_key_value_heads": "kv heads",
         "text_config": "text_config is missing",
-        "rope_parameters": "rope_type is 'yarn'",
     }
     with pytest.raises(CheckpointError) as refusal:
         ModelConfig.from_dict(raw)
@@ -183,7 +182,7 @@ def test_a_byte_order_mark_and_what_the_file_is_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "model_type is 'list'")],
+    [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "holds list, no object")],
 )
 def test_the_file_is_named(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:

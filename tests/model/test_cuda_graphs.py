@@ -32,7 +32,14 @@ def model(golden_config: ModelConfig, golden_checkpoint) -> Embedder:  # type: i
 
 
 def by_bounds(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """As the kernels on CUDA: bounds from the tensors, empty sequences allowed, and rows of no
     sequence are left as they were: here NaN."""

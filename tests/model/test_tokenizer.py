@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, normalizers, processors
+from tokenizers.models import BPE
 
 from model.batch import Encoding
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
@@ -296,9 +297,10 @@ def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         NVEmbedTokenizer.from_dir(tmp_path)
-    without_bos = Tokenizer(official_tokenizer().model)
-    with pytest.raises(CheckpointError, match="BOS"):
-        NVEmbedTokenizer(without_bos)
+    others = Tokenizer(BPE())
+    others.add_tokens(["</s>", "<s>"])
+    with pytest.raises(CheckpointError, match="id 1 and </s> id 2"):
+        NVEmbedTokenizer(others)
     with_long_piece = official_tokenizer()
     with_long_piece.add_tokens(["a piece of more than sixteen characters"])
     with pytest.raises(CheckpointError, match="at most 16"):
@@ -383,12 +385,12 @@ def test_a_tokenizer_of_another_kind_is_refused(
 ) -> None:
     """It could multiply a word, leave merges out at random, or end the process."""
     (tmp_path / "tokenizer.json").write_text(small_tokenizer)
-    assert NVEmbedTokenizer.from_dir(tmp_path, 32_000).vocab_size == 300
+    assert NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000).vocab_size == 300
     raw = json.loads(small_tokenizer)
     change(raw)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message) as refusal:
-        NVEmbedTokenizer.from_dir(tmp_path, 32_000)
+        NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000)
     assert "tokenizer.json" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 500
@@ -420,7 +422,7 @@ def test_a_mark_truncation_and_padding_change_no_id(
         "pad_token": "<unk>",
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8-sig")
-    other = NVEmbedTokenizer.from_dir(tmp_path, 32_000)
+    other = NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000)
     text = "the same ids, and as many"
     assert (
         other.encode(text, max_tokens=64).ids.tolist()
@@ -484,13 +486,17 @@ def test_refused_texts_are_not_kept(tokenizer: NVEmbedTokenizer) -> None:
         gc.enable()
 
 
-def test_a_template_that_puts_more_than_bos_in_front_is_refused() -> None:
+@pytest.mark.parametrize("single", ["$A", "$A </s>", "<s> $A </s>", "<s> " * 50_000 + "$A"])
+def test_what_the_tokenizers_own_template_puts_around_a_text_does_not_matter(
+    tokenizer: NVEmbedTokenizer, single: str
+) -> None:
+    """BOS and EOS are put by this project, once each."""
     raw = official_tokenizer()
     raw.post_processor = processors.TemplateProcessing(
-        single="<s> " * 50_000 + "$A", special_tokens=[("<s>", 1)]
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    with pytest.raises(CheckpointError, match="only that, in front"):
-        NVEmbedTokenizer(raw)
+    ids = NVEmbedTokenizer(raw).encode("some words", PREFIX, max_tokens=99).ids
+    assert ids.tolist() == tokenizer.encode("some words", PREFIX, max_tokens=99).ids.tolist()
 
 
 @pytest.mark.parametrize("first_word", [10, 20_000, 3_000_000])
