@@ -35,7 +35,10 @@ serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…
 
 # What measures time runs by itself, after the others. Status 5: of what ARGS names, none does.
 # PASSIVE: where tests share cores, a thread that waits has to leave its core to the others.
+# Bytecode is written even where PYTHONDONTWRITEBYTECODE is set, as images have it: else each of some
+# 400 processes compiles this project anew, and pytest all that it rewrites.
 TEST_JOBS ?= 3
+test test-fast coverage: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
