@@ -43,9 +43,11 @@ test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
 
-SLOW := chaos bench model/training
+# Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
+SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py
 test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
-	$(BIN)/pytest -n 2 -q -m "not process and not whole" $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
+	$(BIN)/pytest -n 2 -q -p no:schemathesis -m "not process and not whole" \
+	    $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included
 	$(BIN)/pytest -n $(TEST_JOBS) -q -m "not timing" --cov --cov-report=term-missing:skip-covered $(ARGS)
