@@ -76,12 +76,14 @@ def test_workers_killed_at_random_lose_no_answer(golden_checkpoint: Path, tmp_pa
         assert server.metric("nv_embed_worker_deaths_total") == kills
 
 
-@pytest.mark.timing
 @pytest.mark.parametrize(
     ("runner", "code", "options"),
     [
         ("Dying", "batch_failed", ()),
-        ("Hanging", "batch_failed", ("--hang-timeout", "0.5")),
+        # A busy machine reaches this limit without a fault.
+        pytest.param(
+            "Hanging", "batch_failed", ("--hang-timeout", "0.5"), marks=pytest.mark.timing
+        ),
         ("NotANumber", "non_finite_vector", ()),
     ],
 )
