@@ -35,14 +35,19 @@ serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…
 
 # What measures time runs by itself, after the others. Status 5: of what ARGS names, none does.
 # PASSIVE: where tests share cores, a thread that waits has to leave its core to the others.
+# Bytecode is written even where PYTHONDONTWRITEBYTECODE is set, as images have it: else each of some
+# 400 processes compiles this project anew, and pytest all that it rewrites.
 TEST_JOBS ?= 3
+test test-fast coverage: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
 
-SLOW := chaos bench model/training
+# Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
+SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py
 test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
-	$(BIN)/pytest -n 2 -q -m "not process and not whole" $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
+	$(BIN)/pytest -n 2 -q -p no:schemathesis -m "not process and not whole" \
+	    $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included
 	$(BIN)/pytest -n $(TEST_JOBS) -q -m "not timing" --cov --cov-report=term-missing:skip-covered $(ARGS)

@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import zlib
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,11 @@ def claim_width(checkpoint: Path, folder: Path, width: int) -> Path:
 
 def official_tokenizer() -> Tokenizer:
     """NV-Embed's tokenizer.json, remade from the sentencepiece model of Mistral's v1 tokenizer."""
+    return Tokenizer.from_str(_official_json())
+
+
+@cache
+def _official_json() -> str:
     import sentencepiece
 
     file = files("mistral_common") / "data" / "tokenizer.model.v1"
@@ -180,7 +186,8 @@ def official_tokenizer() -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return tokenizer
+    made: str = tokenizer.to_str()
+    return made
 
 
 def golden_cases() -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from tests.server.questions import RUNNERS
 
 MARKS_OF_FOLDERS = {
     "bench": ("process",),
-    "chaos": ("process", "timing"),
+    "chaos": ("process",),
     "model/training": ("process", "whole"),
 }
 FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}

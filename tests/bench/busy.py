@@ -1,5 +1,5 @@
-"""What other busy programs on the same cores cost: 256 texts of 40 tokens through `serve` and
-through `encode`, with the default number of threads, quiet and beside processes that never rest.
+"""What other busy programs on the same cores cost: texts of 40 tokens through `serve` and through
+`encode`, with the default number of threads, quiet and beside processes that never rest.
 
 Threads that wait for one another by spinning lose whole time slices to such neighbours. Each
 variant is a setting of the environment (`default` is none: what the product chooses itself), and,
@@ -24,7 +24,7 @@ from model.tokenizer import NVEmbedTokenizer
 from tests.bench import report, workloads
 from tests.server.processes import ROOT
 
-_TEXTS, _TOKENS = 256, 40
+_TOKENS = 40
 _LOOP = "import time\nend = time.time() + 300\nwhile time.time() < end: pass"
 
 
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--busy", type=int, default=2, help="busy processes beside")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=256)
     parser.add_argument(
         "--variants",
         default="default",
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = report.Report("busy", __doc__ or "", report.settings_of(options))
     out.start()
     tokenizer = NVEmbedTokenizer.from_dir(workloads.SMALL)
-    texts = workloads.texts_of(tokenizer, f"all-{_TOKENS}", _TEXTS)
+    texts = workloads.texts_of(tokenizer, f"all-{_TOKENS}", options.texts)
     variants = [
         Variant(name, ROOT, [] if name == "default" else name.split("+"))
         for name in options.variants.split(",")

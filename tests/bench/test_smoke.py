@@ -86,7 +86,8 @@ def test_load(golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = report_of(busy.main, ["--rounds", "1", "--busy", "1"], tmp_path, capsys)
+    options = ["--rounds", "1", "--busy", "1", "--texts", "16"]
+    summary = report_of(busy.main, options, tmp_path, capsys)
     assert [(row["how"], row["variant"]) for row in summary["rows"]] == [
         ("serve", "default"),
         ("encode", "default"),

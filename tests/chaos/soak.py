@@ -79,8 +79,11 @@ class Window:
 class Soak:
     """One run. Its clients live in this process, and ask much less than the server could do."""
 
-    def __init__(self, server: ServerProcess, seconds: float, windows: int, right: float) -> None:
+    def __init__(
+        self, server: ServerProcess, seconds: float, windows: int, right: float, sweeps: int
+    ) -> None:
         self._server, self._num_windows, self._cosine = server, windows, right
+        self._most_sweeps = sweeps
         self._window_s = seconds / windows
         self._dice = random.Random(61)
         self._texts = [
@@ -123,7 +126,7 @@ class Soak:
         growing is measured all the same."""
         connections = [await Connection.to(*address(self._server)) for _ in range(4)]
         level = 0
-        for sweep in range(1, MOST_SWEEPS + 1):
+        for sweep in range(1, self._most_sweeps + 1):
             before = rss_bytes(self._elder)
             for count in range(1, 33):  # several at once, so that both workers get some
                 counts = [count, *self._dice.choices(range(1, 33), k=len(connections) - 1)]
@@ -250,14 +253,15 @@ def soak(
     windows: int = 10,
     dtype: str = "auto",
     options: Sequence[str] = (),
+    sweeps: int = MOST_SWEEPS,
 ) -> dict[str, Any]:
     """Run it, write `samples.csv`, `soak.png` and the server's log to `out`; -> the figures, with
-    `broken`: what was not as it should be."""
+    `broken`: what was not as it should be. sweeps: at most so many before it measures."""
     out.mkdir(parents=True, exist_ok=True)
     server = ServerProcess(None, *OPTIONS, "--dtype", dtype, *options, log=out / "server.log")
     try:
         server.wait_ready().wait_for_metric("nv_embed_workers_ready", 2)
-        run = Soak(server, seconds, windows, RIGHT.get(dtype, 0.999))
+        run = Soak(server, seconds, windows, RIGHT.get(dtype, 0.999), sweeps)
         with asyncio.Runner() as runner:
             runner.run(run._quiet("what is made once, is made"))
             before = settled(server, run)

@@ -80,7 +80,10 @@ def test_workers_killed_at_random_lose_no_answer(golden_checkpoint: Path, tmp_pa
     ("runner", "code", "options"),
     [
         ("Dying", "batch_failed", ()),
-        ("Hanging", "batch_failed", ("--hang-timeout", "0.5")),
+        # A busy machine reaches this limit without a fault.
+        pytest.param(
+            "Hanging", "batch_failed", ("--hang-timeout", "0.5"), marks=pytest.mark.timing
+        ),
         ("NotANumber", "non_finite_vector", ()),
     ],
 )
@@ -113,6 +116,7 @@ def test_a_poison_input_among_500_requests(
         assert_answers(server.embed(input=[[1, 315, 2]]), [[1, 315, 2]])
 
 
+@pytest.mark.timing
 def test_a_first_batch_that_hangs_is_ended_as_soon_as_any_other(
     golden_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +129,7 @@ def test_a_first_batch_that_hangs_is_ended_as_soon_as_any_other(
         assert server.metric("nv_embed_worker_deaths_total") == 2
 
 
+@pytest.mark.timing
 def test_stopped_workers_cost_no_answer(golden_checkpoint: Path, tmp_path: Path) -> None:
     """Stopped when idle, and at work while the server drains."""
     ids = [[[1, 300 + number, 2]] for number in range(8)]

@@ -17,6 +17,8 @@ from tests.chaos.load import rss_bytes
 from tests.server.http.test_protocol import FAKE, connected
 from tests.server.processes import ServerProcess, new_certificate, serving
 
+pytestmark = pytest.mark.timing
+
 LONG = "a sentence of some words, " * 30  # more than is tokenized on the event loop
 
 

@@ -10,12 +10,15 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 from openai import OpenAI
 
 from tests.chaos.load import Load, address, finish_load, rss_bytes, start_load
 from tests.chaos.test_faults import FULL
 from tests.server.processes import ServerProcess, serving
 from tests.server.questions import RUNNERS, WORDS
+
+pytestmark = pytest.mark.timing
 
 RATE = 200.0
 """Inputs a second that the runner does."""

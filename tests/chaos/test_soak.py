@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.chaos.soak import Bounds, soak
 
 
+@pytest.mark.timing
 def test_a_short_soak(tmp_path: Path) -> None:
-    figures = soak(15.0, tmp_path, Bounds(growth=0.2, p99_ratio=10.0), windows=5, dtype="float32")
+    bounds = Bounds(growth=0.2, p99_ratio=10.0)
+    figures = soak(15.0, tmp_path, bounds, windows=5, dtype="float32", sweeps=1)
     assert figures["broken"] == [], figures
     assert figures["requests"].keys() == {"queries", "bulk", "bad", "vanished"}
     assert figures["kills"] >= 1

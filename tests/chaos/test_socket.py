@@ -28,6 +28,8 @@ from tests.server.processes import serving
 from tests.server.questions import RUNNERS, Questions
 from tests.server.runners import vector_of
 
+pytestmark = pytest.mark.timing
+
 CASES = 10_000 if FULL else 400
 AT_ONCE = 150
 LIMIT_S = 3.0

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.chaos.load import Answer, Connection, address, post
 from tests.chaos.test_faults import FULL
 from tests.server.processes import ServerProcess, is_running
 from tests.server.questions import RUNNERS, Questions
 from tests.server.runners import vector_of
+
+pytestmark = pytest.mark.timing
 
 CLIENTS = 400 if FULL else 100
 LOADED_S = 5.0 if FULL else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -170,15 +171,23 @@ def test_equals_transformers_on_the_pooled_rows(kernel: AttentionKernel, form: s
     torch.testing.assert_close(states, expected, rtol=0, atol=TOLERANCE[form])
 
 
+TWO_LAYERS = replace(CONFIG, num_hidden_layers=2)
+
+
+@cache
+def states_at_4096_tokens() -> tuple[MistralModel, Tensor]:
+    """A referee and its states, which every form of ours is to have."""
+    theirs = referee(TWO_LAYERS)
+    return theirs, referee_states(theirs, encoding(4096).ids)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pool_start", [0, 4000])
 def test_equals_transformers_at_4096_tokens(pool_start: int, form: str) -> None:
-    config = replace(CONFIG, num_hidden_layers=2)
-    theirs = referee(config)
-    long = encoding(4096, pool_start)
-    states = our_states(theirs, config, [long, encoding(3)], sdpa_by_length, form)
-    expected = referee_states(theirs, long.ids)[pool_start:]
-    torch.testing.assert_close(states[:-3], expected, rtol=0, atol=TOLERANCE[form])
+    theirs, expected = states_at_4096_tokens()
+    encodings = [encoding(4096, pool_start), encoding(3)]
+    states = our_states(theirs, TWO_LAYERS, encodings, sdpa_by_length, form)
+    torch.testing.assert_close(states[:-3], expected[pool_start:], rtol=0, atol=TOLERANCE[form])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -53,8 +54,24 @@ def options(checkpoint: Path, folder: Path) -> gpu_check.Options:
 def run(
     golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, Any]]:
-    """Exit status and report. int8 is the step that fails: bitsandbytes takes raw pointers, which
-    an emulated device does not have."""
+    """Exit status and report of one run, also where xdist's workers share these tests."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    found = shared / "gpu-check.json"
+    with (shared / "gpu-check.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(json.dumps(run_once(golden_checkpoint, tmp_path_factory)))
+    status, report = json.loads(found.read_text())
+    return status, report
+
+
+def run_once(
+    golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, dict[str, Any]]:
+    """int8 is the step that fails: bitsandbytes takes raw pointers, which an emulated device does
+    not have."""
     folder = tmp_path_factory.mktemp("gpu-check")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))

@@ -6,6 +6,7 @@ import random
 import string
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def whole_ids(tokenizer: NVEmbedTokenizer, text: str, instruction: str = "") -> 
     return ids
 
 
+@cache
 def prose(words: int, seed: int = 0) -> str:
     rng = random.Random(seed)
     letters = string.ascii_lowercase * 3 + "éß,.-"
