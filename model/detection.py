@@ -118,9 +118,9 @@ def _contradictions(
     if family.section is not None:  # a container of its own kind, which says all that there is
         return
     is_causal = raw.get("is_causal")
-    if is_causal is not None and is_causal is not (family.mask == "causal"):
-        if "is_causal" not in family.demanded:
-            yield f"is_causal is {shown(is_causal)}, and its mask is {family.mask}"
+    said = is_causal is not None and "is_causal" not in family.demanded
+    if said and is_causal is not (family.mask == "causal"):
+        yield f"is_causal is {shown(is_causal)}, and its mask is {family.mask}"
     pooled = {"1_Pooling/config.json": files.pooling, "pooling": _pooling(raw)}
     for where, found in pooled.items():
         if found not in (None, family.pooler):

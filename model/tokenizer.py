@@ -1,4 +1,4 @@
-"""text + what stands around it -> Encoding. Owns BOS, EOS, truncation and which positions are pooled.
+"""text + what stands around it -> Encoding. Owns BOS, EOS, truncation, and what is pooled.
 
 Torch-free: the front process tokenizes. BOS, EOS and a template's markers are ids that are put
 here, whatever the tokenizer's own settings say. The rules are the authors' of each family, to the

@@ -134,6 +134,12 @@ class ModelSettings(MachineSettings):
     revision: str | None = Field(
         None, description="commit, tag or branch of a hub id; NVIDIA's ids have a pinned one"
     )
+    family: str = Field(
+        "auto",
+        description="what kind of model it is: e5-mistral, gritlm, bge-en-icl, bidirectional-mean, "
+        "nemotron-3-embed or nv-embed; auto: by its id, its config.json and its "
+        "sentence-transformers files",
+    )
     offline: bool = Field(False, description="use the local cache only, never the network")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

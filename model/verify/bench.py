@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from model import cuda_graphs
 from model.batch import Encoding, RunnerOptions
-from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.runner import ModelRunner, resolve_device

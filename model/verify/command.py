@@ -52,7 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_subject(arguments: argparse.Namespace) -> Subject:
     """Locate the checkpoint and resolve the options. Raises ModelError."""
-    source = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
+    source = locate(
+        arguments.model,
+        revision=arguments.revision,
+        offline=arguments.offline,
+        family=arguments.family,
+    )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     golden = arguments.golden

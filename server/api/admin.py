@@ -15,6 +15,10 @@ from server.errors import UnavailableError
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
 
+_TRUNCATED = {True: "keep EOS", False: "lose EOS", None: "have none"}
+"""By Family.keeps_eos."""
+
+
 class _Endpoints:
     """The endpoints over one engine."""
 
@@ -24,13 +28,18 @@ class _Endpoints:
 
     async def info(self, request: Request) -> Response:
         """What runs here: model, licence, devices, limits, version."""
-        engine, limits = self._engine, self._engine.limits
+        engine, limits, family = self._engine, self._engine.limits, self._engine.family
         return json_response(
             {
                 "version": version("nv-embed-server"),
                 "model": self._name,
                 "revision": engine.source.revision,
                 "license": engine.source.license,
+                "family": family.name,
+                "mask": family.mask,
+                "pooler": family.pooler,
+                "template": family.template,
+                "truncated_inputs": _TRUNCATED[family.keeps_eos],
                 "dimensions": engine.dimensions,
                 "devices": [
                     {name: getattr(runner, name) for name in schemas.Device.model_fields}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from model.prompts import Example
 from model.tokenizer import Truncation
-from server.api.instructions import Defaults, choose_prefix
+from server.api.instructions import Defaults, PromptFields, choose_prompt
 from server.api.names import ServedNames
 from server.api.schemas import InstructedInput
 from server.engine.interface import EncodingOptions
@@ -14,19 +15,24 @@ def encoding_options(
     wire: InstructedInput, model: str | None, names: ServedNames, defaults: Defaults
 ) -> EncodingOptions:
     """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
-    prefix = choose_prefix(
-        defaults,
+    asked = PromptFields(
         prompt=wire.prompt,
+        suffix=wire.suffix,
         instruction=wire.instruction,
         task=wire.task,
         input_type=wire.input_type,
-        model_side=names.side(model) if model is not None else None,
+        examples=[Example(e.instruction, e.query, e.response) for e in wire.examples or ()],
     )
+    side = names.side(model) if model is not None else None
+    prompt = choose_prompt(defaults, asked, side)
+    is_default = prompt is None
+    if prompt is None:  # a model that writes something around passages takes nothing else bare
+        prompt = defaults.prompt("passage")
     if (tokens := wire.truncate_prompt_tokens) is not None:
         if tokens in (0, 1):
             raise InvalidRequestError(
                 "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
                 param="truncate_prompt_tokens",
             )
-        return EncodingOptions(prefix, Truncation.START, None if tokens < 0 else tokens)
-    return EncodingOptions(prefix, wire.truncate)
+        return EncodingOptions(prompt, Truncation.START, None if tokens < 0 else tokens, is_default)
+    return EncodingOptions(prompt, wire.truncate, is_default=is_default)

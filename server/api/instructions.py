@@ -1,15 +1,16 @@
-"""How a request's fields choose one prefix. The named tasks themselves: model/tasks.py."""
+"""How a request's fields choose what stands around its texts. The named tasks: model/tasks.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from model.families import NV_EMBED, Family
-from model.tasks import TASKS, find_task, prefix_of
+from model.errors import PromptError
+from model.families import NV_EMBED, Family, Side
+from model.prompts import Example, Prompt
+from model.tasks import TASKS, find_task
 from server.errors import InvalidRequestError
-
-Side = Literal["query", "passage"]
 
 INPUT_TYPES: dict[str, Side] = {
     "query": "query",
@@ -22,12 +23,14 @@ INPUT_TYPES: dict[str, Side] = {
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What the server's settings say about inputs whose request does not."""
+    """What model and settings say about inputs whose request does not."""
 
     query_instruction: str
     input_type: Side | None = None
     family: Family = NV_EMBED
-    """Of the model that is served: how a task description is written before a text."""
+    """Of the model that is served: what it writes around a text of either side."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Name -> prefix, of the model's own files."""
 
     @classmethod
     def of(
@@ -35,64 +38,109 @@ class Defaults:
         query_instruction: str,
         input_type: Literal["none", "query", "passage"],
         family: Family = NV_EMBED,
+        prompts: Mapping[str, str] | None = None,
     ) -> Defaults:
         task = find_task(query_instruction)
         return cls(
             task.query if task else query_instruction,
             None if input_type == "none" else input_type,
             family,
+            prompts or {},
         )
 
+    def prompt(self, side: Side) -> Prompt:
+        """Around a text of which only its side is known."""
+        described = side == "query" and self.family.template is not None
+        return self.family.prompt(side, self.query_instruction if described else "")
 
-def choose_prefix(
-    defaults: Defaults,
-    *,
-    prompt: str | None = None,
-    instruction: str | None = None,
-    task: str | None = None,
-    input_type: str | None = None,
-    model_side: Side | None = None,
-) -> str | None:
-    """The verbatim prefix of a request's inputs; None when no field asks for one.
 
-    The first that is given decides: prompt, instruction, task, input_type, the model's suffix
-    (`model_side`), the server's default. "" in one of them means explicitly none.
-    Raises InvalidRequestError for unknown names, listing the known ones.
+@dataclass(frozen=True, slots=True)
+class PromptFields:
+    """What a request, or a command, says about what stands around its texts."""
+
+    prompt: str | None = None
+    suffix: str | None = None
+    instruction: str | None = None
+    task: str | None = None
+    input_type: str | None = None
+    examples: Sequence[Example] = ()
+
+
+def choose_prompt(
+    defaults: Defaults, asked: PromptFields, model_side: Side | None = None
+) -> Prompt | None:
+    """What stands around a request's texts; None when no field says, and the side neither.
+
+    The first that is given decides: prompt and suffix (verbatim), instruction, task, input_type,
+    the model's name (`model_side`), the server's default. "" in one of them means explicitly none.
+    Raises InvalidRequestError for unknown names, listing the known ones, and for what this model
+    has no place for.
     """
-    side = _side(input_type) if input_type else None
-    if prompt is not None:
-        return prompt
-    if instruction is not None:
-        return prefix_of(instruction, defaults.family)
-    if task is not None:
-        side = side or model_side or "query"
-        return _task_prefix(task, side, defaults.family) if task else ""
-    if input_type == "":
-        return ""
-    side = side or model_side or defaults.input_type
-    if side is None:
-        return None
-    return prefix_of(defaults.query_instruction, defaults.family) if side == "query" else ""
+    try:
+        return _chosen(defaults, asked, model_side)
+    except PromptError as error:
+        raise InvalidRequestError(f"{error}", param=error.field) from None
 
 
-def _side(input_type: str) -> Side:
-    side = INPUT_TYPES.get(input_type)
-    if side is None:
-        known = ", ".join(INPUT_TYPES)
-        raise InvalidRequestError(
-            f"unknown input_type {_shown(input_type)}; known: {known}", param="input_type"
-        )
-    return side
+def _chosen(defaults: Defaults, asked: PromptFields, model_side: Side | None) -> Prompt | None:
+    family = defaults.family
+    named = _named(asked.input_type, defaults) if asked.input_type else None
+    if asked.prompt is not None or asked.suffix is not None:
+        if asked.examples:
+            raise PromptError("examples", "examples and a verbatim prompt: write them into it")
+        return family.verbatim(asked.prompt or "", asked.suffix or "")
+    if isinstance(named, Prompt):
+        return named
+    side = named or model_side
+    if asked.instruction is not None:
+        return family.prompt(side or "query", asked.instruction, asked.examples)
+    if asked.task:
+        return _of_task(asked.task, side or "query", defaults, asked.examples)
+    if asked.task is not None or asked.input_type == "":
+        return Prompt()
+    side = side or defaults.input_type
+    if asked.examples:
+        if side == "passage":
+            raise PromptError("examples", "examples are for queries, and these are passages")
+        described = family.template is not None
+        instruction = defaults.query_instruction if described else ""
+        return family.prompt("query", instruction, asked.examples)
+    return None if side is None else defaults.prompt(side)
 
 
-def _task_prefix(name: str, side: Side, family: Family) -> str:
+def _named(name: str, defaults: Defaults) -> Side | Prompt:
+    """A side, or a prompt of the model's own files."""
+    side = INPUT_TYPES.get(name)
+    if side is not None:
+        return side
+    if name in defaults.prompts:
+        return _own(name, defaults)
+    known = ", ".join([*INPUT_TYPES, *defaults.prompts])
+    raise InvalidRequestError(
+        f"unknown input_type {_shown(name)}; known: {known}", param="input_type"
+    )
+
+
+def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Example]) -> Prompt:
+    if name in defaults.prompts and not examples:
+        return _own(name, defaults)
     task = find_task(name)
     if task is None:
+        known = ", ".join([*defaults.prompts, *TASKS])
         raise InvalidRequestError(
-            f"unknown task {_shown(name)}; known: {', '.join(TASKS)} (GET /v1/instructions)",
-            param="task",
+            f"unknown task {_shown(name)}; known: {known} (GET /v1/instructions)", param="task"
         )
-    return prefix_of(task.query if side == "query" else task.passage, family)
+    if defaults.family.template is None:
+        raise PromptError(
+            "task",
+            f"a {defaults.family.name} model takes no task, only a side: input_type, or the "
+            "model's -query and -passage names",
+        )
+    return defaults.family.prompt(side, task.query if side == "query" else task.passage, examples)
+
+
+def _own(name: str, defaults: Defaults) -> Prompt:
+    return defaults.family.verbatim(defaults.prompts[name], defaults.family.suffix)
 
 
 def _shown(name: str) -> str:

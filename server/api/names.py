@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from server.api.instructions import Side
+from model.families import Side
 from server.errors import ModelNotFoundError
 
 _SIDES: tuple[Side, ...] = ("query", "passage")

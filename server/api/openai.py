@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from model.prompts import written
 from model.tasks import TASKS
 from server.api import parsing, schemas, serialize
 from server.api.answers import AnswerWriter
@@ -36,7 +37,10 @@ class _Endpoints:
         self._truncates_dimensions = settings.allow_truncated_dimensions
         self._names = ServedNames(engine.source.model_id, settings.served_model_name)
         self._defaults = Defaults.of(
-            settings.query_instruction, settings.default_input_type, engine.family
+            settings.query_instruction,
+            settings.default_input_type,
+            engine.family,
+            engine.prompts,
         )
         self._created = int(time.time())
         self._bodies, self._answers = BodyReader(settings.max_body_bytes), AnswerWriter()
@@ -79,7 +83,7 @@ class _Endpoints:
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=tokens)
         hold(request, tokens * _ID_BYTES)
         limit = self._engine.limits.max_input_tokens
-        pieces = serialize.tokens_pieces(encodings, job.options.prefix or "", limit)
+        pieces = serialize.tokens_pieces(encodings, job.options.prompt, limit)
         return await self._answers.response(request, pieces, tokens, headers)
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -103,7 +107,12 @@ class _Endpoints:
             {"task": name, "query": task.query, "passage": task.passage, "source": task.source}
             for name, task in TASKS.items()
         ]
+        family = self._defaults.family
+        own = {side: written(self._defaults.prompt(side).prefix) for side in ("query", "passage")}
         defaults = {
+            "family": family.name,
+            "template": family.template,
+            "prompts": {**self._defaults.prompts, **own},
             "query_instruction": self._defaults.query_instruction,
             "default_input_type": self._defaults.input_type or "none",
         }

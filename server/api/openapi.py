@@ -28,7 +28,7 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI document, which depends on no model and no setting."""
     source = ModelSource("nv-embed", Path(), None, None)
-    no_engine = SimpleNamespace(source=source, family=NV_EMBED)
+    no_engine = SimpleNamespace(source=source, family=NV_EMBED, prompts={})
     engine, settings = cast(Engine, no_engine), Settings()
     app = FastAPI()
     app.include_router(openai.create_router(engine, settings))

@@ -65,13 +65,28 @@ class Wire(BaseModel):
         return body
 
 
+class FewShotExample(Wire):
+    """One query of a task and what answers it."""
+
+    instruction: StrictStr = Field(validation_alias=AliasChoices("instruction", "instruct"))
+    query: StrictStr
+    response: StrictStr
+
+
 class InstructedInput(Wire):
     """Inputs, and the fields that decide their instruction; see README, Instructions."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     prompt: StrictStr | None = Field(None, description="Prefix, used verbatim.")
+    suffix: StrictStr | None = Field(None, description="Behind each text, used verbatim.")
     instruction: StrictStr | None = Field(
-        None, description="Task description: the prefix is `Instruct: {instruction}\\nQuery: `."
+        None,
+        description="Task description, in the template of the model's family; NV-Embed's prefix "
+        "is `Instruct: {instruction}\\nQuery: `.",
+    )
+    examples: Annotated[list[FewShotExample] | None, Field(max_length=64)] = Field(
+        None,
+        description="Queries of the task with their answers, before the prefix (bge-en-icl only).",
     )
     task: StrictStr | None = Field(
         None, description="Name of a task that GET /v1/instructions lists."
@@ -168,6 +183,7 @@ class TokenizedInput(BaseModel):
 class TokenizeResponse(BaseModel):
     object: Literal["list"]
     prefix: str
+    suffix: str
     data: list[TokenizedInput]
     max_input_tokens: int
 
@@ -194,6 +210,15 @@ class InstructionTask(BaseModel):
 class InstructionList(BaseModel):
     object: Literal["list"]
     data: list[InstructionTask]
+    family: str
+    template: str | None = Field(
+        description="The prefix of a text with an instruction, in place of `{task}`; null: this "
+        "family takes no instruction."
+    )
+    prompts: dict[str, str] = Field(
+        description="What stands before a query and a passage by default, and the prompts of the "
+        "model's own files, by name."
+    )
     query_instruction: str
     default_input_type: Literal["none", "query", "passage"]
 
@@ -226,6 +251,11 @@ class Info(BaseModel):
     model: str
     revision: str | None
     license: str | None
+    family: str
+    mask: Literal["full", "causal"]
+    pooler: Literal["latent", "mean", "last"]
+    template: str | None
+    truncated_inputs: Literal["keep EOS", "lose EOS", "have none"]
     dimensions: int
     devices: list[Device]
     limits: Limits

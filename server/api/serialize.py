@@ -13,6 +13,7 @@ import pybase64
 from numpy.typing import NDArray
 
 from model.batch import Encoding
+from model.prompts import Prompt, written
 from server.errors import InvalidRequestError
 
 PIECE_VALUES = 32 * 1024
@@ -85,9 +86,14 @@ def embeddings_pieces(
     )
 
 
-def tokens_pieces(encodings: Sequence[Encoding], prefix: str, max_tokens: int) -> Iterator[bytes]:
+def tokens_pieces(
+    encodings: Sequence[Encoding], prompt: Prompt, max_tokens: int
+) -> Iterator[bytes]:
     """The body of an answer of /tokenize, in pieces."""
-    yield b'{"object":"list","prefix":%b,"data":[' % orjson.dumps(prefix)
+    yield b'{"object":"list","prefix":%b,"suffix":%b,"data":[' % (
+        orjson.dumps(written(prompt.examples + prompt.prefix)),
+        orjson.dumps(written(prompt.suffix)),
+    )
     items: list[bytes] = []
     values = 0
     for index, encoding in enumerate(encodings):

@@ -53,7 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     device = "cuda" if arguments.device == "auto" else arguments.device
     options = gpu_check.Options(
-        locate(arguments.model, revision=arguments.revision, offline=arguments.offline),
+        locate(
+            arguments.model,
+            revision=arguments.revision,
+            offline=arguments.offline,
+            family=arguments.family,
+        ),
         device,
         arguments.attention,
         arguments.out,

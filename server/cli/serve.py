@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     # Until lifecycle drains on it: a container's first process ignores SIGTERM by default, and a
     # download takes minutes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    source = locate(options.model, revision=options.revision, offline=options.offline)
+    source = locate(
+        options.model, revision=options.revision, offline=options.offline, family=options.family
+    )
     return lifecycle.run(options, source)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -118,6 +118,10 @@ class EmbeddingEngine:
     @property
     def family(self) -> Family:
         return self.config.family
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        return self.config.prompts
 
     @property
     def dimensions(self) -> int:

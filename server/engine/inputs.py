@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from model.batch import Encoding
 from model.errors import EmptyPoolError, InputTooLongError, ModelError
+from model.prompts import Prompt, written
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -40,8 +41,8 @@ class InputTokenizer:
     @staticmethod
     def num_chars(inputs: Sequence[Input], options: EncodingOptions) -> int:
         """What there is to tokenize, prefixes included."""
-        prefix = len(options.prefix or "")
-        return sum(prefix + len(text) for text in inputs if isinstance(text, str))
+        around = options.prompt.num_chars
+        return sum(around + len(text) for text in inputs if isinstance(text, str))
 
     def tokenize(
         self,
@@ -55,15 +56,15 @@ class InputTokenizer:
         """
         truncate = self._truncate if options.truncate is None else options.truncate
         max_tokens = min(options.max_tokens or self.max_input_tokens, self.max_input_tokens)
-        prefix = options.prefix or ""
+        prompt = options.prompt
         texts = [text for text in inputs if isinstance(text, str)]
-        if prefix and len(texts) < len(inputs):
+        if prompt and not options.is_default and len(texts) < len(inputs):
             raise InvalidRequestError(
                 'an instruction cannot be put before token ids: send text, or prompt: ""',
                 param="input",
             )
-        self._refuse_if_hopeless(texts, prefix, max_tokens)
-        encoded = self._encoded(texts, prefix, max_tokens, truncate, abandoned)
+        self._refuse_if_hopeless(texts, prompt, max_tokens)
+        encoded = self._encoded(texts, prompt, max_tokens, truncate, abandoned)
         encodings = []
         total = 0
         for index, item in enumerate(inputs):
@@ -80,33 +81,40 @@ class InputTokenizer:
     def _encoded(
         self,
         texts: Sequence[str],
-        prefix: str,
+        prompt: Prompt,
         max_tokens: int,
         truncate: Truncation,
         abandoned: Callable[[], bool],
     ) -> Iterator[Encoding | ModelError]:
         """Some texts at a time, so that the work ends early when it can."""
         first = chars = 0
+        around = prompt.num_chars
         for last, text in enumerate(texts):
-            chars += len(prefix) + len(text)
+            chars += around + len(text)
             if chars < _CHARS_AT_ONCE and last + 1 < len(texts):
                 continue
             if abandoned():
                 raise AbandonedError
             yield from self.tokenizer.encode_batch(
-                texts[first : last + 1], prefix, max_tokens=max_tokens, truncate=truncate
+                texts[first : last + 1], prompt, max_tokens=max_tokens, truncate=truncate
             )
             first, chars = last + 1, 0
 
-    @staticmethod
-    def _refuse_if_hopeless(texts: Sequence[str], prefix: str, max_tokens: int) -> None:
+    def _refuse_if_hopeless(self, texts: Sequence[str], prompt: Prompt, max_tokens: int) -> None:
         """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
-        if len(prefix) > MAX_PIECE_CHARS * max_tokens:
+        chars = prompt.num_chars
+        examples = len(written(prompt.examples))
+        if examples > MAX_PIECE_CHARS * self.max_input_tokens:
+            raise ContextLengthExceededError(
+                f"the examples alone have more than {self.max_input_tokens} tokens",
+                param="examples",
+            )
+        if chars - examples > MAX_PIECE_CHARS * max_tokens:
             raise ContextLengthExceededError(
                 f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
                 param="prompt",
             )
-        least = (min((len(prefix) + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
+        least = (min((chars + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
         if sum(least) > MAX_REQUEST_TOKENS:
             raise _too_many_tokens()
 
@@ -128,11 +136,13 @@ class InputTokenizer:
             raise InvalidRequestError(
                 f"token ids must lie between 0 and {vocabulary - 1}. {_FOREIGN_IDS}", param=param
             )
-        whole = len(ids) == self.max_input_tokens or ids[-1] == EOS_ID
-        if len(ids) < 2 or ids[0] != BOS_ID or BOS_ID in ids[1:] or not whole:
+        ends = self.tokenizer.family.keeps_eos is not None
+        whole = not ends or len(ids) == self.max_input_tokens or ids[-1] == EOS_ID
+        if len(ids) < 1 + ends or ids[0] != BOS_ID or BOS_ID in ids[1:] or not whole:
             raise InvalidRequestError(
-                f"token ids must start with BOS ({BOS_ID}), hold no other BOS, and end with EOS "
-                f"({EOS_ID}). {_FOREIGN_IDS}",
+                f"token ids must start with BOS ({BOS_ID}), hold no other BOS"
+                + (f", and end with EOS ({EOS_ID})" if ends else "")
+                + f". {_FOREIGN_IDS}",
                 param=param,
             )
         try:

@@ -6,7 +6,7 @@ neither wire types nor envelopes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from model.batch import Encoding, RunnerInfo
 from model.families import Family
 from model.hub import ModelSource
+from model.prompts import Prompt
 from model.tokenizer import Truncation
 
 Input = str | list[int]
@@ -26,9 +27,10 @@ Input = str | list[int]
 class EncodingOptions:
     """How inputs become Encodings."""
 
-    prefix: str | None = None  # verbatim instruction; None and "" put nothing in front
+    prompt: Prompt = Prompt()  # what stands around each text
     truncate: Truncation | None = None  # None: the server's default
     max_tokens: int | None = None  # a request's own, lower limit
+    is_default: bool = False  # whether nobody asked for `prompt`: token ids go without it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ class Engine(Protocol):
     @property
     def family(self) -> Family:
         """What kind of model it is."""
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Name -> prefix, of the model's own files."""
 
     @property
     def dimensions(self) -> int:

@@ -22,6 +22,7 @@ from model.batch import RunnerInfo
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
+from model.prompts import Prompt, written
 from model.user_files import LockedError, locked
 from server.offline.job import Job, Row, Rows, Tokenize
 from server.offline.manifest import (
@@ -85,11 +86,15 @@ class Run(Generic[Row]):
         return sum(shard.rows for shard in self._shards)
 
     def describe(
-        self, model: ModelSource, asked: Mapping[str, str], defaults: Mapping[str, Any]
+        self,
+        model: ModelSource,
+        prompt: Prompt,
+        asked: Mapping[str, str],
+        defaults: Mapping[str, Any],
     ) -> None:
         """Read the whole input once, so that a bad row is found before a model is loaded.
 
-        asked: how the model shall run; "auto" is settled by `begin`. defaults: what else the
+        prompt: around each text. asked: how the model shall run; "auto" is settled by `begin`. defaults: what else the
         vectors depend on. Raises InputFileError.
         """
         job = self._job
@@ -107,10 +112,12 @@ class Run(Generic[Row]):
             "model": {
                 "id": printable(model.model_id),
                 "revision": model.revision,
+                "family": model.family,
                 "fingerprint": fingerprint(model.path),
                 **{name: value for name, value in asked.items() if value != "auto"},
             },
-            "prefix": job.prefix,
+            "prefix": written(prompt.prefix),
+            "suffix": written(prompt.suffix),
             "truncate": str(job.truncate),
             "format": job.format.suffix,
             "shard_size": job.shard_size,

@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.config import ModelConfig
+from model.prompts import Prompt
 from model.user_files import kind_of, mode_like
 from server.api import instructions
-from server.api.instructions import Defaults
+from server.api.instructions import Defaults, PromptFields
 from server.errors import InvalidRequestError, SettingsError
 from server.offline import batch_files, sources, text_files
 from server.offline.job import Job, Rows
@@ -83,8 +85,8 @@ def job_of(arguments: argparse.Namespace) -> Job:
         )
     if suffix == ".parquet":
         import_parquet()
-    prefix = _prefix(arguments) or ""
-    for name, text in (("prefix", prefix), ("field", arguments.field or "")):
+    said = [arguments.prompt, arguments.instruction, arguments.query_instruction]
+    for name, text in (("prefix", "".join(filter(None, said))), ("field", arguments.field or "")):
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -94,7 +96,6 @@ def job_of(arguments: argparse.Namespace) -> Job:
         is_folder,
         FORMATS[suffix],
         arguments.field or "text",
-        prefix,
         arguments.truncate,
         arguments.shard_size,
     )
@@ -151,18 +152,22 @@ def _is_within(source: Source, folder: Path) -> bool:
     )
 
 
-def defaults_of(arguments: argparse.Namespace) -> Defaults:
-    return Defaults.of(arguments.query_instruction, arguments.default_input_type)
+def defaults_of(arguments: argparse.Namespace, config: ModelConfig) -> Defaults:
+    return Defaults.of(
+        arguments.query_instruction, arguments.default_input_type, config.family, config.prompts
+    )
 
 
-def _prefix(arguments: argparse.Namespace) -> str | None:
+def prompt_of(arguments: argparse.Namespace, config: ModelConfig) -> Prompt:
+    """What stands around each text. Raises SettingsError for what this model has no place for."""
+    defaults = defaults_of(arguments, config)
+    asked = PromptFields(
+        prompt=arguments.prompt,
+        instruction=arguments.instruction,
+        task=arguments.task,
+        input_type=arguments.input_type,
+    )
     try:
-        return instructions.choose_prefix(
-            defaults_of(arguments),
-            prompt=arguments.prompt,
-            instruction=arguments.instruction,
-            task=arguments.task,
-            input_type=arguments.input_type,
-        )
+        return instructions.choose_prompt(defaults, asked) or defaults.prompt("passage")
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -120,29 +119,37 @@ def _stoppable() -> Iterator[None]:
 
 def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run[Any]) -> bool:
     """Returns whether all was done already."""
-    model = locate(arguments.model, revision=arguments.revision, offline=arguments.offline)
+    model = locate(
+        arguments.model,
+        revision=arguments.revision,
+        offline=arguments.offline,
+        family=arguments.family,
+    )
     asked = {name: getattr(arguments, name) for name in ("dtype", "quantization", "attention")}
     deciding = ["max_input_tokens"]
     if arguments.openai_batch:
         deciding += ["query_instruction", "default_input_type", "allow_truncated_dimensions"]
     defaults = {name: getattr(arguments, name) for name in deciding}
+    config = model.config()
+    prompt = call.prompt_of(arguments, config)
     with bulk.place(job):
-        todo.describe(model, asked, defaults)
+        todo.describe(model, prompt, asked, defaults)
         if todo.is_done(resume=arguments.resume):
             return True
         try:
             encoder = _encoder(arguments, model, todo.settled)
         except UnsupportedError as error:
             todo.refuse_settled(error)
-        encoder.max_tokens = min(encoder.max_tokens, arguments.max_input_tokens or sys.maxsize)
+        if arguments.max_input_tokens:
+            encoder.max_tokens = min(config.most_input_tokens, arguments.max_input_tokens)
         todo.begin(encoder.runner.info)
-        tokenize: Tokenize[Any] = texts(job, source, encoder)
+        tokenize: Tokenize[Any] = texts(job, source, encoder, prompt)
         if arguments.openai_batch:
             tokenize = BatchAnswers(
                 encoder,
                 InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
                 ServedNames(model.model_id),
-                call.defaults_of(arguments),
+                call.defaults_of(arguments, config),
                 arguments.allow_truncated_dimensions,
             ).tokenize
         todo.finish(encoder, tokenize, every=bulk.KEEP_EVERY_S)
@@ -155,7 +162,7 @@ def _encoder(arguments: argparse.Namespace, model: ModelSource, settled: Settled
         from model.encoder import Encoder
 
     if arguments.runner:
-        return _encoder_around(arguments, model.path)
+        return _encoder_around(arguments, model)
     return Encoder(
         model,
         device=arguments.device,
@@ -170,14 +177,14 @@ def _encoder(arguments: argparse.Namespace, model: ModelSource, settled: Settled
     )
 
 
-def _encoder_around(arguments: argparse.Namespace, path: Path) -> Encoder:
+def _encoder_around(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
     """With another runner than the model, for tests and benchmarks."""
     from model.encoder import Encoder
 
-    options = RunnerOptions(path=str(path))
+    options = RunnerOptions(path=str(model.path), family=model.family)
     most_tokens = arguments.max_batch_tokens or options.max_batch_tokens
     return Encoder.of(
-        NVEmbedTokenizer.from_dir(path),
+        NVEmbedTokenizer.from_dir(model.path, model.family),
         load_factory(arguments.runner)(options),
         BatchLimits(most_tokens, options.max_batch_seqs),
         max_tokens=options.max_input_tokens,

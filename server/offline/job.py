@@ -27,7 +27,6 @@ class Job:
     is_folder: bool
     format: VectorFormat
     field: str
-    prefix: str
     truncate: Truncation
     shard_size: int
 

@@ -39,7 +39,7 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     changed = []
     for name, value in _flat(now).items():
         if earlier.get(name) != value:
-            hidden = name.startswith("input.") or name in ("prefix", "query_instruction")
+            hidden = name.startswith("input.") or name in ("prefix", "suffix", "query_instruction")
             changed.append(name if hidden else f"{name} ({earlier.get(name)} then, {value} now)")
     return changed
 

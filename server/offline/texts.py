@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.errors import InputError
+from model.prompts import Prompt
 from server.offline.job import Job, Tokenize
 from server.offline.sources import Source
 from server.offline.text_files import InputFileError, Line
@@ -46,7 +47,7 @@ class _Texts:
         return InputFileError(f"{self.source.at(self.lines[index].number)}: {what}")
 
 
-def texts(job: Job, source: Source, encoder: Encoder) -> Tokenize[Line]:
+def texts(job: Job, source: Source, encoder: Encoder, prompt: Prompt) -> Tokenize[Line]:
     """How shards of texts are tokenized. It raises InputFileError for one that cannot be used."""
 
     def tokenize(lines: Sequence[Line], first: int) -> _Texts:
@@ -54,7 +55,7 @@ def texts(job: Job, source: Source, encoder: Encoder) -> Tokenize[Line]:
         for window in _windows(lines):
             results = encoder.tokenizer.encode_batch(
                 [line.text for line in window],
-                job.prefix,
+                prompt,
                 max_tokens=encoder.max_tokens,
                 truncate=job.truncate,
             )

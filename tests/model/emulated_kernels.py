@@ -103,7 +103,7 @@ def _check_flash(
     _need(dropout == 0, "the model has no dropout")
     window = [-1 if side is None else side for side in (window_size_left, window_size_right)]
     _need(window == [-1, -1] or window[1] == 0, "a window reaches to the row itself")
-    _need(window[1] == -1 or causal, "a window up to the row itself is a causal mask")
+    _need(window != [-1, 0] or causal, "a window up to the row itself is a causal mask")
     swapped = q_most == 1 and q.shape[1] > k.shape[1]  # groups of heads take the place of rows
     _need(not swapped or len(q) == len(q_bounds) - 1, "max_seqlen_q 1 with an empty sequence")
 
@@ -119,6 +119,7 @@ def _flash(
     dropout: float,
     causal: bool,
     *_: Any,
+    window_size_left: int | None = None,
     **__: Any,
 ) -> tuple[Tensor, ...]:
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)  # rows of no sequence stay as they were
@@ -135,9 +136,12 @@ def _flash(
         x, y, z = (part.float().transpose(0, 1) for part in (q[rows], k[others], v[others]))
         y, z = y.repeat_interleave(groups, 0), z.repeat_interleave(groups, 0)
         scores = x @ y.transpose(1, 2) / math.sqrt(q.shape[2])
-        if causal:  # the mask's corner is where the last query meets the last key
-            behind = torch.arange(keys) > torch.arange(keys - queries, keys)[:, None]
-            scores = scores.masked_fill(behind, -torch.inf)
+        own = torch.arange(keys - queries, keys)[:, None]
+        windowed = window_size_left is not None and window_size_left >= 0
+        if causal or windowed:  # the mask's corner is where the last query meets the last key
+            scores = scores.masked_fill(torch.arange(keys) > own, -torch.inf)
+        if windowed:
+            scores = scores.masked_fill(torch.arange(keys) < own - window_size_left, -torch.inf)
         weights = torch.softmax(scores, -1)
         # The kernel multiplies the values by weights of their dtype.
         out[rows] = (weights.to(q.dtype).float() @ z).transpose(0, 1).to(q.dtype)

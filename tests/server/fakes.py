@@ -41,6 +41,7 @@ class FakeEngine:
     def __init__(self, model: Path, settings: Settings, *, dimensions: int = WIDTH) -> None:
         self.source = locate(str(model))
         self.family = NV_EMBED
+        self.prompts: dict[str, str] = {}
         self.dimensions = dimensions
         most = settings.max_input_tokens or 32_768
         self.limits = EngineLimits(most, settings.max_queued_tokens, (1024,))
