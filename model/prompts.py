@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,9 @@ class Prompt:
         return sum(len(written((part,))) for part in self.examples + self.prefix + self.suffix)
 
 
+NO_PROMPT = Prompt()
+
+
 def verbatim(text: str, markers: Sequence[str] = ()) -> Parts:
     """The parts of a text in which `markers` are meant as such."""
     if not markers:
@@ -85,7 +88,3 @@ def joined(*parts: Parts) -> Parts:
 def written(parts: Parts) -> str:
     """As a person reads it."""
     return "".join(part.token if isinstance(part, Marker) else part for part in parts)
-
-
-def without_round_trip(prompt: Prompt) -> Prompt:
-    return replace(prompt, round_trip=False)

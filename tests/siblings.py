@@ -1,7 +1,7 @@
-"""Checkpoints of NV-Embed's siblings, rebuilt from a recipe in the layout of their authors' files.
+"""Checkpoints of NV-Embed's siblings, rebuilt from recipes in the layout of their authors' files.
 
-tests/golden/siblings/NAME.json holds what the authors' own code returns for them (float32, CPU, each
-text alone); tests/golden/README.md says with which versions.
+tests/golden/siblings/NAME.json holds what the authors' own code returns for them (float32, CPU,
+each text alone); tests/golden/README.md says with which versions.
 
     python -m tests.siblings DIR NAME
 """
@@ -48,8 +48,8 @@ _MISTRAL: dict[str, Any] = {
     "vocab_size": 32000,
 }
 _E5_PROMPTS = {
-    "web_search_query": "Instruct: Given a web search query, retrieve relevant passages that answer "
-    "the query\nQuery: ",
+    "web_search_query": "Instruct: Given a web search query, retrieve relevant passages that "
+    "answer the query\nQuery: ",
     "sts_query": "Instruct: Retrieve semantically similar text.\nQuery: ",
 }
 

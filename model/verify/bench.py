@@ -36,8 +36,8 @@ class Bench:
     """Made anew in each process."""
 
     def __init__(self, job: Mapping[str, Any], import_s: float) -> None:
-        """job: model_id, path, revision, family, device, attention, base (the 16-bit dtype that the card
-        serves in), work (a folder for what one process leaves to another)."""
+        """job: model_id, path, revision, family, device, attention, base (the 16-bit dtype that the
+        card serves in), work (a folder for what one process leaves to another)."""
         self.job, self.import_s = job, import_s
         self.source = ModelSource(
             job["model_id"],

@@ -19,7 +19,6 @@ from model.files import listed
 from model.weights.headers import weight_files
 from model.weights.names import expected_shapes
 
-
 _WHOLE = "model."
 """Before the names of a language model's trunk, as MistralForCausalLM has them."""
 _HEAD = "lm_head.weight"

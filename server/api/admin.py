@@ -14,7 +14,6 @@ from server.engine.interface import Engine
 from server.errors import UnavailableError
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS, Settings
 
-
 _TRUNCATED = {True: "keep EOS", False: "lose EOS", None: "have none"}
 """By Family.keeps_eos."""
 

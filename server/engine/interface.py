@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.batch import Encoding, RunnerInfo
 from model.families import Family
 from model.hub import ModelSource
-from model.prompts import Prompt
+from model.prompts import NO_PROMPT, Prompt
 from model.tokenizer import Truncation
 
 Input = str | list[int]
@@ -27,7 +27,7 @@ Input = str | list[int]
 class EncodingOptions:
     """How inputs become Encodings."""
 
-    prompt: Prompt = Prompt()  # what stands around each text
+    prompt: Prompt = NO_PROMPT  # what stands around each text
     truncate: Truncation | None = None  # None: the server's default
     max_tokens: int | None = None  # a request's own, lower limit
     is_default: bool = False  # whether nobody asked for `prompt`: token ids go without it

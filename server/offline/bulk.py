@@ -94,8 +94,8 @@ class Run(Generic[Row]):
     ) -> None:
         """Read the whole input once, so that a bad row is found before a model is loaded.
 
-        prompt: around each text. asked: how the model shall run; "auto" is settled by `begin`. defaults: what else the
-        vectors depend on. Raises InputFileError.
+        prompt: around each text. asked: how the model shall run; "auto" is settled by `begin`.
+        defaults: what else the vectors depend on. Raises InputFileError.
         """
         job = self._job
         sha256 = self._source.sha256()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,16 @@ def served(
 ) -> Iterator[tuple[str, int, ServerProcess]]:
     name, limit = request.param
     folder = write_sibling(tmp_path_factory.mktemp("siblings") / name, name)
-    options = ["--max-input-tokens", str(limit), "--dtype", "float32", "--truncate", "end"]
+    options = [
+        "--served-model-name",
+        "golden-embed",
+        "--max-input-tokens",
+        str(limit),
+        "--dtype",
+        "float32",
+        "--truncate",
+        "end",
+    ]
     if limit == 512:  # the other two are told what they are
         options += ["--family", SIBLINGS[name].family]
     log = tmp_path_factory.mktemp("log") / "log"
