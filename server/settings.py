@@ -134,10 +134,17 @@ class ModelSettings(MachineSettings):
     revision: str | None = Field(
         None, description="commit, tag or branch of a hub id; NVIDIA's ids have a pinned one"
     )
-    family: str = Field(
+    family: Literal[
         "auto",
-        description="what kind of model it is: e5-mistral, gritlm, bge-en-icl, bidirectional-mean, "
-        "nemotron-3-embed or nv-embed; auto: by its id, its config.json and its "
+        "nv-embed",
+        "e5-mistral",
+        "gritlm",
+        "bge-en-icl",
+        "bidirectional-mean",
+        "nemotron-3-embed",
+    ] = Field(
+        "auto",
+        description="what kind of model it is; auto: by its id, its config.json and its "
         "sentence-transformers files",
     )
     offline: bool = Field(False, description="use the local cache only, never the network")

@@ -39,7 +39,9 @@ def openapi_document() -> dict[str, Any]:
     components = document["components"]
     # The bodies that the routes read themselves, and nothing of FastAPI's own validation.
     for wire in (schemas.EmbeddingsRequest, schemas.TokenizeRequest):
-        components["schemas"][wire.__name__] = wire.model_json_schema()
+        schema = wire.model_json_schema(ref_template="#/components/schemas/{model}")
+        components["schemas"] |= schema.pop("$defs", {})
+        components["schemas"][wire.__name__] = schema
     for unused in ("HTTPValidationError", "ValidationError"):
         components["schemas"].pop(unused, None)
     components["securitySchemes"] = {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from model.batch import Encoding
+from model.prompts import Prompt
 from model.tokenizer import NVEmbedTokenizer
 from server.api.serialize import PIECE_VALUES, embeddings_body, embeddings_pieces, tokens_pieces
 from tests.checkpoints import claim_width
@@ -120,7 +121,7 @@ def test_pieces_are_small_and_the_same_answer() -> None:
         assert b"".join(pieces) == embeddings_body(vectors, **how)
         assert len(json.loads(b"".join(pieces))["data"]) == 70
     encodings = [Encoding(np.arange(n, dtype=np.int32), 1) for n in range(2, 1000)]
-    pieces = list(tokens_pieces(encodings, 'a "prefix"', 512))
+    pieces = list(tokens_pieces(encodings, Prompt(('a "prefix"',)), 512))
     assert max(map(len, pieces)) < 10 * PIECE_VALUES
     whole = json.loads(b"".join(pieces))
     assert [item["ids"] for item in whole["data"]] == [e.ids.tolist() for e in encodings]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from model.batch import Encoding
+from model.families import BGE_EN_ICL, E5_MISTRAL, FAMILIES, GRITLM, NEMOTRON_3_EMBED, Family, Side
+from model.prompts import Example, Marker, Prompt, written
 from model.tasks import TASKS, prefix_of
 from server.api import parsing, schemas, serialize
-from server.api.instructions import Defaults, choose_prefix
+from server.api.instructions import Defaults, PromptFields, choose_prompt
 from server.api.names import ServedNames
 from server.api.openai_errors import error_body
 from server.engine import wire
@@ -194,6 +197,12 @@ NQ = "Instruct: Given a question, retrieve passages that answer the question\nQu
 QUORA = prefix_of(TASKS["QuoraRetrieval"].passage)
 
 
+def prefix(defaults: Defaults, *, model_side: Side | None = None, **fields: str) -> str | None:
+    chosen = choose_prompt(defaults, PromptFields(**fields), model_side)
+    assert chosen is None or not chosen.suffix
+    return None if chosen is None else written(chosen.prefix)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -219,7 +228,7 @@ QUORA = prefix_of(TASKS["QuoraRetrieval"].passage)
     ],
 )
 def test_the_first_field_that_is_given_decides(fields: dict, expected: str | None) -> None:
-    assert choose_prefix(SERVER, **fields) == expected
+    assert prefix(SERVER, **fields) == expected
 
 
 def test_tasks_say_where_their_words_come_from() -> None:
@@ -230,16 +239,16 @@ def test_tasks_say_where_their_words_come_from() -> None:
     assert len(by_source["nv-embed"]) == 16
     assert len(by_source["mteb"]) == 23
     assert all("Classification" in n or "Clustering" in n for n in by_source["mteb"])
-    banking = choose_prefix(SERVER, task="banking77classification", input_type="passage")
+    banking = prefix(SERVER, task="banking77classification", input_type="passage")
     text = "Given a online banking query, find the corresponding intents"
     assert banking == f"Instruct: {text}\nQuery: "
 
 
 def test_the_servers_default_decides_last() -> None:
     defaults = Defaults.of("NQ", "query")
-    assert choose_prefix(defaults) == NQ
-    assert choose_prefix(defaults, model_side="passage") == ""
-    assert choose_prefix(Defaults.of("Find answers", "passage")) == ""
+    assert prefix(defaults) == NQ
+    assert prefix(defaults, model_side="passage") == ""
+    assert prefix(Defaults.of("Find answers", "passage")) == ""
 
 
 @pytest.mark.parametrize(
@@ -252,8 +261,71 @@ def test_the_servers_default_decides_last() -> None:
 )
 def test_unknown_names_list_the_known_ones(fields: dict, param: str, known: str) -> None:
     with pytest.raises(InvalidRequestError, match=known) as caught:
-        choose_prefix(SERVER, **fields)
+        prefix(SERVER, **fields)
     assert caught.value.param == param
+
+
+EXAMPLE = Example("Find it", "where?", "<query> there")
+IN_EACH_FAMILY: list[tuple[Family, dict[str, Any], str, str]] = [
+    (E5_MISTRAL, {"input_type": "query"}, "Instruct: Find answers\nQuery: ", ""),
+    (E5_MISTRAL, {"input_type": "passage"}, "", ""),
+    (GRITLM, {"instruction": "Do it"}, "<|user|>\nDo it\n<|embed|>\n", ""),
+    (GRITLM, {"instruction": ""}, "<|embed|>\n", ""),
+    (GRITLM, {"input_type": "passage"}, "<|embed|>\n", ""),
+    (GRITLM, {"prompt": ""}, "", ""),
+    (BGE_EN_ICL, {"task": "NQ"}, "<instruct>" + NQ[10:-8] + "\n<query>", "\n<response>"),
+    (BGE_EN_ICL, {"instruction": ""}, "", "\n<response>"),
+    (BGE_EN_ICL, {"input_type": "passage"}, "", ""),
+    (NEMOTRON_3_EMBED, {"input_type": "query"}, "query: ", ""),
+    (NEMOTRON_3_EMBED, {"input_type": "query", "instruction": ""}, "query: ", ""),
+    (NEMOTRON_3_EMBED, {"input_type": "passage"}, "passage: ", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "before", "behind"),
+    IN_EACH_FAMILY,
+    ids=[f"{family.name} {fields}" for family, fields, *_ in IN_EACH_FAMILY],
+)
+def test_a_field_means_the_same_in_each_family(
+    family: Family, fields: dict[str, Any], before: str, behind: str
+) -> None:
+    chosen = choose_prompt(Defaults("Find answers", family=family), PromptFields(**fields))
+    assert chosen is not None
+    assert (written(chosen.prefix), written(chosen.suffix)) == (before, behind)
+
+
+def test_markers_of_a_template_are_none_in_a_users_text() -> None:
+    fields = PromptFields(instruction="a <query> tag", examples=[EXAMPLE])
+    chosen = choose_prompt(Defaults("", family=BGE_EN_ICL), fields)
+    assert chosen is not None
+    assert chosen.prefix == (Marker("<instruct>"), "a <query> tag\n", Marker("<query>"))
+    assert chosen.examples[-2:] == (Marker("<response>"), "<query> there\n\n")
+    verbatim = choose_prompt(Defaults("", family=BGE_EN_ICL), PromptFields(prompt="<query>"))
+    assert verbatim == Prompt((Marker("<query>"),))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_a_family_has_no_place_for_is_refused(family: Family) -> None:
+    defaults = Defaults("Find answers", family=family)
+    refused = {"examples": {"instruction": "", "examples": [EXAMPLE]}}
+    if family.template is None:
+        refused |= {"instruction": {"instruction": "Do it"}, "task": {"task": "NQ"}}
+    for param, fields in refused.items():
+        if param == "examples" and family.example:
+            continue
+        with pytest.raises(InvalidRequestError, match=f"a {family.name} model takes no") as caught:
+            choose_prompt(defaults, PromptFields(**fields))
+        assert caught.value.param == param
+
+
+def test_the_prompts_of_a_models_own_files() -> None:
+    own = {"web_search_query": "Instruct: Search\nQuery: "}
+    defaults = Defaults("", family=E5_MISTRAL, prompts=own)
+    for fields in ({"task": "web_search_query"}, {"input_type": "web_search_query"}):
+        assert prefix(defaults, **fields) == "Instruct: Search\nQuery: "
+    with pytest.raises(InvalidRequestError, match="web_search_query"):
+        prefix(defaults, input_type="other")
 
 
 # Answers and errors

@@ -26,7 +26,7 @@ TEXTS = [
 NAME = "toy-embed"
 TOLERANCE = 2e-5
 LIMIT = 512
-"""The sliding window, within which a causal mask needs none."""
+"""The sliding window, and so the reference needs none."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("log") / "log"
-    options = ("--runner", "tests.toy_family:runner")
+    options = ("--runner", "tests.toy_family:runner", "--max-input-tokens", str(LIMIT))
     with serving(checkpoint, *options, log=log, program="tests.toy_family") as running:
         yield running
 
@@ -112,5 +112,5 @@ def test_the_reference_is_causal_and_of_the_last_row(reference: Reference) -> No
 
 
 def test_a_family_that_nobody_added_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"model_type is 'toy-last', this server runs 'nvemb"):
+    with pytest.raises(AssertionError, match=r"model_type is 'toy-last', this server runs 'minis"):
         ServerProcess(checkpoint, log=tmp_path / "log")

@@ -68,4 +68,4 @@ def test_the_authors_vectors(served: tuple[str, int, ServerProcess]) -> None:
             vector = answer.json()["data"][0]["embedding"]
             np.testing.assert_allclose(vector, expected, rtol=0, atol=2e-5, err_msg=case["name"])
             compared += 1
-    assert compared >= 5
+    assert compared >= 4
