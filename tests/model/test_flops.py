@@ -17,6 +17,7 @@ from model.weights.loader import empty_model
 from model.weights.names import expected_shapes
 from tests.model.test_config import OFFICIAL
 from tests.model.torches import COUNTED_VARLEN
+from tests.siblings import SIBLINGS
 
 META = torch.device("meta")
 CONFIG = ModelConfig.from_dict(OFFICIAL)
@@ -24,13 +25,15 @@ D, INTER, Q, KV, LAYERS = 4096, 14336, 4096, 1024, 32
 SLOTS, FF = 8 * 512, 16384  # the folded pooler's heads·latents, the feed-forward's width
 
 
-def count(encodings: list[Encoding], kernel: str) -> tuple[int, dict[str, int]]:
+def count(
+    encodings: list[Encoding], kernel: str, config: ModelConfig = CONFIG
+) -> tuple[int, dict[str, int]]:
     """Floating-point operations: (all, by module)."""
-    model = empty_model(CONFIG, dtype=torch.bfloat16)
+    model = empty_model(config, dtype=torch.bfloat16)
     _, attend = choose_kernel(kernel, META, torch.bfloat16)
     counter = FlopCounterMode(display=False, depth=8)
     with counter, torch.inference_mode():
-        model(pack(encodings, META), attend)
+        model(pack(encodings, META, pooled=config.family.pooled), attend)
     by_module = {
         module.removeprefix("Embedder."): sum(flops.values())
         for module, flops in counter.get_flop_counts().items()
@@ -103,6 +106,56 @@ def test_instructed_queries(kernel: str) -> None:
         + linear(64, FF, D)
     )
     assert total == expected
+
+
+def sibling(name: str, **other: object) -> ModelConfig:
+    """One of that family at the 7B size."""
+    sizes = {key: OFFICIAL["text_config"][key] for key in SIZES}
+    raw = {**SIBLINGS[name].config, **sizes, "head_dim": 128, **other}
+    return ModelConfig.from_dict(raw, SIBLINGS[name].family)
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
+SIZES += ("num_key_value_heads",)
+
+
+def test_of_a_last_row_only_that_row_is_computed() -> None:
+    """64 texts of 48 tokens: the last layer's q, o and MLP see one row of each."""
+    total, modules = count(encodings(64, 48, 0), "sdpa", sibling("e5-mistral"))
+    rows = 64 * 48
+    last = f"backbone.layers.{LAYERS - 1}."
+    assert modules[last + "self_attn.kv_proj"] == linear(rows, D, 2 * KV)
+    assert modules[last + "self_attn.q_proj"] == linear(64, D, Q)
+    assert modules[last + "self_attn.o_proj"] == linear(64, Q, D)
+    assert modules[last + "mlp"] == linear(64, D, 2 * INTER) + linear(64, INTER, D)
+    expected = (
+        (LAYERS - 1) * (layer(rows, rows) + attention(64, 48, 48))
+        + layer(rows, 64)
+        + attention(64, 16, 48)  # rounded up from one query
+    )
+    assert total == expected
+
+
+def test_causal_attention_of_a_long_text_is_half_of_the_full_one() -> None:
+    config = sibling("e5-mistral", num_hidden_layers=2)
+    flops = count(encodings(1, 4096, 0), "sdpa", config)[1]["backbone.layers.0.self_attn"]
+    attended = flops - linear(4096, D, Q + 2 * KV) - linear(4096, Q, D)
+    assert 0.5 < attended / attention(1, 4096, 4096) < 0.54
+    window = sibling("e5-mistral", num_hidden_layers=2, sliding_window=512)
+    flops = count(encodings(1, 4096, 0), "sdpa", window)[1]["backbone.layers.0.self_attn"]
+    attended = flops - linear(4096, D, Q + 2 * KV) - linear(4096, Q, D)
+    assert attended / attention(1, 4096, 4096) < 0.2
+
+
+@pytest.mark.parametrize(("name", "family"), [(name, one.family) for name, one in SIBLINGS.items()])
+def test_each_sibling_at_the_7b_size(name: str, family: str) -> None:
+    config = sibling(name)
+    assert config.family.name == family
+    shapes = expected_shapes(config)
+    assert len(shapes) == 2 + 9 * LAYERS
+    trunk = sum(math.prod(shape) for shape in shapes.values())
+    assert trunk == 7_110_660_096 + D * (config.vocab_size - 32_000)
+    assert {p.device.type for p in empty_model(config).parameters()} == {"meta"}
 
 
 def test_the_official_checkpoint_has_304_tensors_of_7_851_016_192_parameters() -> None:
