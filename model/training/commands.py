@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.errors import UnsupportedError
-from model.hub import packaged_checkpoint
+from model.hub import locate, packaged_checkpoint
 from model.training import bootstrap, evaluation, mteb_adapter
 from model.training.case import CASES, changed
 from model.training.evaluation import NamedSet
@@ -238,12 +238,23 @@ def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
         teacher = Teacher(folder, dtype=arguments.dtype, device=arguments.device)
         return lambda texts, _instruction: teacher.encode(texts, progress=sys.stderr.isatty())
     from model.encoder import Encoder
+    from model.families import NV_EMBED
     from model.tokenizer import Truncation
 
-    encoder = Encoder(
+    source = locate(
         arguments.model,
         revision=arguments.revision,
         offline=arguments.offline,
+        family=arguments.family,
+    )
+    family = source.config().family
+    if (family.template, family.passage) != (NV_EMBED.template, NV_EMBED.passage):
+        raise UnsupportedError(
+            f"instructions are written as nv-embed's here, and this is a {family.name} model: "
+            "serve it, and embed its texts with `nv-embed encode`"
+        )
+    encoder = Encoder(
+        source,
         device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,

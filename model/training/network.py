@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from model.attention.kernels import AttentionKernel
 from model.backbone import MistralBackbone
 from model.config import ModelConfig
+from model.errors import CheckpointError
 from model.families import Family
 from model.packing import PackedBatch
 from model.poolers import SERVED, LatentAttention
@@ -70,6 +71,10 @@ def load_trained(
     pooling, causal: of an ablation, which leaves the checkpoint's pooler out unless it is "latent".
     """
     config = ModelConfig.from_dir(folder)
+    if config.family.pooler != "latent":
+        raise CheckpointError(
+            f"{folder} is a {config.family.name} model, and only nv-embed models are trained so far"
+        )
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     config = replace(config, family=ablated(config.family, pooling, causal=causal))

@@ -79,6 +79,11 @@ def subject_of(
     """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
     run."""
     config = source.config()
+    if config.family.pooler != "latent":
+        raise UnsupportedError(
+            f"verify and gpu-check prove nv-embed models only so far, and this is a "
+            f"{config.family.name} model (docs/families.md says what is proven of it)"
+        )
     where = resolve_device(device)
     working = resolve_dtype(dtype, where, config, cpu_products)
     choose_kernel(attention, where, working)  # refuses what cannot run

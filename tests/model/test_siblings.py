@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import cache
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from model.batch import Encoding
 from model.encoder import Encoder
-from model.errors import EmptyPoolError
+from model.errors import CheckpointError, EmptyPoolError, UnsupportedError
 from model.families import Family
+from model.hub import locate
 from model.prompts import Example, Prompt
 from model.tokenizer import Truncation
+from model.training.commands import embedder
+from model.training.network import load_trained
+from model.verify.subject import subject_of
 from tests.siblings import MARKERS, SIBLINGS, golden_cases, write_sibling
 
 LITERAL = ("<s>", "</s>", "<unk>")
@@ -122,3 +128,23 @@ def test_the_rebuilt_checkpoint_is_the_recipes(tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+def test_what_knows_nv_embed_alone_says_so(tmp_path: Path) -> None:
+    """A wrong template, or a referee of another model, must not pass for an answer."""
+    folder = write_sibling(tmp_path / "gritlm", "gritlm")
+    with pytest.raises(UnsupportedError, match="this is a gritlm model"):
+        subject_of(
+            locate(str(folder)),
+            device="cpu",
+            dtype="float32",
+            quantization="none",
+            attention="auto",
+        )
+    with pytest.raises(CheckpointError, match="is a gritlm model"):
+        load_trained(folder, device=torch.device("cpu"))
+    arguments = argparse.Namespace(
+        url=None, teacher=None, model=str(folder), revision=None, offline=True, family="auto"
+    )
+    with pytest.raises(UnsupportedError, match="this is a gritlm model"):
+        embedder(arguments)
