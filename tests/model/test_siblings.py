@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from model.batch import Encoding
+from model.batch import Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.errors import CheckpointError, EmptyPoolError, UnsupportedError
 from model.families import Family
 from model.hub import locate
 from model.prompts import Example, Prompt
+from model.runner import ModelRunner
 from model.tokenizer import Truncation
 from model.training.commands import embedder
 from model.training.network import load_trained
 from model.verify.subject import subject_of
+from tests.model.emulated_cuda import emulated
+from tests.model.torches import HAS_VARLEN
 from tests.siblings import MARKERS, SIBLINGS, golden_cases, write_sibling
 
 LITERAL = ("<s>", "</s>", "<unk>")
@@ -148,3 +151,60 @@ def test_what_knows_nv_embed_alone_says_so(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedError, match="this is a gritlm model"):
         embedder(arguments)
+
+
+TEXTS = ["x", "how long is a river?", "The committee met twice, and agreed on nothing. " * 9]
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "least"),
+    [("bfloat16", "none", 0.995), ("float32", "int8-dynamic", 0.99)],
+)
+def test_in_low_precision(
+    name: str, dtype: str, quantization: str, least: float, encoder: Any, tmp_path: Path
+) -> None:
+    """Near float32's, and in float32's products the same alone and together."""
+    exact = encoder(name, None)
+    prompt = exact.tokenizer.family.prompt("query")
+    low = Encoder(
+        write_sibling(tmp_path / name, name),
+        device="cpu",
+        dtype=dtype,
+        quantization=quantization,
+        cpu_products="allow-slow",
+    )
+    together = low.encode(TEXTS, prompt)
+    cosines = (exact.encode(TEXTS, prompt) * together).sum(axis=1)
+    assert cosines.min() > least, cosines
+    alone = np.concatenate([low.encode([text], prompt) for text in TEXTS])
+    assert (alone * together).sum(axis=1).min() > 0.9995
+
+
+@pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_on_an_emulated_gpu(name: str, encoder: Any, tmp_path: Path) -> None:
+    """bfloat16 by the kernels of a GPU, recorded and eager; a window that is shorter than texts."""
+    window = {"sliding_window": 32} if SIBLINGS[name].family == "e5-mistral" else None
+    exact = encoder(name, window)
+    prompt = exact.tokenizer.family.prompt("query")
+    encodings = [exact.tokenizer.encode(text, prompt, max_tokens=512) for text in TEXTS]
+    expected = exact.embed(encodings)
+    folder = write_sibling(tmp_path / name, name, window)
+    for graphs in (False, True):
+        with emulated((9, 0)):
+            runner = ModelRunner(
+                RunnerOptions(
+                    str(folder),
+                    device="cuda",
+                    cuda_graphs=graphs,
+                    max_batch_tokens=512,
+                    max_input_tokens=512,
+                )
+            )
+            runner.warm_up()
+            assert (runner.info.attention, runner.info.cuda_graphs) == ("varlen", graphs)
+            rows = np.concatenate([runner.embed(encodings), runner.embed(encodings[:1])])
+            runner.close()
+        assert (rows[:3] * expected).sum(axis=1).min() > 0.995
+        assert rows[3] @ expected[0] > 0.995
