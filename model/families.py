@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from model.errors import PromptError
-from model.prompts import Example, Prompt, filled, joined, verbatim
+from model.prompts import NO_PROMPT, Example, Parts, Prompt, filled, joined, verbatim
 
 Pooled = Literal["text", "all", "last"]
 """Which rows of a sequence go into its vector: those behind the prefix, all, the last one."""
@@ -83,25 +84,37 @@ class Family:
             return self.verbatim(self.passage)
         if instruction:
             assert self.template is not None
-            prefix = filled(verbatim(self.template, self.markers), task=instruction)
+            short = len(instruction) <= _CACHED_CHARS  # clients send what they like
+            describe = _described if short else _described.__wrapped__
+            prefix = describe(self.template, self.markers, instruction)
         else:
             prefix = verbatim(self.query, self.markers)
-        shown = verbatim(self.example, self.markers)
-        return Prompt(
-            prefix,
-            verbatim(self.suffix, self.markers),
-            joined(
-                *(
-                    filled(shown, instruction=e.instruction, query=e.query, response=e.response)
-                    for e in examples
-                )
-            ),
-            round_trip=self.round_trip,
-        )
+        shown = [
+            filled(
+                verbatim(self.example, self.markers),
+                instruction=example.instruction,
+                query=example.query,
+                response=example.response,
+            )
+            for example in examples
+        ]
+        suffix = verbatim(self.suffix, self.markers)
+        return Prompt(prefix, suffix, joined(*shown), round_trip=self.round_trip)
 
     def verbatim(self, prefix: str, suffix: str = "") -> Prompt:
         """What a caller wrote: its markers are meant as such."""
+        if not prefix and not suffix:
+            return NO_PROMPT
         return Prompt(verbatim(prefix, self.markers), verbatim(suffix, self.markers))
+
+
+_CACHED_CHARS = 2048
+
+
+@lru_cache(maxsize=256)
+def _described(template: str, markers: tuple[str, ...], task: str) -> Parts:
+    """A server writes few of them over and over."""
+    return filled(verbatim(template, markers), task=task)
 
 
 NV_EMBED = Family(

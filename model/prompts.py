@@ -49,7 +49,11 @@ class Prompt:
 
     @property
     def num_chars(self) -> int:
-        return sum(len(written((part,))) for part in self.examples + self.prefix + self.suffix)
+        return sum(map(_num_chars, self.examples + self.prefix + self.suffix))
+
+
+def _num_chars(part: str | Marker) -> int:
+    return len(part.token) if isinstance(part, Marker) else len(part)
 
 
 NO_PROMPT = Prompt()
