@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.attention.cpu import within
 from model.packing import Segments
 
 _SLACK = 0.75
@@ -21,12 +22,20 @@ _SLACK = 0.75
 
 
 def grouped_products(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Segments,
+    keys: Segments,
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """An AttentionKernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
     The queries of a sequence are its last rows; causal: rows see none behind them.
     """
+    assert within(window, keys) is None, "no model that is trained has a sliding window"
     groups = _groups(keys.lengths)
     parts = [  # split: the gradient of a slice would be a tensor of all rows for each
         torch.split(x, [sum(lengths[first:last]) for first, last in groups])

@@ -59,6 +59,8 @@ def mistral_config(
         config = ModelConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    if config.rope.factor != 1:
+        raise CheckpointError(f"{folder / 'config.json'}: a model with yarn is not trained so far")
     if raw.get("sliding_window"):
         logger.info(
             "the sliding window of %s tokens goes with the causal mask, as in NV-Embed",

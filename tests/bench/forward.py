@@ -107,7 +107,14 @@ def padded_attention(lengths: Sequence[int]) -> AttentionKernel:
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, *, causal: bool = False
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Segments,
+        keys: Segments,
+        *,
+        causal: bool = False,
+        window: int | None = None,
     ) -> Tensor:
         assert not causal
         q, k, v = (x.unflatten(0, (len(lengths), longest)).transpose(1, 2) for x in (q, k, v))

@@ -94,6 +94,7 @@ def arguments(folder: Path, **changes: object) -> argparse.Namespace:
     options: dict[str, object] = {
         "model": str(folder),
         "revision": None,
+        "family": "auto",
         "offline": True,
         "device": "cpu",
         "dtype": "float32",

@@ -83,11 +83,15 @@ def test_what_config_json_leaves_out_is_transformers_default(
     assert config.name == "Mistral-7B-v0.1-embed"
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters is"),
+        ({"rope_parameters": YARN}, "yarn"),
         ({"attention_bias": True}, "attention_bias"),
         ({"eos_token_id": 32_000}, "eos_token_id is 32000"),
         ({"hidden_size": None}, "hidden_size is None"),
