@@ -45,10 +45,12 @@ def parse_fields(wire: type[WireT], fields: dict[str, Any]) -> WireT:
         return wire.model_validate(fields)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
-    name = str(problem["loc"][0])
+    first, *inside = problem["loc"]
+    name = "".join([str(first), *(f"[{x}]" if isinstance(x, int) else f".{x}" for x in inside)])
     if problem["type"] == "missing":
         raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
-    raise InvalidRequestError(f"{name}: {problem['msg']}", param=name)
+    what = "an object is needed" if problem["type"] == "model_type" else problem["msg"]
+    raise InvalidRequestError(f"{name}: {what}", param=name)
 
 
 @functools.cache

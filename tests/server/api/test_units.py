@@ -319,6 +319,24 @@ def test_what_a_family_has_no_place_for_is_refused(family: Family) -> None:
         assert caught.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("examples", "param", "word"),
+    [
+        ("x", "examples", "list"),
+        (["x"], "examples[0]", "an object is needed"),
+        ([{"instruct": "a", "query": "b"}], "examples[0].response", "must provide"),
+        ([{"instruction": "a", "query": 5, "response": ""}], "examples[0].query", "string"),
+        ([{"instruction": "a", "query": "b", "response": "c"}] * 65, "examples", "64"),
+    ],
+)
+def test_examples_that_are_none(examples: object, param: str, word: str) -> None:
+    with pytest.raises(InvalidRequestError, match=word) as caught:
+        parsing.parse_fields(
+            schemas.EmbeddingsRequest, {"model": "m", "input": "a", "examples": examples}
+        )
+    assert caught.value.param == param
+
+
 def test_the_prompts_of_a_models_own_files() -> None:
     own = {"web_search_query": "Instruct: Search\nQuery: "}
     defaults = Defaults("", family=E5_MISTRAL, prompts=own)
