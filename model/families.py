@@ -74,6 +74,8 @@ class Family:
         """
         if examples and not self.example:
             raise PromptError("examples", f"a {self.name} model takes no examples")
+        if examples and side == "passage":
+            raise PromptError("examples", "examples are for queries, and these are passages")
         if instruction and self.template is None:
             raise PromptError(
                 "instruction",

@@ -97,14 +97,14 @@ def _chosen(defaults: Defaults, asked: PromptFields, model_side: Side | None) ->
     if asked.task:
         return _of_task(asked.task, side or "query", defaults, asked.examples)
     if asked.task is not None or asked.input_type == "":
+        if asked.examples:
+            raise PromptError("examples", "examples, and nothing around the texts: which is it?")
         return Prompt()
     side = side or defaults.input_type
     if asked.examples:
-        if side == "passage":
-            raise PromptError("examples", "examples are for queries, and these are passages")
         described = family.template is not None
         instruction = defaults.query_instruction if described else ""
-        return family.prompt("query", instruction, asked.examples)
+        return family.prompt(side or "query", instruction, asked.examples)
     return None if side is None else defaults.prompt(side)
 
 

@@ -320,6 +320,23 @@ def test_what_a_family_has_no_place_for_is_refused(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"input_type": "passage"},
+        {"input_type": "passage", "instruction": ""},
+        {"prompt": "x"},
+        {"task": ""},
+    ],
+    ids=str,
+)
+def test_examples_are_never_left_out_unsaid(fields: dict[str, str]) -> None:
+    asked = PromptFields(**fields, examples=[EXAMPLE])
+    with pytest.raises(InvalidRequestError) as caught:
+        choose_prompt(Defaults("", family=BGE_EN_ICL), asked)
+    assert caught.value.param == "examples"
+
+
+@pytest.mark.parametrize(
     ("examples", "param", "word"),
     [
         ("x", "examples", "list"),
