@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model.errors import PromptError
 from model.families import NV_EMBED, Family, Side
@@ -54,8 +54,7 @@ class Defaults:
         return self.family.prompt(side, self.query_instruction if described else "")
 
 
-@dataclass(frozen=True, slots=True)
-class PromptFields:
+class PromptFields(NamedTuple):
     """What a request, or a command, says about what stands around its texts."""
 
     prompt: str | None = None
