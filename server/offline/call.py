@@ -168,6 +168,7 @@ def prompt_of(arguments: argparse.Namespace, config: ModelConfig) -> Prompt:
         input_type=arguments.input_type,
     )
     try:
-        return instructions.choose_prompt(defaults, asked) or defaults.prompt("passage")
+        prompt = instructions.choose_prompt(defaults, asked)
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None
+    return defaults.prompt("passage") if prompt is None else prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from pathlib import Path
@@ -11,8 +12,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from model.config import ModelConfig
+from model.prompts import written
 from server import cli
+from server.offline import call
 from tests.checkpoints import golden_cases
+from tests.siblings import SIBLINGS
 
 pytestmark = pytest.mark.whole
 
@@ -216,3 +221,23 @@ def test_mistakes(
     arguments = [str(files.get(a, a)) for a in arguments]
     assert encode(golden_checkpoint, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "prefix"),
+    [
+        ({}, "<|embed|>\n"),
+        ({"prompt": ""}, ""),
+        ({"task": ""}, ""),
+        ({"prompt": "verbatim "}, "verbatim "),
+        ({"instruction": "Do it"}, "<|user|>\nDo it\n<|embed|>\n"),
+    ],
+    ids=str,
+)
+def test_an_empty_prompt_is_no_default(fields: dict[str, str], prefix: str) -> None:
+    """Where passages have a prefix, bare texts can still be had."""
+    unsaid = dict.fromkeys(("prompt", "instruction", "task", "input_type"))
+    settings = {"query_instruction": "Find answers", "default_input_type": "none"}
+    arguments = argparse.Namespace(**{**unsaid, **settings, **fields})
+    config = ModelConfig.from_dict(SIBLINGS["gritlm"].config, "gritlm")
+    assert written(call.prompt_of(arguments, config).prefix) == prefix
