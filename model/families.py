@@ -20,16 +20,16 @@ Pooled = Literal["text", "all", "last"]
 Side = Literal["query", "passage"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One row: what the family's files look like, and what its forward is."""
 
     name: str
     model_type: str
     """Of config.json."""
-    section: str | None
+    section: str | None = None
     """Where config.json has the backbone's numbers; None: at its top."""
-    prefix: str
+    prefix: str = ""
     """What the checkpoint puts before the names that transformers' MistralModel has. Where it is
     empty, a checkpoint of the whole language model (`model.layers.…`) is read as well."""
     mask: Literal["full", "causal"]
@@ -77,11 +77,7 @@ class Family:
         if examples and side == "passage":
             raise PromptError("examples", "examples are for queries, and these are passages")
         if instruction and self.template is None:
-            raise PromptError(
-                "instruction",
-                f"a {self.name} model takes no instruction, only a side: input_type, or the "
-                "model's -query and -passage names",
-            )
+            raise self.only_takes_a_side("instruction")
         if side == "passage" and not instruction:
             return self.verbatim(self.passage)
         if instruction:
@@ -102,6 +98,14 @@ class Family:
         ]
         suffix = verbatim(self.suffix, self.markers)
         return Prompt(prefix, suffix, joined(*shown), round_trip=self.round_trip)
+
+    def only_takes_a_side(self, field: str) -> PromptError:
+        """What refuses a `field` that describes a task."""
+        return PromptError(
+            field,
+            f"a {self.name} model takes no {field}, only a side: input_type, or the model's "
+            "-query and -passage names",
+        )
 
     def verbatim(self, prefix: str, suffix: str = "") -> Prompt:
         """What a caller wrote: its markers are meant as such."""
@@ -138,8 +142,6 @@ NV_EMBED = Family(
 E5_MISTRAL = Family(
     name="e5-mistral",
     model_type="mistral",
-    section=None,
-    prefix="",
     mask="causal",
     pooler="last",
     left_out="nothing",
@@ -150,8 +152,6 @@ E5_MISTRAL = Family(
 GRITLM = Family(
     name="gritlm",
     model_type="mistral",
-    section=None,
-    prefix="",
     mask="full",
     pooler="mean",
     left_out="prefix",
@@ -164,8 +164,6 @@ GRITLM = Family(
 BGE_EN_ICL = Family(
     name="bge-en-icl",
     model_type="mistral",
-    section=None,
-    prefix="",
     mask="causal",
     pooler="last",
     left_out="nothing",
@@ -180,8 +178,6 @@ BGE_EN_ICL = Family(
 BIDIRECTIONAL_MEAN = Family(
     name="bidirectional-mean",
     model_type="mistral",
-    section=None,
-    prefix="",
     mask="full",
     pooler="mean",
     left_out="nothing",
@@ -194,8 +190,6 @@ BIDIRECTIONAL_MEAN = Family(
 NEMOTRON_3_EMBED = Family(
     name="nemotron-3-embed",
     model_type="ministral3",
-    section=None,
-    prefix="",
     mask="full",
     pooler="mean",
     left_out="nothing",

@@ -42,16 +42,13 @@ PINNED_REVISIONS = {
 """What runs when no revision is asked for: the commits that the published MTEB scores name."""
 _PINNED = {name.lower(): name for name in PINNED_REVISIONS}
 _NON_COMMERCIAL = (
-    "{whose} weights, licensed CC-BY-NC-4.0: non-commercial use only "
+    "These are {whose} weights, licensed CC-BY-NC-4.0: non-commercial use only "
     "(https://creativecommons.org/licenses/by-nc/4.0/)."
 )
-NVIDIA_NOTICE = _NON_COMMERCIAL.format(whose="These are NVIDIA's NV-Embed")
-_NOTICES = {
-    "nvidia/nv-embed": NVIDIA_NOTICE,
-    "salesforce/sfr-embedding": _NON_COMMERCIAL.format(
-        whose="These are Salesforce's SFR-Embedding"
-    ),
-    "linq-ai-research/linq-embed": _NON_COMMERCIAL.format(whose="These are Linq's Linq-Embed"),
+_WHOSE = {
+    "nvidia/nv-embed": "NVIDIA's NV-Embed",
+    "salesforce/sfr-embedding": "Salesforce's SFR-Embedding",
+    "linq-ai-research/linq-embed": "Linq's Linq-Embed",
 }
 """By how an id begins, in lower case. The other pinned models allow commercial use (MIT,
 Apache-2.0; Nemotron-3-Embed: OpenMDW-1.1)."""
@@ -70,8 +67,10 @@ class ModelSource:
     @property
     def notice(self) -> str | None:
         """What a user must know of the licence, where it forbids something."""
-        known = (n for start, n in _NOTICES.items() if self.model_id.lower().startswith(start))
-        return next(known, None)
+        for start, whose in _WHOSE.items():
+            if self.model_id.lower().startswith(start):
+                return _NON_COMMERCIAL.format(whose=whose)
+        return None
 
     def config(self) -> ModelConfig:
         """Raises CheckpointError."""

@@ -22,7 +22,7 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.families import NV_EMBED, Family
-from model.prompts import Marker, Parts, Prompt, joined
+from model.prompts import NO_PROMPT, Marker, Parts, Prompt, joined
 from model.tokenizer_file import read_tokenizer
 
 BOS_ID = 1
@@ -248,7 +248,7 @@ class NVEmbedTokenizer:
         if len(ids) <= max_tokens:
             return Encoding(np.array(ids, dtype=np.int32))
         without_eos = ids[:-1] if self.family.keeps_eos is not None and ids[-1] == EOS_ID else ids
-        return self._cut(without_eos, self._frame_of(Prompt()), max_tokens, truncate)
+        return self._cut(without_eos, self._frame_of(NO_PROMPT), max_tokens, truncate)
 
     def _cut(
         self, ids: list[int], frame: _Frame, max_tokens: int, truncate: Truncation

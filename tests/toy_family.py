@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 TOY = Family(
     name="toy",
     model_type="toy-last",
-    section=None,
-    prefix="",
     mask="causal",
     pooler="last",
     left_out="instruction",

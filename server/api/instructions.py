@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from model.errors import PromptError
 from model.families import NV_EMBED, Family, Side
-from model.prompts import Example, Prompt
+from model.prompts import NO_PROMPT, Example, Prompt
 from model.tasks import TASKS, find_task
 from server.errors import InvalidRequestError
 
@@ -48,10 +48,10 @@ class Defaults:
             prompts or {},
         )
 
-    def prompt(self, side: Side) -> Prompt:
-        """Around a text of which only its side is known."""
+    def prompt(self, side: Side, examples: Sequence[Example] = ()) -> Prompt:
+        """Around a text whose task nobody describes."""
         described = side == "query" and self.family.template is not None
-        return self.family.prompt(side, self.query_instruction if described else "")
+        return self.family.prompt(side, self.query_instruction if described else "", examples)
 
 
 class PromptFields(NamedTuple):
@@ -98,12 +98,10 @@ def _chosen(defaults: Defaults, asked: PromptFields, model_side: Side | None) ->
     if asked.task is not None or asked.input_type == "":
         if asked.examples:
             raise PromptError("examples", "examples, and nothing around the texts: which is it?")
-        return Prompt()
+        return NO_PROMPT
     side = side or defaults.input_type
     if asked.examples:
-        described = family.template is not None
-        instruction = defaults.query_instruction if described else ""
-        return family.prompt(side or "query", instruction, asked.examples)
+        return defaults.prompt(side or "query", asked.examples)
     return None if side is None else defaults.prompt(side)
 
 
@@ -130,11 +128,7 @@ def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Examp
             f"unknown task {_shown(name)}; known: {known} (GET /v1/instructions)", param="task"
         )
     if defaults.family.template is None:
-        raise PromptError(
-            "task",
-            f"a {defaults.family.name} model takes no task, only a side: input_type, or the "
-            "model's -query and -passage names",
-        )
+        raise defaults.family.only_takes_a_side("task")
     return defaults.family.prompt(side, task.query if side == "query" else task.passage, examples)
 
 
