@@ -42,8 +42,9 @@ _LARGEST = 1024
 """Inputs and outputs of a timed product at most: a larger one would take too long to try."""
 _ROUNDS, _LEAST_S = 3, 0.003
 """How many times each is timed at least, and for how many seconds all together."""
-_DROPPED = 3.0
-"""A candidate that takes so many times the best is not timed on a larger product."""
+_DROPPED, _PATIENCE_S = 3.0, 0.01
+"""A candidate that takes so many times the best is not timed on a larger product; for so many
+seconds it is tried again first, since what else runs here may have been on its core."""
 _MARGIN = 1.05
 """A candidate has to be so many times as fast as those before it: they are simpler."""
 _PREFERRED = 1.2
@@ -287,8 +288,9 @@ def _time(attempts: list[_Attempt], rows: int, inputs: int, outputs: int) -> Non
         attempt.seconds.append(_seconds(layer, activations))
     most = max(_DROPPED * min(attempt.seconds[-1] for attempt, *_ in timed), _NOTHING)
     for attempt, layer, activations in timed:
-        if attempt.seconds[-1] > most:  # or something else ran just then
-            attempt.seconds[-1] = _seconds(layer, activations)
+        started = time.perf_counter()
+        while attempt.seconds[-1] > most and time.perf_counter() - started < _PATIENCE_S:
+            attempt.seconds[-1] = min(attempt.seconds[-1], _seconds(layer, activations))
         if attempt.seconds[-1] > most:
             attempt.trouble = f"{_DROPPED * attempt.seconds[-1] / most:.0f} times the best"
     left = [one for one in timed if not one[0].trouble]
