@@ -175,5 +175,6 @@ def configure(log_format: str, level: str) -> None:
     logging.captureWarnings(True)
     # Looked up for each record otherwise, and shown in no line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # nor who called: documented under that name
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from model.prompts import Example
 from model.tokenizer import Truncation
-from server.api.instructions import Defaults, PromptFields, choose_prompt
+from server.api.instructions import Defaults, choose_prompt
 from server.api.names import ServedNames
 from server.api.schemas import InstructedInput
 from server.engine.interface import EncodingOptions
@@ -15,19 +14,11 @@ def encoding_options(
     wire: InstructedInput, model: str | None, names: ServedNames, defaults: Defaults
 ) -> EncodingOptions:
     """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
-    asked = PromptFields(
-        prompt=wire.prompt,
-        suffix=wire.suffix,
-        instruction=wire.instruction,
-        task=wire.task,
-        input_type=wire.input_type,
-        examples=[Example(e.instruction, e.query, e.response) for e in wire.examples or ()],
-    )
     side = names.side(model) if model is not None else None
-    prompt = choose_prompt(defaults, asked, side)
+    prompt = choose_prompt(defaults, wire, side)
     is_default = prompt is None
     if prompt is None:  # a model that writes something around passages takes nothing else bare
-        prompt = defaults.prompt("passage")
+        prompt = defaults.bare
     if (tokens := wire.truncate_prompt_tokens) is not None:
         if tokens in (0, 1):
             raise InvalidRequestError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -10,6 +11,7 @@ from model.errors import PromptError
 from model.families import NV_EMBED, Family, Side
 from model.prompts import NO_PROMPT, Example, Prompt
 from model.tasks import TASKS, find_task
+from server.api.schemas import InstructedInput
 from server.errors import InvalidRequestError
 
 INPUT_TYPES: dict[str, Side] = {
@@ -21,7 +23,7 @@ INPUT_TYPES: dict[str, Side] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Defaults:
     """What model and settings say about inputs whose request does not."""
 
@@ -48,6 +50,11 @@ class Defaults:
             prompts or {},
         )
 
+    @functools.cached_property
+    def bare(self) -> Prompt:
+        """Around a text of which nobody says anything, not even the side."""
+        return self.prompt("passage")
+
     def prompt(self, side: Side, examples: Sequence[Example] = ()) -> Prompt:
         """Around a text whose task nobody describes."""
         described = side == "query" and self.family.template is not None
@@ -55,7 +62,7 @@ class Defaults:
 
 
 class PromptFields(NamedTuple):
-    """What a request, or a command, says about what stands around its texts."""
+    """What a command says about what stands around its texts, as a request's fields do."""
 
     prompt: str | None = None
     suffix: str | None = None
@@ -66,7 +73,7 @@ class PromptFields(NamedTuple):
 
 
 def choose_prompt(
-    defaults: Defaults, asked: PromptFields, model_side: Side | None = None
+    defaults: Defaults, asked: InstructedInput | PromptFields, model_side: Side | None = None
 ) -> Prompt | None:
     """What stands around a request's texts; None when no field says, and the side neither.
 
@@ -81,27 +88,32 @@ def choose_prompt(
         raise InvalidRequestError(f"{error}", param=error.field) from None
 
 
-def _chosen(defaults: Defaults, asked: PromptFields, model_side: Side | None) -> Prompt | None:
+def _chosen(
+    defaults: Defaults, asked: InstructedInput | PromptFields, model_side: Side | None
+) -> Prompt | None:
     family = defaults.family
+    examples: list[Example] = []
+    if asked.examples:
+        examples = [Example(e.instruction, e.query, e.response) for e in asked.examples]
     named = _named(asked.input_type, defaults) if asked.input_type else None
     if asked.prompt is not None or asked.suffix is not None:
-        if asked.examples:
+        if examples:
             raise PromptError("examples", "examples and a verbatim prompt: write them into it")
         return family.verbatim(asked.prompt or "", asked.suffix or "")
     if isinstance(named, Prompt):
         return named
     side = named or model_side
     if asked.instruction is not None:
-        return family.prompt(side or "query", asked.instruction, asked.examples)
+        return family.prompt(side or "query", asked.instruction, examples)
     if asked.task:
-        return _of_task(asked.task, side or "query", defaults, asked.examples)
+        return _of_task(asked.task, side or "query", defaults, examples)
     if asked.task is not None or asked.input_type == "":
-        if asked.examples:
+        if examples:
             raise PromptError("examples", "examples, and nothing around the texts: which is it?")
         return NO_PROMPT
     side = side or defaults.input_type
-    if asked.examples:
-        return defaults.prompt(side or "query", asked.examples)
+    if examples:
+        return defaults.prompt(side or "query", examples)
     return None if side is None else defaults.prompt(side)
 
 
