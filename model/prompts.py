@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,19 @@ class Prompt:
     round_trip: bool = False
     """Whether prefix and text are tokenized, cut, decoded and tokenized again, as the authors of
     bge-en-icl do."""
+    num_chars: int = field(init=False, compare=False, repr=False)
+    """Counted once: each request asks a few times."""
+
+    def __post_init__(self) -> None:
+        count = num_chars(self.examples) + num_chars(self.prefix) + num_chars(self.suffix)
+        object.__setattr__(self, "num_chars", count)
 
     def __bool__(self) -> bool:
-        return bool(self.prefix or self.suffix or self.examples)
-
-    @property
-    def num_chars(self) -> int:
-        return sum(map(_num_chars, self.examples + self.prefix + self.suffix))
+        return self.num_chars > 0
 
 
-def _num_chars(part: str | Marker) -> int:
-    return len(part.token) if isinstance(part, Marker) else len(part)
+def num_chars(parts: Parts) -> int:
+    return sum(len(part.token) if isinstance(part, Marker) else len(part) for part in parts)
 
 
 NO_PROMPT = Prompt()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from model.batch import Encoding
 from model.errors import EmptyPoolError, InputTooLongError, ModelError
-from model.prompts import Prompt, written
+from model.prompts import Prompt, num_chars
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -103,7 +103,7 @@ class InputTokenizer:
     def _refuse_if_hopeless(self, texts: Sequence[str], prompt: Prompt, max_tokens: int) -> None:
         """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
         chars = prompt.num_chars
-        examples = len(written(prompt.examples))
+        examples = num_chars(prompt.examples)
         if examples > MAX_PIECE_CHARS * self.max_input_tokens:
             raise ContextLengthExceededError(
                 f"the examples alone have more than {self.max_input_tokens} tokens",
