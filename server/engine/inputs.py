@@ -103,7 +103,7 @@ class InputTokenizer:
     def _refuse_if_hopeless(self, texts: Sequence[str], prompt: Prompt, max_tokens: int) -> None:
         """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
         chars = prompt.num_chars
-        examples = num_chars(prompt.examples)
+        examples = num_chars(prompt.examples) if prompt.examples else 0
         if examples > MAX_PIECE_CHARS * self.max_input_tokens:
             raise ContextLengthExceededError(
                 f"the examples alone have more than {self.max_input_tokens} tokens",

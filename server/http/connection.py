@@ -110,12 +110,38 @@ class _Flow(FlowControl):
 
 
 class _Door:
-    """The transport as a request cycle sees it: how the connection ends is not for it to say."""
+    """The transport as a request cycle sees it: how the connection ends is not for it to say, and
+    the head of an answer waits for its body, for each write is a call of the system."""
 
-    __slots__ = ("close", "is_closing", "write")
+    __slots__ = ("_close", "_head", "_is_new", "_transport", "is_closing")
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
-        self.write, self.is_closing, self.close = transport.write, transport.is_closing, close
+        self._transport, self._close, self.is_closing = transport, close, transport.is_closing
+        self._head, self._is_new = b"", True
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._transport.writelines([self._head, data])
+            self._head = b""
+        elif self._is_new and not data.startswith(b"HTTP/1.1 100"):
+            self._head, self._is_new = data, False
+        else:
+            self._transport.write(data)
+
+    def answered(self) -> None:
+        """What is written now belongs to another answer."""
+        self._let_out()
+        self._is_new = True
+
+    def close(self) -> None:
+        self._let_out()
+        self._close()
+
+    def _let_out(self) -> None:
+        """A head without a body: the answer to HEAD, or of an app that has failed amid it."""
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -174,6 +200,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The cycle has written the last byte of its answer."""
+        self._door.answered()
         self.server_state.total_requests += 1
         if self._state is _ANSWER:
             self._enter(_IDLE)

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from server.api.request_context import disconnect_of
-from server.http.connection import LimitedProtocol, ProtocolLimits, limited
+from server.http.connection import LimitedProtocol, ProtocolLimits, _Door, limited
 from tests.server.processes import ROOT
 
 pytestmark = pytest.mark.process
@@ -74,7 +74,8 @@ class Timers:
 
 class Server:
     """Listens on 127.0.0.1. Answers with what came; how is said by the path: /early answers before
-    the body is read, /large-N with N bytes, /wait when `released`, /fail after the head."""
+    the body is read, /large-N with N bytes, /wait when `released`, /fail fails amid its answer and
+    /fail-early behind its head."""
 
     def __init__(self, limits: ProtocolLimits = LIMITS) -> None:
         loop = asyncio.get_running_loop()
@@ -136,6 +137,8 @@ class Server:
             answer = b"x" * int(size[1])
         headers = [(b"content-length", b"%d" % len(answer))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if path == "/fail-early":
+            raise RuntimeError("the app has a bug")
         if path == "/fail":
             await send({"type": "http.response.body", "body": answer[:5], "more_body": True})
             raise RuntimeError("the app has a bug")
@@ -771,6 +774,62 @@ def test_connections_beyond_the_cap_are_answered_and_bounded_too() -> None:
             client.socket.close()
 
     on_loop(test, replace(PATIENT, max_connections=2))
+
+
+# What is written
+
+
+class _Written:
+    """A transport that keeps what each call of the system would be given."""
+
+    def __init__(self) -> None:
+        self.calls: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.calls.append(data)
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        self.calls.append(b"".join(pieces))
+
+    def is_closing(self) -> bool:
+        return False
+
+
+def test_head_and_body_of_an_answer_are_one_write() -> None:
+    written = _Written()
+    door = _Door(written, lambda: written.calls.append(b"the end"))  # type: ignore[arg-type]
+    door.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert written.calls.pop() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    for _ in range(2):
+        for piece in (b"head", b"body", b"more"):
+            door.write(piece)
+        door.answered()
+        assert written.calls == [b"headbody", b"more"]
+        written.calls.clear()
+    door.write(b"head")
+    door.close()
+    assert written.calls == [b"head", b"the end"]
+
+
+def test_a_head_alone_is_written() -> None:
+    """Which no body's write takes along: the answer to HEAD, and that of an app which fails."""
+
+    async def test(server: Server) -> None:
+        client = await Client.to(server)
+        await client.send(b"HEAD /1 HTTP/1.1\r\nhost: x\r\n\r\n")
+        while b"\r\n\r\n" not in client.rest:
+            client.rest += await client.receive()
+        assert client.rest.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert client.rest.endswith(b"\r\n\r\n")
+        client.rest = b""
+        await client.send(get("/fail-early"))
+        while b"\r\n\r\n" not in client.rest:
+            client.rest += await client.receive()
+        assert client.rest.startswith(b"HTTP/1.1 200 OK\r\n")
+        client.rest = b""
+        await client.closed()
+
+    on_loop(test)
 
 
 # What is uvicorn's
