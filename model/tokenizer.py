@@ -198,8 +198,13 @@ class NVEmbedTokenizer:
         """
         prompt = self._prompt(instruction)
         frame = self._frame_of(prompt)
-        lead = frame.lead
+        lead, trail = frame.lead, "" if prompt.round_trip else frame.trail
         longest = MAX_PIECE_CHARS * max_tokens
+        if len(lead) + max(map(len, texts), default=0) <= _CHARS_A_TOKEN[0] * max_tokens:
+            return [  # nothing needs to be clipped, as nearly always
+                self._result(ids, _WHOLE, prompt, frame, max_tokens, truncate)
+                for ids in self._ids([lead + text + trail for text in texts])
+            ]
         results: dict[int, Encoding | InputTooLongError | EmptyPoolError] = {
             index: InputTooLongError(None, max_tokens)
             for index, text in enumerate(texts)
@@ -212,7 +217,6 @@ class NVEmbedTokenizer:
             if not left or len(lead) > most:
                 continue
             clips = [_clip(texts[index], lead, most, truncate) for index in left]
-            trail = "" if prompt.round_trip else frame.trail
             encoded = self._ids([c.prompt + trail if c.is_whole else c.prompt for c in clips])
             for index, clip, ids in zip(left, clips, encoded, strict=True):
                 if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
@@ -348,6 +352,9 @@ class _Clip(NamedTuple):
     prompt: str
     is_whole: bool
     blurred_ids: int  # with so many ids more than truncation keeps, the cut changes none of those
+
+
+_WHOLE = _Clip("", True, 0)
 
 
 def _clip(text: str, instruction: str, most: int, truncate: Truncation) -> _Clip:
