@@ -175,6 +175,7 @@ TRAINING = [
     "trainer",
     "sources",
     "questions",
+    "embedders",
     "mining",
     "remote",
     "stages",
