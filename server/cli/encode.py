@@ -66,7 +66,7 @@ def _add_prefix(parser: argparse.ArgumentParser) -> None:
         "--examples",
         metavar="FILE",
         help="queries of the task with their answers, before the prefix (bge-en-icl only): a JSON "
-        'list of {"instruct": …, "query": …, "response": …}',
+        'list of {"instruct": ..., "query": ..., "response": ...}',
     )
     parser.add_argument(
         "--input-type",
