@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.errors import UnsupportedError
-from model.hub import locate, packaged_checkpoint
+from model.families import Side
+from model.hub import packaged_checkpoint
+from model.tokenizer import Truncation
 from model.training import bootstrap, evaluation, mteb_adapter
 from model.training.case import CASES, changed
+from model.training.embedders import Embedder, LocalEmbedder
 from model.training.evaluation import NamedSet
 from model.training.examples import (
     DataError,
@@ -160,7 +163,7 @@ def _read(sets: Mapping[evaluation.Kind, Sequence[NamedSet]]) -> _ReadSets:
     )
 
 
-def _scores(embed: evaluation.Embedder | None, sets: _ReadSets) -> dict[str, dict[str, float]]:
+def _scores(embed: Embedder | None, sets: _ReadSets) -> dict[str, dict[str, float]]:
     """Name of a set -> its measures; embed: None for BM25, of retrieval alone."""
     scores: dict[str, dict[str, float]] = {}
     for named, data in sets.retrieval.items():
@@ -189,7 +192,7 @@ def _named_set(argument: str, kind: evaluation.Kind, instructions: bool) -> Name
     return named if instructions else NamedSet(named.name, named.path)
 
 
-def _mteb_name(arguments: argparse.Namespace, embed: evaluation.Embedder) -> str:
+def _mteb_name(arguments: argparse.Namespace, embed: Embedder) -> str:
     """organisation/model, the folder of the results."""
     if isinstance(embed, ServerEmbedder):
         return f"served/{embed.model}"
@@ -204,7 +207,7 @@ def _name(arguments: argparse.Namespace) -> str:
     return str(arguments.url or arguments.teacher or arguments.model or "the shipped model")
 
 
-def _measured(arguments: argparse.Namespace) -> evaluation.Embedder:
+def _measured(arguments: argparse.Namespace) -> Embedder:
     """The model that is scored, its vectors projected or cut as the arguments say."""
     width, projection = arguments.dimensions, None
     if arguments.projection:
@@ -215,8 +218,8 @@ def _measured(arguments: argparse.Namespace) -> evaluation.Embedder:
     if not projection and not width:
         return embed
 
-    def changed_rows(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        rows = embed(texts, instruction)
+    def changed_rows(texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+        rows = embed(texts, side, task)
         if projection:
             rows = projection(rows)
         if width and width > rows.shape[1]:
@@ -227,7 +230,7 @@ def _measured(arguments: argparse.Namespace) -> evaluation.Embedder:
     return changed_rows
 
 
-def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
+def embedder(arguments: argparse.Namespace) -> Embedder:
     """The model that the arguments name: a checkpoint, a server or a sentence-transformer."""
     if arguments.url:
         return ServerEmbedder(arguments.url, api_key=arguments.api_key)
@@ -236,25 +239,14 @@ def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
 
         folder = None if arguments.teacher == "default" else arguments.teacher
         teacher = Teacher(folder, dtype=arguments.dtype, device=arguments.device)
-        return lambda texts, _instruction: teacher.encode(texts, progress=sys.stderr.isatty())
+        return lambda texts, _side, _task: teacher.encode(texts, progress=sys.stderr.isatty())
     from model.encoder import Encoder
-    from model.families import NV_EMBED
-    from model.tokenizer import Truncation
 
-    source = locate(
+    encoder = Encoder(
         arguments.model,
         revision=arguments.revision,
         offline=arguments.offline,
         family=arguments.family,
-    )
-    family = source.config().family
-    if (family.template, family.passage) != (NV_EMBED.template, NV_EMBED.passage):
-        raise UnsupportedError(
-            f"instructions are written as nv-embed's here, and this is a {family.name} model: "
-            "serve it, and embed its texts with `nv-embed encode`"
-        )
-    encoder = Encoder(
-        source,
         device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
@@ -263,6 +255,4 @@ def embedder(arguments: argparse.Namespace) -> evaluation.Embedder:
         cpu_products=arguments.cpu_products,
         fused_kernels=arguments.fused_kernels,
     )
-    return lambda texts, instruction: encoder.encode(
-        texts, instruction, max_tokens=arguments.max_tokens, truncate=Truncation.END
-    )
+    return LocalEmbedder(encoder, max_tokens=arguments.max_tokens, truncate=Truncation.END)

@@ -1,17 +1,17 @@
 """Sets from files and their scores, for `nv-embed evaluate`.
 
 - STS: tab-separated as the STS Benchmark (…, score in column 5, sentences in 6 and 7), or JSON
-  lines of `first`, `second`, `score`. Spearman of the cosines, the instruction on both sides.
+  lines of `first`, `second`, `score`. Spearman of the cosines; both sentences are queries.
 - retrieval: a folder with corpus.jsonl and queries.jsonl (`id`, `text`) and qrels.tsv (query,
-  document, grade), or with a SMART collection (*.ALL, *.QRY, *.REL). The instruction on the
-  queries alone, but for a task that names one for passages. A relevant document that the corpus
-  lacks counts as not found, as in trec_eval.
+  document, grade), or with a SMART collection (*.ALL, *.QRY, *.REL). The task is described to
+  the queries alone, unless it says something for passages, too. A relevant document that the
+  corpus lacks counts as not found, as in trec_eval.
 - classification and clustering: CSV with the columns text and category (or label), and an
   optional column split (train, test); without it, one row in five by a checksum of its text is
-  the test part. The instruction on every text.
+  the test part. Every text is a query.
 
-Owns which instruction a set gets when none is named. Knows nothing of how the vectors are made:
-see `Embedder`.
+Owns which task a set gets when none is named. Knows nothing of how the vectors are made, and of
+what a family writes around a text: see `Embedder`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
-from model.tasks import TASKS, find_variant, prefix_of
+from model.tasks import TASKS, find_variant
 from model.training import metrics
 from model.training.bm25 import BM25
+from model.training.embedders import Embedder
 from model.training.examples import DataError, read_lines, read_rows, text_of
 from model.training.metrics import Figure
 from model.training.sources import read_labelled_rows
@@ -50,19 +51,13 @@ FITTED = frozenset(("knn", "logistic"))
 """Scores of labelled sets that the training rows are needed for."""
 
 
-class Embedder(Protocol):
-    """texts and a verbatim instruction -> float32 [N, D], of length 1."""
-
-    def __call__(self, texts: Sequence[str], instruction: str, /) -> NDArray[np.float32]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class NamedSet:
-    """A set of the command line, and its task: what the instruction of each side says."""
+    """A set of the command line, and its task as each side's texts get it described."""
 
     name: str  # as it was given
     path: Path
-    query: str = ""  # empty: no instruction
+    query: str = ""  # empty: by nothing
     passage: str = ""
 
 
@@ -260,13 +255,13 @@ def files_of(path: Path) -> list[Path]:
 
 def score_sts(embed: Embedder, data: StsSet, named: NamedSet) -> dict[str, Figure]:
     first, second, scores = data
-    vectors = embed(first, prefix_of(named.query)), embed(second, prefix_of(named.passage))
+    vectors = embed(first, "query", named.query), embed(second, "query", named.query)
     return {"spearman": metrics.spearman(metrics.cosine_rows(*vectors), scores)}
 
 
 def score_retrieval(embed: Embedder, data: RetrievalSet, named: NamedSet) -> dict[str, Figure]:
-    queries = embed(data.queries, prefix_of(named.query))
-    documents = embed(data.documents, prefix_of(named.passage))
+    queries = embed(data.queries, "query", named.query)
+    documents = embed(data.documents, "passage", named.passage)
     return metrics.retrieval_scores(queries @ documents.T, data.relevant)
 
 
@@ -279,13 +274,12 @@ def score_labelled(
 ) -> dict[str, float]:
     """which: of knn, logistic and v-measure (of the test part)."""
     train_labels, labels = ([label for _, label in part] for part in (data.train, data.test))
-    instruction = prefix_of(named.query)
-    test = embed([text for text, _ in data.test], instruction)
+    test = embed([text for text, _ in data.test], "query", named.query)
     scores: dict[str, float] = {}
     if "v-measure" in which:
         scores["v_measure"] = metrics.v_measure(test, labels)
     if FITTED & set(which):
-        train = embed([text for text, _ in data.train], instruction)
+        train = embed([text for text, _ in data.train], "query", named.query)
         known: dict[str, Callable[..., Figure]] = {
             "knn": metrics.knn_accuracy,
             "logistic": metrics.logistic_accuracy,

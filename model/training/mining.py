@@ -6,25 +6,23 @@ teacher. Candidates are the positives of all examples, each text once. Knows no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
+from model.training.embedders import Embedder
 from model.training.examples import Example
 
 THRESHOLD = 0.95
 _BLOCK = 1024
 
-Embed = Callable[[Sequence[str], str], NDArray[np.float32]]
-"""texts, instruction -> [N, W], of length 1; a teacher that knows no instructions ignores them"""
-
 
 def mine(
     examples: Sequence[Example],
-    embed: Embed,
+    embed: Embedder,
     *,
     count: int = 7,
     threshold: float = THRESHOLD,
@@ -43,7 +41,7 @@ def mine(
 
 
 def _mine(
-    examples: Sequence[Example], embed: Embed, count: int, threshold: float
+    examples: Sequence[Example], embed: Embedder, count: int, threshold: float
 ) -> Iterator[Example]:
     passages = list(dict.fromkeys(example.positive for example in examples))
     place = {passage: row for row, passage in enumerate(passages)}
@@ -52,7 +50,7 @@ def _mine(
         never.setdefault(example.query, []).append(place[example.positive])
     for query, rows in never.items():
         rows += [place[query]] if query in place else []
-    matrix = embed(passages, "")
+    matrix = embed(passages, "passage", "")
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
         scores = _embed_queries(block, embed) @ matrix.T
@@ -63,14 +61,14 @@ def _mine(
             yield replace(example, negatives=tuple(passages[i] for i in chosen))
 
 
-def _embed_queries(examples: Sequence[Example], embed: Embed) -> NDArray[np.float32]:
-    """Each query with its own instruction, in order."""
+def _embed_queries(examples: Sequence[Example], embed: Embedder) -> NDArray[np.float32]:
+    """Each query with its own task, in order."""
     groups: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault(example.query_instruction, []).append(index)
+        groups.setdefault(example.task, []).append(index)
     parts = [
-        (rows, embed([examples[row].query for row in rows], instruction))
-        for instruction, rows in groups.items()
+        (rows, embed([examples[row].query for row in rows], "query", task))
+        for task, rows in groups.items()
     ]
     vectors = np.empty((len(examples), parts[0][1].shape[1]), dtype=np.float32)
     for rows, part in parts:

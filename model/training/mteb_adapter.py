@@ -2,17 +2,17 @@
 
     import mteb
     from model.encoder import Encoder
+    from model.tokenizer import Truncation
+    from model.training.embedders import LocalEmbedder
     from model.training.mteb_adapter import MtebModel
     from model.training.remote import ServerEmbedder
 
-    mteb.evaluate(MtebModel(Encoder().encode, "local/nv-embed-small"), mteb.get_tasks(["STS12"]))
+    embed = LocalEmbedder(Encoder(), truncate=Truncation.END)
+    mteb.evaluate(MtebModel(embed, "local/nv-embed-small"), mteb.get_tasks(["STS12"]))
     mteb.evaluate(MtebModel(ServerEmbedder("http://host:8000"), "served/nv-embed"), …)
 
-Texts longer than the model takes are an error there; `functools.partial(encoder.encode,
-truncate=Truncation.END)` cuts them, as `nv-embed evaluate --mteb` does.
-
-Owns which instruction each side of a task gets. mteb is imported only where it is called: what it
-is told, and why, can be read and tested without it.
+Owns which side a text is on, and how its task is described to it. mteb is imported only where it
+is called: what it is told, and why, can be read and tested without it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
 from model.extras import how_to_install
-from model.tasks import TASKS, find_variant, prefix_of
-from model.training.evaluation import Embedder
+from model.families import Side
+from model.tasks import TASKS, find_variant
+from model.training.embedders import Embedder
 
 SYMMETRIC = frozenset(
     (
@@ -43,31 +44,32 @@ SYMMETRIC = frozenset(
         "Regression",
     )
 )
-"""Types of tasks whose texts all get the instruction. In the others, retrieval and reranking, the
-queries do."""
+"""Types of tasks whose texts are all queries, with the task described. In the others, retrieval and
+reranking, documents are passages."""
 _OF_A_TYPE = {"STS": TASKS["STS"], "Summarization": TASKS["SUMM"]}
 
 
-def instruction_of(
+def asked_of(
     name: str,
     task_type: str,
-    side: str | None,
+    prompt_type: str | None,
     prompt: str | Mapping[str, str] | None,
     fallback: str = "",
-) -> str:
-    """The task description for one side of a task, "" for none.
+) -> tuple[Side, str]:
+    """The side of a task's texts, and the description of the task that they get, "" for none.
 
-    side: "query", "document", or None where mteb makes no difference. prompt: mteb's own for the
-    task (of each side, or one), used where the shared table has none; fallback: mteb's for every
-    task of that type, used last. A table's entry may name a text for documents too (Quora);
-    otherwise documents stay bare, whatever mteb says: so the model was trained.
+    prompt_type: "query", "document", or None where mteb makes no difference. prompt: mteb's own for
+    the task (of each side, or one), used where the shared table has none; fallback: mteb's for
+    every task of that type, used last. A table's entry may name a text for documents too (Quora);
+    otherwise documents get none, whatever mteb says: so the models were trained.
     """
     task = _OF_A_TYPE.get(task_type) or find_variant(name)
-    if side == "document" and task_type not in SYMMETRIC:
-        return task.passage if task else ""
+    if prompt_type == "document" and task_type not in SYMMETRIC:
+        return "passage", task.passage if task else ""
     if task:
-        return task.query
-    return (prompt if isinstance(prompt, str) else (prompt or {}).get("query", "")) or fallback
+        return "query", task.query
+    own = prompt if isinstance(prompt, str) else (prompt or {}).get("query", "")
+    return "query", own or fallback
 
 
 class MtebModel:
@@ -84,7 +86,7 @@ class MtebModel:
         *,
         instructions: bool = True,
     ) -> None:
-        """instructions: False embeds every text bare."""
+        """instructions: False describes no task."""
         self._embed, self._instructions = embed, instructions
         self._name, self._revision = name, revision
 
@@ -109,17 +111,14 @@ class MtebModel:
                     f"{task_metadata.name} is not a task of texts: {', '.join(batch)}"
                 )
             texts += batch["text"]
-        return self._embed(texts, self.prefix(task_metadata, prompt_type))
+        return self._embed(texts, *self.asked(task_metadata, prompt_type))
 
-    def prefix(self, task_metadata: Any, prompt_type: Any = None) -> str:
-        """The verbatim prefix of one side of a task."""
-        if not self._instructions:
-            return ""
-        side = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
-        name = task_metadata.name
-        return prefix_of(
-            instruction_of(name, task_metadata.type, side, task_metadata.prompt, _generic(name))
-        )
+    def asked(self, task_metadata: Any, prompt_type: Any = None) -> tuple[Side, str]:
+        """As `asked_of`, without a description where there shall be none."""
+        kind = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+        task = task_metadata
+        side, described = asked_of(task.name, task.type, kind, task.prompt, _generic(task.name))
+        return side, described if self._instructions else ""
 
     def similarity(self, first: NDArray[Any], second: NDArray[Any]) -> Any:
         """Cosines of each of `first` with each of `second`, a tensor [N, M]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import logging
 import time
 import urllib.error
 import urllib.request
@@ -21,11 +22,19 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.errors import ModelError, UnsupportedError
+from model.families import Side
+from model.tasks import prefix_of
+from model.training.embedders import TakenTasks
+
+logger = logging.getLogger("nv_embed.embedders")
 
 BATCH_TEXTS, BATCH_CHARS = 256, 200_000
 """Of one request; OpenAI's contract allows 2,048 inputs and 300,000 tokens."""
 ATTEMPTS = 8
 _BUSY = (429, 502, 503, 504)
+_NO_ROUTE = (400, 403, 404, 405, 410, 501)
+"""What servers, and gateways before them, answer for a path that they do not have."""
+_NO_JSON = (json.JSONDecodeError, UnicodeDecodeError, RecursionError)
 _MOST_WAIT_S = 60.0
 _TIMEOUT_S = 600
 
@@ -34,15 +43,24 @@ class RemoteError(ModelError):
     """A server refused, or could not be reached; says which one and why."""
 
 
-class TooLargeError(RemoteError):
-    """413: the request's body is larger than the server takes."""
+class RefusedError(RemoteError):
+    """A server answered with `status`, an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class NoJSONError(RemoteError):
+    """What a server answered is no JSON."""
 
 
 class ServerEmbedder:
-    """texts and a verbatim instruction -> float32 [N, D], of length 1.
+    """An Embedder (`embedders`) around a server's model.
 
-    The instruction is sent as `prompt`, the length as `truncate`: fields of this project's server.
-    Another server ignores them, and embeds the texts bare.
+    A server of this project is known by its `/v1/instructions`: it is sent the side and the task,
+    and writes the template of its model's family itself. Any other is sent NV-Embed's prefix as
+    `prompt`; most ignore that, and embed the texts bare. Both are sent `truncate`.
     """
 
     def __init__(
@@ -62,33 +80,38 @@ class ServerEmbedder:
             raise UnsupportedError(f"{url} is not an http address")
         self._api_key, self._sleep = api_key, sleep
         self.model = model or self._first_model()
+        self._taken = self._taken_tasks()
 
-    def __call__(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
+    def __call__(self, texts: Sequence[str], side: Side, task: str = "", /) -> NDArray[np.float32]:
         """Raises RemoteError; after a 429 or 503 it waits as `retry-after` says, and asks again."""
+        if self._taken is None:
+            around = {"prompt": prefix_of(task)}
+        else:
+            around = {"input_type": side, "instruction": self._taken(task)}
         parts: list[NDArray[np.float32]] = []
         with tqdm(total=len(texts), desc="Embedding", unit=" texts", disable=None) as bar:
             for batch in request_batches(texts):
-                parts.append(self._embed(batch, instruction))
+                parts.append(self._embed(batch, around))
                 bar.update(len(batch))
         rows = np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
 
-    def _embed(self, texts: list[str], instruction: str) -> NDArray[np.float32]:
+    def _embed(self, texts: list[str], around: dict[str, str]) -> NDArray[np.float32]:
         body = {
             "model": self.model,
             "input": texts,
-            "prompt": instruction,
+            **around,
             "truncate": "END",
             "encoding_format": "base64",
         }
         try:
             answer = self._call("/v1/embeddings", body)
-        except TooLargeError:
-            if len(texts) == 1:
+        except RefusedError as error:
+            if error.status != 413 or len(texts) == 1:
                 raise
             half = len(texts) // 2
             return np.concatenate(
-                [self._embed(texts[:half], instruction), self._embed(texts[half:], instruction)]
+                [self._embed(texts[:half], around), self._embed(texts[half:], around)]
             )
         try:
             found = {item["index"]: _vector(item["embedding"]) for item in answer["data"]}
@@ -104,6 +127,23 @@ class ServerEmbedder:
         except (KeyError, TypeError, IndexError):
             raise RemoteError(f"{self.url}/v1/models names no model") from None
 
+    def _taken_tasks(self) -> TakenTasks | None:
+        """How the model takes a task; None of a server that is not of this project."""
+        try:
+            said = self._call("/v1/instructions", None)
+            return TakenTasks(str(said["family"]), said["template"])
+        except RefusedError as error:
+            if error.status not in _NO_ROUTE:
+                raise
+        except (NoJSONError, KeyError, TypeError):
+            pass
+        logger.warning(
+            "%s has no /v1/instructions: instructions are sent as `prompt` with NV-Embed's prefix, "
+            "which the server may ignore",
+            self.url,
+        )
+        return None
+
     def _call(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._api_key:
@@ -118,26 +158,25 @@ class ServerEmbedder:
             except urllib.error.HTTPError as error:
                 final = attempt == ATTEMPTS or error.headers.get("x-should-retry") == "false"
                 if error.code not in _BUSY or final:
-                    raise self._refusal(error) from None
+                    raise RefusedError(error.code, self._refusal(error)) from None
                 self._sleep(_wait_s(error.headers, attempt))
             except (OSError, ValueError, http.client.HTTPException, RecursionError) as error:
                 # No address, nobody there, a reset, an answer that is cut or without JSON.
                 reason = getattr(error, "reason", error)
                 said = str(reason) or repr(reason)
-                raise RemoteError(f"{self.url} does not answer as a server: {said}") from None
+                kind = NoJSONError if isinstance(error, _NO_JSON) else RemoteError
+                raise kind(f"{self.url} does not answer as a server: {said}") from None
         raise AssertionError(ATTEMPTS)
 
-    def _refusal(self, error: urllib.error.HTTPError) -> RemoteError:
+    def _refusal(self, error: urllib.error.HTTPError) -> str:
         said = _message(error)
         if error.code == 401:
-            return RemoteError(
-                f"{self.url} wants a valid key: --api-key, or NV_EMBED_API_KEY ({said})"
-            )
+            return f"{self.url} wants a valid key: --api-key, or NV_EMBED_API_KEY ({said})"
         if error.code == 413:
-            return TooLargeError(f"{self.url}: a single text is too large for it ({said})")
+            return f"{self.url}: a single text is too large for it ({said})"
         if error.code == 429:
-            return RemoteError(f"{self.url} is still overloaded after {ATTEMPTS} tries ({said})")
-        return RemoteError(f"{self.url} answered {error.code}: {said}")
+            return f"{self.url} is still overloaded after {ATTEMPTS} tries ({said})"
+        return f"{self.url} answered {error.code}: {said}"
 
 
 def request_batches(texts: Sequence[str]) -> Iterator[list[str]]:

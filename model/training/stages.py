@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import console
+from model.families import Side
 from model.training.examples import (
     DataError,
     Example,
@@ -46,14 +47,16 @@ STS_POSITIVE = 4.0
 
 
 class Known:
-    """Texts with their teacher's vectors."""
+    """Texts with their teacher's vectors: an Embedder to which side and task do not matter."""
 
     def __init__(self, texts: Sequence[str], vectors: NDArray[np.floating]) -> None:
         rows = vectors.astype(np.float32)
         self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         self.place = {text: place for place, text in enumerate(texts)}
 
-    def __call__(self, texts: Sequence[str], instruction: str = "") -> NDArray[np.float32]:
+    def __call__(
+        self, texts: Sequence[str], side: Side = "query", task: str = "", /
+    ) -> NDArray[np.float32]:
         return self.rows[[self.place[text] for text in texts]]  # type: ignore[no-any-return]
 
 

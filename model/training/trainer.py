@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from model.batch import Encoding
 from model.errors import ModelError
+from model.families import Side
 from model.packing import pack
 from model.platform import resources
 from model.runner import resolve_device
+from model.tasks import prefix_of
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
 from model.training.adapters import add_lora
@@ -346,10 +348,12 @@ class Trainer:
         return scores
 
     @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        """An `evaluation.Embedder` of the weights as they are now."""
+    def embed_texts(
+        self, texts: Sequence[str], side: Side, task: str = "", /
+    ) -> NDArray[np.float32]:
+        """An `Embedder` of the weights as they are now; NV-Embed tells no side but by the task."""
         self.model.eval()
-        vectors = self._embed_all([(text, instruction) for text in texts])
+        vectors = self._embed_all([(text, prefix_of(task)) for text in texts])
         self.model.train()
         return vectors.numpy()
 

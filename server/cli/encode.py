@@ -63,6 +63,12 @@ def _add_prefix(parser: argparse.ArgumentParser) -> None:
     prefix.add_argument("--instruction", help="task description: Instruct: ... Query: ...")
     prefix.add_argument("--task", help="name of a task, for instance NQ or STS")
     parser.add_argument(
+        "--examples",
+        metavar="FILE",
+        help="queries of the task with their answers, before the prefix (bge-en-icl only): a JSON "
+        'list of {"instruct": ..., "query": ..., "response": ...}',
+    )
+    parser.add_argument(
         "--input-type",
         choices=("query", "passage"),
         help="the side of --task (default: query); alone, query means question answering",

@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
         "Banking77 and others, in any case), a description in words, or nothing for none. Without "
         "it: NQ's for retrieval, STS's for STS, and mteb's general ones for classification "
         "(Classify user passages.) and clustering (Identify categories in user passages.). "
-        "Queries alone get it in retrieval, all texts elsewhere.",
+        "Queries alone get it in retrieval, all texts elsewhere; it is written in the template of "
+        "the model's family.",
         epilog="Example: nv-embed evaluate --sts sts-dev.csv --retrieval cisi/=nq "
         "--classification banking77/train.csv=banking77",
     )
@@ -62,7 +63,10 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
 def _add_variations(parser: argparse.ArgumentParser) -> None:
     """What is changed before it is scored: the texts, or the vectors."""
     parser.add_argument(
-        "--no-instructions", dest="instructions", action="store_false", help="embed texts bare"
+        "--no-instructions",
+        dest="instructions",
+        action="store_false",
+        help="describe no task; what the model's family writes around a side's texts stays",
     )
     parser.add_argument("--bm25", action="store_true", help="the lexical baseline instead")
     parser.add_argument(

@@ -9,6 +9,7 @@ are written.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from model.batch import RunnerInfo
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
-from model.prompts import Prompt, written
+from model.prompts import Parts, Prompt, written
 from model.user_files import LockedError, locked
 from server.offline.job import Job, Row, Rows, Tokenize
 from server.offline.manifest import (
@@ -66,6 +67,11 @@ def place(job: Job) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it holds something now, or is gone
                 job.target.rmdir()
+
+
+def _digest(examples: Parts) -> str | None:
+    """SHA-256: they may be private, as the input is, and are too long to be shown."""
+    return hashlib.sha256(orjson.dumps(examples)).hexdigest() if examples else None
 
 
 class Run(Generic[Row]):
@@ -118,6 +124,7 @@ class Run(Generic[Row]):
             },
             "prefix": written(prompt.prefix),
             "suffix": written(prompt.suffix),
+            "examples": _digest(prompt.examples),
             "truncate": str(job.truncate),
             "format": job.format.suffix,
             "shard_size": job.shard_size,

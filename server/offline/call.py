@@ -8,16 +8,20 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from model.config import ModelConfig
-from model.prompts import Prompt
-from model.user_files import kind_of, mode_like
+from model.errors import FileError
+from model.prompts import Example, Prompt
+from model.user_files import kind_of, mode_like, read_text
 from server.api import instructions
 from server.api.instructions import Defaults, PromptFields
+from server.api.json_text import loads
+from server.api.parsing import parse_fields
+from server.api.schemas import InstructedInput
 from server.errors import InvalidRequestError, SettingsError
 from server.offline import batch_files, sources, text_files
 from server.offline.job import Job, Rows
@@ -74,7 +78,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
             suffix = ".jsonl"
         if suffix != ".jsonl":
             raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
-        for name in ("field", "prompt", "instruction", "task", "input_type"):
+        for name in ("field", "prompt", "instruction", "task", "examples", "input_type"):
             if getattr(arguments, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise SettingsError(f"{flag} and --openai-batch: each request says its own")
@@ -139,6 +143,8 @@ def check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
     for path in (job.target, job.manifest):
         if path.exists() and os.path.samestat(path.stat(), source.named):
             raise SettingsError(f"--output {path} is the input file")
+        if path.exists() and arguments.examples and path.samefile(arguments.examples):
+            raise SettingsError(f"--output {path} is the file of --examples")
     folder = job.parts(0).folder
     if folder.is_dir() and _is_within(source, folder):
         raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
@@ -158,7 +164,31 @@ def defaults_of(arguments: argparse.Namespace, config: ModelConfig) -> Defaults:
     )
 
 
-def prompt_of(arguments: argparse.Namespace, config: ModelConfig) -> Prompt:
+def examples_of(arguments: argparse.Namespace) -> Sequence[Example]:
+    """What the file of --examples holds. Raises SettingsError naming the place that is wrong."""
+    if arguments.examples is None:
+        return ()
+    if arguments.prompt is not None:
+        raise SettingsError("--examples and --prompt: write the examples into the prompt")
+    path = Path(arguments.examples)
+    try:
+        fields = {"input": "", "examples": loads(read_text(path).encode())}
+        found = parse_fields(InstructedInput, fields).examples
+    except FileError as error:
+        raise SettingsError(f"--examples: {error}") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{error}"
+        raise SettingsError(f"--examples: {path} cannot be read: {why}") from None
+    except InvalidRequestError as error:
+        raise SettingsError(f"--examples: {path}: {error.message}") from None
+    if not found:
+        raise SettingsError(f"--examples: {path} holds no example")
+    return [Example(e.instruction, e.query, e.response) for e in found]
+
+
+def prompt_of(
+    arguments: argparse.Namespace, config: ModelConfig, examples: Sequence[Example] = ()
+) -> Prompt:
     """What stands around each text. Raises SettingsError for what this model has no place for."""
     defaults = defaults_of(arguments, config)
     asked = PromptFields(
@@ -166,6 +196,7 @@ def prompt_of(arguments: argparse.Namespace, config: ModelConfig) -> Prompt:
         instruction=arguments.instruction,
         task=arguments.task,
         input_type=arguments.input_type,
+        examples=examples,
     )
     try:
         prompt = instructions.choose_prompt(defaults, asked)

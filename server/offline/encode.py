@@ -10,7 +10,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from model.errors import UnsupportedError
 from model.fitting import is_out_of_memory
 from model.hub import ModelSource, locate
 from model.platform import resources
+from model.prompts import Example
 from model.tokenizer import NVEmbedTokenizer
 from server.api.names import ServedNames
 from server.engine.inputs import InputTokenizer
@@ -54,12 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     rows_kept = 0
     try:
         job = call.job_of(arguments)
+        examples = call.examples_of(arguments)
         with _stoppable(), call.opened(arguments.file) as source:
             call.check(arguments, job, source)
             mode = call.mode_of(source)
             todo = bulk.Run(job, source, call.rows_of(arguments, source), mode)
             try:
-                done = _run(arguments, job, source, todo)
+                done = _run(arguments, job, source, todo, examples)
             finally:
                 rows_kept = todo.rows_kept
     except (InputFileError, OutputError) as error:
@@ -117,7 +119,13 @@ def _stoppable() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run[Any]) -> bool:
+def _run(
+    arguments: argparse.Namespace,
+    job: Job,
+    source: Source,
+    todo: bulk.Run[Any],
+    examples: Sequence[Example],
+) -> bool:
     """Returns whether all was done already."""
     model = locate(
         arguments.model,
@@ -131,7 +139,7 @@ def _run(arguments: argparse.Namespace, job: Job, source: Source, todo: bulk.Run
         deciding += ["query_instruction", "default_input_type", "allow_truncated_dimensions"]
     defaults = {name: getattr(arguments, name) for name in deciding}
     config = model.config()
-    prompt = call.prompt_of(arguments, config)
+    prompt = call.prompt_of(arguments, config, examples)
     with bulk.place(job):
         todo.describe(model, prompt, asked, defaults)
         if todo.is_done(resume=arguments.resume):

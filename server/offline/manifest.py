@@ -17,6 +17,8 @@ from model.errors import FileError
 from model.user_files import open_regular
 from server.offline.parts import OutputError, Proof
 
+_TEXTS = ("prefix", "suffix", "examples", "query_instruction")
+
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """None where there is none. Raises OutputError for what is no manifest."""
@@ -39,7 +41,7 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
     changed = []
     for name, value in _flat(now).items():
         if earlier.get(name) != value:
-            hidden = name.startswith("input.") or name in ("prefix", "suffix", "query_instruction")
+            hidden = name.startswith("input.") or name in _TEXTS
             changed.append(name if hidden else f"{name} ({earlier.get(name)} then, {value} now)")
     return changed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from model.hub import locate
 from model.prompts import Example, Prompt
 from model.runner import ModelRunner
 from model.tokenizer import Truncation
-from model.training.commands import embedder
 from model.training.network import load_trained
 from model.verify.subject import subject_of
 from tests.model.emulated_cuda import emulated
@@ -146,11 +144,6 @@ def test_what_knows_nv_embed_alone_says_so(tmp_path: Path) -> None:
         )
     with pytest.raises(CheckpointError, match="is a gritlm model"):
         load_trained(folder, device=torch.device("cpu"))
-    arguments = argparse.Namespace(
-        url=None, teacher=None, model=str(folder), revision=None, offline=True, family="auto"
-    )
-    with pytest.raises(UnsupportedError, match="this is a gritlm model"):
-        embedder(arguments)
 
 
 TEXTS = ["x", "how long is a river?", "The committee met twice, and agreed on nothing. " * 9]

@@ -58,7 +58,7 @@ def compare(checkpoint: str, data: str, out: str) -> None:
             trainer.step = step
             trainer.backward(trainer.draw())
         gradients.append({n: p.grad for n, p in trainer.model.named_parameters()})
-        vectors.append(torch.from_numpy(trainer.embed_texts(["red cat", "tea"], "")))
+        vectors.append(torch.from_numpy(trainer.embed_texts(["red cat", "tea"], "query")))
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         got = gradients[1][name]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import ndcg_score
 
 from model.errors import UnsupportedError
+from model.families import Side
 from model.training import commands, evaluation, metrics
 from model.training.bm25 import BM25, words
 from model.training.evaluation import NamedSet, named_set, task_texts
@@ -36,8 +37,8 @@ Dogs bark at night.
 """
 
 
-def letters(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-    """An embedder whose vectors count letters; the instruction does not matter."""
+def letters(texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+    """An embedder whose vectors count letters; side and task do not matter."""
     rows = np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts])
     rows = rows + 1e-3
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -183,14 +184,14 @@ def test_a_misspelt_key_of_a_retrieval_set_is_named(
 
 
 class Recorder:
-    """An embedder that remembers which texts came with which instruction."""
+    """An embedder that remembers which texts came on which side, with which task."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[list[str], str]] = []
+        self.calls: list[tuple[list[str], Side, str]] = []
 
-    def __call__(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        self.calls.append((list(texts), instruction))
-        return letters(texts, instruction)
+    def __call__(self, texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+        self.calls.append((list(texts), side, task))
+        return letters(texts, side, task)
 
 
 def test_a_set_gets_the_task_that_stands_behind_its_path(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_names_of_tasks_and_of_mtebs_variants() -> None:
     assert task_texts("RedditClusteringP2P") != task_texts("reddit")
 
 
-def test_who_gets_the_instruction(tmp_path: Path) -> None:
+def test_who_is_asked_what(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"id": "a", "text": "a cat"}\n')
     (tmp_path / "queries.jsonl").write_text('{"id": "1", "text": "cats?"}\n')
     (tmp_path / "qrels.tsv").write_text("1\ta\t1\n")
@@ -228,15 +229,15 @@ def test_who_gets_the_instruction(tmp_path: Path) -> None:
     embed = Recorder()
     retrieval = named_set(f"{tmp_path}=FiQA2018", "retrieval")
     evaluation.score_retrieval(embed, evaluation.read_retrieval(tmp_path), retrieval)
-    fiqa = "Instruct: Given a financial question, retrieve relevant passages that answer the query"
-    assert embed.calls == [(["cats?"], f"{fiqa}\nQuery: "), (["a cat"], "")]
+    fiqa = "Given a financial question, retrieve relevant passages that answer the query"
+    assert embed.calls == [(["cats?"], "query", fiqa), (["a cat"], "passage", "")]
     embed = Recorder()
     sts = named_set(f"{tmp_path}/sts.jsonl=Find alike", "sts")
     evaluation.score_sts(embed, evaluation.read_sts(sts.path), sts)
     labelled = named_set(f"{tmp_path}/c.csv=Find alike", "classification")
     evaluation.score_labelled(embed, evaluation.read_labelled(labelled.path), labelled, ["knn"])
     texts = [["x"], ["y"], ["c"], ["a", "b"]]
-    assert embed.calls == [(part, "Instruct: Find alike\nQuery: ") for part in texts]
+    assert embed.calls == [(part, "query", "Find alike") for part in texts]
 
 
 def write_sets(folder: Path) -> tuple[Path, Path]:

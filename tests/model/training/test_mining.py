@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.families import Side
 from model.training.examples import DataError, Example
 from model.training.mining import below, hard_negatives, mine
 from model.training.sources import (
@@ -42,19 +43,19 @@ def test_negatives_stay_below_the_threshold() -> None:
 def test_mining_gives_each_query_the_nearest_others() -> None:
     angles = {"q": 0.0, "p": 0.3, "near": 0.5, "far": 2.0, "nearer": 0.31}
 
-    def embed(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        asked.append(instruction)
+    def embed(texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+        asked.append((side, task))
         found = [angles[text] for text in texts]
         return np.array([[np.cos(a), np.sin(a)] for a in found], dtype=np.float32)
 
-    asked: list[str] = []
+    asked: list[tuple[Side, str]] = []
     rows = [("q", "p"), ("near", "near"), ("far", "far"), ("nearer", "nearer"), ("q", "far")]
     mined = list(mine([Example(q, p, task="t") for q, p in rows], embed, count=2))
     # "nearer" scores 0.952 against the positive's 0.955: too close to be a sure negative. "far"
     # is another positive of the same query.
     assert mined[0].negatives == ("near",)
     assert all(example.query not in example.negatives for example in mined)
-    assert asked == ["", "Instruct: t\nQuery: "]
+    assert asked == [("passage", ""), ("query", "t")]
 
 
 def test_the_command_stops_at_a_bad_line_and_says_how_many_were_mined(

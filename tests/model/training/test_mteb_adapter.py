@@ -16,62 +16,64 @@ from numpy.typing import NDArray
 
 from model.encoder import Encoder
 from model.errors import UnsupportedError
-from model.tasks import TASKS, prefix_of
+from model.families import Side
+from model.tasks import TASKS
 from model.training import mteb_adapter
-from model.training.mteb_adapter import MtebModel, evaluate_tasks, instruction_of, named_tasks
+from model.training.embedders import LocalEmbedder
+from model.training.mteb_adapter import MtebModel, asked_of, evaluate_tasks, named_tasks
 from model.training.remote import ServerEmbedder
 from server import cli
 from tests.server.processes import ServerProcess
 
 NQ = TASKS["NQ"].query
 QUORA = TASKS["QuoraRetrieval"].query
+STS = "Retrieve semantically similar text"
+BANKING = TASKS["Banking77Classification"].query
 
 
 @pytest.mark.parametrize(
-    ("name", "task_type", "side", "prompt", "expected"),
+    ("name", "task_type", "prompt_type", "prompt", "expected"),
     [
         # The authors' own, the query alone; Quora's on both sides.
-        ("NQ", "Retrieval", "query", "mteb's", NQ),
-        ("NQ", "Retrieval", "document", "mteb's", ""),
-        ("NanoNQRetrieval", "Retrieval", "query", None, NQ),
-        ("QuoraRetrieval", "Retrieval", "document", None, QUORA),
-        ("STS12", "STS", None, "mteb's", "Retrieve semantically similar text"),
-        ("SummEval", "Summarization", None, None, TASKS["SUMM"].query),
+        ("NQ", "Retrieval", "query", "mteb's", ("query", NQ)),
+        ("NQ", "Retrieval", "document", "mteb's", ("passage", "")),
+        ("NanoNQRetrieval", "Retrieval", "query", None, ("query", NQ)),
+        ("QuoraRetrieval", "Retrieval", "document", None, ("passage", QUORA)),
+        ("STS12", "STS", None, "mteb's", ("query", STS)),
+        ("SummEval", "Summarization", None, None, ("query", TASKS["SUMM"].query)),
         # A symmetric task that tells its sides apart all the same
-        ("STS12", "STS", "document", None, "Retrieve semantically similar text"),
-        ("Banking77Classification.v2", "Classification", None, None, TASKS[
-            "Banking77Classification"
-        ].query),
+        ("STS12", "STS", "document", None, ("query", STS)),
+        ("Banking77Classification.v2", "Classification", None, None, ("query", BANKING)),
         # mteb's, where the authors have none
-        ("CQADupstack", "Retrieval", "query", {"query": "mteb's"}, "mteb's"),
-        ("CQADupstack", "Retrieval", "document", {"query": "q", "document": "mteb's"}, ""),
-        ("AskUbuntuDupQuestions", "Reranking", "query", "mteb's", "mteb's"),
-        ("AskUbuntuDupQuestions", "Reranking", "document", "mteb's", ""),
-        ("Tatoeba", "BitextMining", None, "mteb's", "mteb's"),
-        ("TwitterURLCorpus", "PairClassification", None, {"query": "mteb's"}, "mteb's"),
-        ("New", "InstructionRetrieval", "query", None, "any"),
-        ("New", "Clustering", None, None, "any"),
-        ("New", "Retrieval", "document", None, ""),
+        ("CQADupstack", "Retrieval", "query", {"query": "mteb's"}, ("query", "mteb's")),
+        ("CQADupstack", "Retrieval", "document", {"document": "mteb's"}, ("passage", "")),
+        ("AskUbuntuDupQuestions", "Reranking", "query", "mteb's", ("query", "mteb's")),
+        ("AskUbuntuDupQuestions", "Reranking", "document", "mteb's", ("passage", "")),
+        ("Tatoeba", "BitextMining", None, "mteb's", ("query", "mteb's")),
+        ("TwitterURLCorpus", "PairClassification", None, {"query": "mteb's"}, ("query", "mteb's")),
+        ("New", "InstructionRetrieval", "query", None, ("query", "any")),
+        ("New", "Clustering", None, None, ("query", "any")),
+        ("New", "Retrieval", "document", None, ("passage", "")),
     ],
 )  # fmt: skip
-def test_which_instruction_on_which_side(
+def test_which_side_is_asked_what(
     name: str,
     task_type: str,
-    side: str | None,
+    prompt_type: str | None,
     prompt: str | Mapping[str, str] | None,
-    expected: str,
+    expected: tuple[Side, str],
 ) -> None:
-    assert instruction_of(name, task_type, side, prompt, fallback="any") == expected
+    assert asked_of(name, task_type, prompt_type, prompt, fallback="any") == expected
 
 
 class Recorder:
-    """An embedder that remembers its instructions; the vectors count letters."""
+    """An embedder that remembers what it was asked; the vectors count letters."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, int]] = []
+        self.calls: list[tuple[Side, str, int]] = []
 
-    def __call__(self, texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        self.calls.append((instruction, len(texts)))
+    def __call__(self, texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+        self.calls.append((side, task, len(texts)))
         counts = [[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts]
         rows = np.array(counts, dtype=np.float32) + 0.01
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -90,7 +92,13 @@ def test_batches_are_joined_and_embedded_at_once(monkeypatch: pytest.MonkeyPatch
     MtebModel(embed, "a/b").encode(batches, task_metadata=task, prompt_type="document")
     bare = MtebModel(embed, "a/b", instructions=False)
     bare.encode(batches, task_metadata=task, prompt_type=query)
-    assert embed.calls == [(prefix_of(NQ), 3), ("", 3), ("", 3)]
+    bare.encode(batches, task_metadata=task, prompt_type="document")
+    assert embed.calls == [
+        ("query", NQ, 3),
+        ("passage", "", 3),
+        ("query", "", 3),
+        ("passage", "", 3),
+    ]
     with pytest.raises(UnsupportedError, match="NQ is not a task of texts: image"):
         bare.encode([{"image": ["…"]}], task_metadata=task)
 
@@ -140,12 +148,10 @@ def test_mteb_runs_its_tasks_with_the_right_instructions(tasks: list[Any], tmp_p
         "TinyRetrieval": ["ndcg_at_10"],
         "TinyClassification": ["accuracy"],
     }
-    sts = prefix_of("Retrieve semantically similar text")
-    assert embed.calls[:2] == [(sts, 4), (sts, 4)]  # both sides, the authors' words
-    asked = dict(embed.calls[2:4])
-    assert asked == {prefix_of("Find the animal's home"): 3, "": 4}  # queries; passages bare
-    classify = prefix_of("Classify user passages.")  # mteb's for every classification
-    assert {prefix for prefix, _ in embed.calls[4:]} == {classify}
+    assert embed.calls[:2] == [("query", STS, 4)] * 2  # both columns, the authors' words
+    assert set(embed.calls[2:4]) == {("query", "Find the animal's home", 3), ("passage", "", 4)}
+    classify = "Classify user passages."  # mteb's for every classification
+    assert {call[:2] for call in embed.calls[4:]} == {("query", classify)}
     files = {path.name for path in tmp_path.rglob("*.json")}
     assert {f"{name}.json" for name in scores} <= files
 
@@ -174,7 +180,7 @@ def test_the_command_scores_the_shipped_model(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_server_scores_as_the_offline_encoder(tasks: list[Any], tmp_path: Path) -> None:
-    offline = MtebModel(Encoder(dtype="float32", threads=1).encode, "local/nv-embed-small")
+    offline = MtebModel(LocalEmbedder(Encoder(dtype="float32", threads=1)), "local/nv-embed-small")
     expected = evaluate_tasks(offline, tasks, tmp_path / "offline")
     server = ServerProcess(None, "--api-key", "a-secret", log=tmp_path / "log.txt")
     try:

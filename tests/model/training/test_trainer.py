@@ -387,15 +387,15 @@ def test_an_ablated_pooler_learns_and_is_not_exported(
 ) -> None:
     ablated = dataclasses.replace(settings, pooling=pooling, causal=True, steps=6)
     trainer = Trainer(ablated, tmp_path)
-    before = trainer.embed_texts(["a cat"], "")
+    before = trainer.embed_texts(["a cat"], "query")
     hidden: list[torch.Tensor] = []
     trainer.model.backbone.register_forward_hook(lambda *args: hidden.append(args[2]))
-    after = trainer.embed_texts(["a cat over here"], "find: ")
+    after = trainer.embed_texts(["a cat over here"], "query", "find")
     rows = hidden[0].mean(0) if pooling == "mean" else hidden[0][-1]
     assert np.abs(after[0] - torch.nn.functional.normalize(rows, dim=0).numpy()).max() < 1e-5
     assert trainer.run(progress=False) is None
     assert not (tmp_path / "checkpoint").exists()
-    assert np.abs(trainer.embed_texts(["a cat"], "") - before).max() > 1e-3
+    assert np.abs(trainer.embed_texts(["a cat"], "query") - before).max() > 1e-3
 
 
 def test_a_deeper_checkpoint_computes_the_same_at_first(

@@ -42,7 +42,14 @@ READ_PATHS = {
     *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
     *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
     *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
-    *("encode FILE", "verify --golden", "train SETTINGS", "train --base", "mine FILE"),
+    *(
+        "encode FILE",
+        "encode --examples",
+        "verify --golden",
+        "train SETTINGS",
+        "train --base",
+        "mine FILE",
+    ),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
 }

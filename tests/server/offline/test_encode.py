@@ -17,7 +17,9 @@ from model.prompts import written
 from server import cli
 from server.offline import call
 from tests.checkpoints import golden_cases
-from tests.siblings import SIBLINGS
+from tests.model.test_siblings import usable
+from tests.siblings import SIBLINGS, write_sibling
+from tests.siblings import golden_cases as golden_cases_of
 
 pytestmark = pytest.mark.whole
 
@@ -153,6 +155,77 @@ def test_resume_goes_on_with_the_same_only(
     output.unlink()  # complete: nothing is computed again, not even the model is loaded
     assert encode(golden_checkpoint, *options, "--resume") == 0
     assert not output.exists()
+
+
+def test_examples_stand_before_queries(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The authors' vectors, and a run that does not go on with other examples."""
+    monkeypatch.chdir(tmp_path)
+    model = write_sibling(tmp_path / "icl", "bge-en-icl")
+    cases = {case["name"]: case for case in golden_cases_of("bge-en-icl")}
+    for number, name in enumerate(("few-shot queries", "few-shot, one example")):
+        case = cases[name]
+        chosen = [index for index in usable("bge-en-icl", case) if case["texts"][index]]
+        texts = [case["texts"][index] for index in chosen]
+        Path("in.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        Path("examples.json").write_text(json.dumps(case["examples"]))
+        options = ["in.jsonl", "-o", f"{number}.npy", "--examples", "examples.json"]
+        options += ["--instruction", case["task"], "--max-input-tokens", "512", "--truncate", "end"]
+        assert encode(model, *options) == 0
+        expected = [case["embeddings"][index] for index in chosen]
+        np.testing.assert_allclose(np.load(f"{number}.npy"), expected, rtol=0, atol=1e-5)
+    assert encode(model, *options, "--resume") == 0
+    Path("examples.json").write_text(json.dumps(case["examples"] * 2))
+    for changed in (options, [*options[:3], *options[5:]]):  # other ones, and none
+        assert encode(model, *changed, "--resume") == 1
+        assert "with another examples: the vectors would not" in capsys.readouterr().err
+    assert encode(model, *options, "--input-type", "passage") == 2
+    assert "examples are for queries, and these are passages" in capsys.readouterr().err
+
+
+EXAMPLE = '{"instruct": "i", "query": "q", "response": "r"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (f"[{EXAMPLE}]", [], "a nv-embed model takes no examples"),
+        (f"[{EXAMPLE}]", ["--prompt", "x "], "--examples and --prompt: write the examples into"),
+        (f"[{EXAMPLE}]", ["--openai-batch"], "--examples and --openai-batch: each request says"),
+        (f"[{EXAMPLE},\n oops]", [], "x.jsonl cannot be read: Expecting value: line 2 column 2"),
+        ("[", [], "x.jsonl cannot be read: Expecting value: line 1 column 2"),
+        (EXAMPLE, [], "x.jsonl: examples: Input should be a valid list"),
+        (f'[{EXAMPLE}, "q"]', [], "x.jsonl: examples[1]: an object is needed"),
+        (f'[{EXAMPLE}, {{"instruct": "i", "query": "q"}}]', [], "the field 'examples[1].response'"),
+        ('[{"instruct": "i", "query": 3, "response": "r"}]', [], "examples[0].query: Input should"),
+        (f"[{', '.join([EXAMPLE] * 65)}]", [], "examples: List should have at most 64 items"),
+        ("[]", [], "x.jsonl holds no example"),
+        ("null", [], "x.jsonl holds no example"),
+        (None, [], "x.jsonl cannot be read: No such file or directory"),
+        (b"[\n\xff]", [], "x.jsonl, line 2: not UTF-8"),
+        (f"[{EXAMPLE}]", ["-o", "x.jsonl"], "--output x.jsonl is the file of --examples"),
+    ],
+)
+def test_examples_that_cannot_be_are_refused(
+    golden_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | bytes | None,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('"one"\n')
+    if content is not None:
+        Path("x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = sorted(tmp_path.iterdir())
+    assert encode(golden_checkpoint, "a.jsonl", "--examples", "x.jsonl", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1, said
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_model_is_looked_for_once(
