@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,10 @@ def _differences(family: Family) -> Iterator[str]:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder that takes the name `folder` when the block ends well, and else vanishes."""
     try:
-        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileError(f"{folder} is there, and no empty folder: name another")
+        with suppress(FileNotFoundError):
+            folder.lstat()
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise FileError(f"{folder} is there, and no empty folder: name another")
         part = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
         umask = os.umask(0o077)
         os.umask(umask)
