@@ -36,8 +36,8 @@ from model.weights.headers import INDEX, weight_files
 
 _NEEDS = {
     "causal": "It needs sentence-transformers 5 or later.",
-    "full": "It needs sentence-transformers 6 or later with transformers 5.2 or later: older ones "
-    "compute a causal mask without a word, and so other vectors.",
+    "full": "It needs transformers 5.2 or later: older ones compute a causal mask, and so other "
+    "vectors, of which sentence-transformers warns at most.",
 }
 """By Family.mask."""
 _MODES = {"last": "lasttoken", "mean": "mean_tokens"}
