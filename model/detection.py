@@ -91,7 +91,8 @@ def _found(raw: dict[str, Any], files: SentenceTransformersFiles, model_id: str 
     pooling = files.pooling or _pooling(raw)
     if raw.get("is_causal") is False:
         if pooling == "mean":
-            return BIDIRECTIONAL_MEAN if files.include_prompt else GRITLM
+            of_gritlm = GRITLM.passage in files.prompts.values()  # as `nv-embed export` writes it
+            return GRITLM if of_gritlm else BIDIRECTIONAL_MEAN
     elif pooling == "last":
         return BGE_EN_ICL if _has_marked_rows(raw) else E5_MISTRAL
     found = [

@@ -35,7 +35,7 @@ from model.user_files import TEMPORARY
 from model.weights.headers import INDEX, weight_files
 
 _NEEDS = {
-    "causal": "It needs sentence-transformers 5 or later.",
+    "causal": "Tried with sentence-transformers 5.7 (transformers 4.57) and 6.2 (5.23).",
     "full": "It needs transformers 5.2 or later: older ones compute a causal mask, and so other "
     "vectors, of which sentence-transformers warns at most.",
 }

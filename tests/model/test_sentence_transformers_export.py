@@ -23,6 +23,7 @@ from model.families import FAMILIES, NV_EMBED
 from model.hub import locate
 from model.prompts import Prompt
 from model.sentence_transformers_export import export
+from model.sentence_transformers_files import SentenceTransformersFiles
 from model.tokenizer import Truncation
 from server import cli
 from tests.siblings import SIBLINGS, write_sibling
@@ -68,7 +69,11 @@ def test_the_folder_is_of_the_same_family(exported: tuple[str, Path, Path]) -> N
     assert after.family == before.family
     assert after.max_input_tokens == before.max_input_tokens == LIMIT
     assert before.prompts.items() <= after.prompts.items()
-    assert "auto_map" not in read(out / "config.json")
+    raw = read(out / "config.json")
+    assert "auto_map" not in raw
+    raw["_name_or_path"] = "own/name"  # no id of the hub, which would tell it alone
+    files = SentenceTransformersFiles.of(out)
+    assert ModelConfig.from_dict(raw, files=files).family == before.family
     for prompt in (before.family.prompt("query"), before.family.prompt("passage")):
         rows = [
             Encoder(folder, device="cpu", dtype="float32").encode(
