@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-sentence-transformers test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,6 +62,18 @@ $(OTHER)/.installed: requirements-test.lock pyproject.toml
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) \
 	    -r $(OTHER)/requirements.txt torch==$(TORCH_VERSION)
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+# The current release, and the last one that runs with transformers 4; the rest is the lock's.
+ST_6 := sentence-transformers==6.2.0
+ST_5 := sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+test-sentence-transformers: build/st-6/.installed build/st-5/.installed ## load what `nv-embed export` writes in both
+	for release in 6 5; do PYTHONPATH=build/st-$$release $(BIN)/pytest \
+	    tests/model/test_sentence_transformers_export.py $(ARGS) || exit 1; done
+
+build/st-%/.installed: | $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(ST_$*)
 	@touch $@
 
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)

@@ -58,6 +58,15 @@ def card_license(folder: Path) -> str | None:
     return license_ if isinstance(license_, str) and license_ else None
 
 
+def licence_files(folder: Path) -> list[Path]:
+    """Its licence and notice files."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name.lower().startswith(("license", "licence", "notice"))
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class CardExample:
     """The example of a model card: four texts, and what its code prints for them."""

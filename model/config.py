@@ -117,7 +117,7 @@ class ModelConfig:
         try:
             return cls.from_dict(raw, family, model_id, files)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(

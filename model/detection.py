@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from model import families
-from model.errors import CheckpointError, did_you_mean
+from model.errors import CheckpointError, UntoldFamilyError, did_you_mean
 from model.families import (
     BGE_EN_ICL,
     BIDIRECTIONAL_MEAN,
@@ -91,7 +91,8 @@ def _found(raw: dict[str, Any], files: SentenceTransformersFiles, model_id: str 
     pooling = files.pooling or _pooling(raw)
     if raw.get("is_causal") is False:
         if pooling == "mean":
-            return BIDIRECTIONAL_MEAN
+            of_gritlm = GRITLM.passage in files.prompts.values()  # as `nv-embed export` writes it
+            return GRITLM if of_gritlm else BIDIRECTIONAL_MEAN
     elif pooling == "last":
         return BGE_EN_ICL if _has_marked_rows(raw) else E5_MISTRAL
     found = [
@@ -100,7 +101,8 @@ def _found(raw: dict[str, Any], files: SentenceTransformersFiles, model_id: str 
         f"vocab_size {shown(raw.get('vocab_size'))}",
         f"pooling {files.pooling or 'not said (no 1_Pooling/config.json)'}",
     ]
-    raise CheckpointError(
+    nothing_said = pooling is None and raw.get("is_causal") is None
+    raise (UntoldFamilyError if nothing_said else CheckpointError)(
         f"which family of models this is cannot be told: {', '.join(found)}. Name it: --family "
         + ", ".join(family.name for family in of_kind)
     )

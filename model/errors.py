@@ -2,7 +2,8 @@
 
 ModelError
 ├── CheckpointError       the folder, its config or its tensors are not an NV-Embed we can run
-│   └── MissingFileError  a file of the folder is not there
+│   ├── MissingFileError  a file of the folder is not there
+│   └── UntoldFamilyError nothing in the folder says which family of models it is
 ├── FileError             a named file is no regular file, or its text is not UTF-8
 ├── PromptError           the model's family has no place for an instruction, or for examples
 ├── UnsupportedError      this machine or this build cannot do what was asked (kernel, dtype, …)
@@ -33,6 +34,10 @@ class FileError(ModelError):
 
 class MissingFileError(CheckpointError):
     """A file that a checkpoint needs does not exist."""
+
+
+class UntoldFamilyError(CheckpointError):
+    """A trunk of which no file says what is made of it."""
 
 
 class UnsupportedError(ModelError):

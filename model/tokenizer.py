@@ -91,28 +91,31 @@ class NVEmbedTokenizer:
 
     @classmethod
     def from_dir(
-        cls, folder: Path, family: str = "auto", *, vocab_size: int | None = None
+        cls, folder: Path, family: str = "auto", *, config: ModelConfig | None = None
     ) -> NVEmbedTokenizer:
         """Read `folder/tokenizer.json`, and the family from what lies beside it.
 
-        family: as in ModelConfig.from_dir. vocab_size: of the model that is made of NV-Embed's
-        tokenizer and no config of its kind.
+        family: as in ModelConfig.from_dir. config: of the model that the tokenizer is for, where
+        the folder's own is another.
         """
         tokenizer = read_tokenizer(folder)
-        config = None if vocab_size else ModelConfig.from_dir(folder, family)
-        ours = cls(tokenizer, config.family if config else NV_EMBED)
-        rows = config.vocab_size if config else vocab_size
-        assert rows is not None
-        if ours.vocab_size > rows:
+        config = config or ModelConfig.from_dir(folder, family)
+        ours = cls(tokenizer, config.family)
+        if ours.vocab_size > config.vocab_size:
             raise CheckpointError(
                 f"{folder / 'tokenizer.json'} has {ours.vocab_size} pieces, the model embeds "
-                f"{rows}: it is not its own"
+                f"{config.vocab_size}: it is not its own"
             )
         return ours
 
     def pool_start(self, prompt: str | Prompt) -> int:
         """Number of leading positions that a prompt takes out of the pool."""
         return self._frame_of(self._prompt(prompt)).pool_start
+
+    def prompt_tokens(self, prompt: str | Prompt) -> int:
+        """Number of ids that a prompt without examples adds to a text's own."""
+        frame = self._frame_of(self._prompt(prompt))
+        return frame.leading + len(frame.tail)
 
     def _prompt(self, prompt: str | Prompt) -> Prompt:
         return self.family.verbatim(prompt) if isinstance(prompt, str) else prompt
@@ -141,6 +144,7 @@ class NVEmbedTokenizer:
             trail=trail,
             trail_ids=trail_ids,
             tail=(*trail_ids, *self._ids_of(behind)),
+            leading=leading,
             pool_start=pool_start,
             kept=pool_start or leading + (not lead.endswith(" ")),
             uncounted=len(self._ids_of(_segments(prompt.examples))),
@@ -341,6 +345,7 @@ class _Frame(NamedTuple):
     trail: str  # directly behind it
     trail_ids: tuple[int, ...]
     tail: tuple[int, ...]  # behind the text: `trail_ids`, and what follows them but for EOS
+    leading: int  # ids of what is before the text
     pool_start: int
     kept: int  # leading ids that stay when the beginning of a text is cut
     uncounted: int  # ids of examples, which no limit counts

@@ -33,9 +33,10 @@ def grouped_products(
 ) -> Tensor:
     """An AttentionKernel: q [Tq, H, E], k and v [Tk, K, E] -> [Tq, H, E].
 
-    The queries of a sequence are its last rows; causal: rows see none behind them.
+    The queries of a sequence are its last rows; causal: rows see none behind them, and `window`
+    rows in all.
     """
-    assert within(window, keys) is None, "no model that is trained has a sliding window"
+    window = within(window, keys)
     groups = _groups(keys.lengths)
     parts = [  # split: the gradient of a slice would be a tensor of all rows for each
         torch.split(x, [sum(lengths[first:last]) for first, last in groups])
@@ -44,7 +45,7 @@ def grouped_products(
     outputs = []
     for (first, last), q_rows, k_rows, v_rows in zip(groups, *parts, strict=True):
         sizes = np.array(queries.lengths[first:last]), np.array(keys.lengths[first:last])
-        outputs.append(_attend(q_rows, k_rows, v_rows, *sizes, causal))
+        outputs.append(_attend(q_rows, k_rows, v_rows, *sizes, causal, window))
     return torch.cat(outputs)
 
 
@@ -61,7 +62,13 @@ def _groups(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: np.ndarray, k_lengths: np.ndarray, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: np.ndarray,
+    k_lengths: np.ndarray,
+    causal: bool,
+    window: int | None,
 ) -> Tensor:
     heads, width = q.shape[1:]
     kv_heads = k.shape[1]
@@ -80,9 +87,12 @@ def _attend(
         scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
     if causal:
         positions = (k_lengths - q_lengths)[:, None] + np.arange(q_max)[None]  # [N, q_max]
-        behind = torch.from_numpy(np.arange(k_max)[None, None] > positions[:, :, None])
-        behind = behind.repeat(1, heads // kv_heads, 1).to(q.device)
-        scores = scores.masked_fill(behind[:, None], -torch.inf)
+        # Padding sees what the last row sees: a row without a key would have NaN for its gradient.
+        positions = np.minimum(positions, k_lengths[:, None] - 1)
+        ahead = np.arange(k_max)[None, None] - positions[:, :, None]
+        unseen = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+        hidden = torch.from_numpy(unseen).repeat(1, heads // kv_heads, 1).to(q.device)
+        scores = scores.masked_fill(hidden[:, None], -torch.inf)
     out = scores.softmax(dim=-1).to(v.dtype) @ v.transpose(1, 2)
     out = out.view(count, kv_heads, heads // kv_heads, q_max, width).permute(0, 3, 1, 2, 4)
     out = out.reshape(count * q_max, heads, width)

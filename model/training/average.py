@@ -17,13 +17,13 @@ import torch
 
 from model import console
 from model.errors import CheckpointError
-from model.training.export import export, write_papers
+from model.training.export import export_like, write_papers
 from model.training.network import load_trained
 
 
 @torch.no_grad()
 def average(folders: Sequence[Path], out: Path) -> Path:
-    """Write the mean, fp16, in the official layout. Raises CheckpointError."""
+    """Write the mean, fp16, in the layout of the first. Raises CheckpointError."""
     device = torch.device("cpu")
     first = load_trained(folders[0], device=device)
     total = dict(first.named_parameters())
@@ -35,7 +35,7 @@ def average(folders: Sequence[Path], out: Path) -> Path:
             total[name].add_(parameter)
     for parameter in total.values():
         parameter.div_(len(folders))
-    export(first, out, folders[0] / "tokenizer.json")
+    export_like(folders[0], first, out)
     write_papers(folders[0], out, f"The mean of {len(folders)} checkpoints.")
     return out
 

@@ -3,13 +3,12 @@
     python -m model.training.deepen CHECKPOINT OUT --layers 6
 
 The new layers stand on top, copies of the last one whose projections back into the residual are
-zero (stacking: Gong et al. 2019). Reads and writes the official layout; knows no module.
+zero (stacking: Gong et al. 2019). Reads and writes files of every family; knows no module.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,8 @@ from torch import Tensor
 from model import console
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.training.export import config_json, write_checkpoint
+from model.files import read_json
+from model.training.export import copy_beside, write_checkpoint
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -51,13 +51,16 @@ def main() -> None:
     if arguments.layers < before:
         raise CheckpointError(f"{arguments.checkpoint} has {before} layers already")
     tensors = load_file(str(arguments.checkpoint / "model.safetensors"))
-    deeper = dataclasses.replace(config, num_hidden_layers=arguments.layers)
+    raw = read_json(arguments.checkpoint / "config.json")
+    section = config.family.section
+    (raw if section is None else raw[section])["num_hidden_layers"] = arguments.layers
     write_checkpoint(
         arguments.out,
         deepen(tensors, before, arguments.layers),
-        config_json(deeper),
+        raw,
         arguments.checkpoint / "tokenizer.json",
     )
+    copy_beside(arguments.checkpoint, arguments.out)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,6 @@ class Example:
     def query_instruction(self) -> str:
         return prefix_of(self.task)
 
-    @property
-    def passage_instruction(self) -> str:
-        return self.query_instruction if self.symmetric else ""
-
 
 HELD_OUT = 100
 """One text in so many is never trained on."""

@@ -1,5 +1,7 @@
-"""A trained module -> a checkpoint folder in the official layout, for `model.weights.loader`.
+"""A trained module -> a checkpoint folder in the layout of its family, for `model.weights.loader`.
 
+A model that began as one of its family keeps what lay there: its config.json, the names of its
+tensors, its tokenizer's and its sentence-transformers files. A new NV-Embed gets the official ones.
 LoRA's adapters are merged on the way. `write_papers` says whose weights these were.
 """
 
@@ -14,12 +16,24 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from model.card import card_license
+from model.card import card_license, licence_files
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
 from model.training.adapters import merged_weight
 from model.training.network import TrainedNVEmbed, sources
+from model.weights.checkpoint import Checkpoint
+
+_BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "modules.json",
+    "1_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+"""What a folder of a family may hold beside weights, config.json and tokenizer.json."""
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
@@ -70,7 +84,8 @@ def export(
     dtype: torch.dtype = torch.float16,
     name: str | None = None,
 ) -> Path:
-    """Write config.json, model.safetensors and tokenizer.json (copied). Returns `folder`.
+    """Write a new NV-Embed: config.json, model.safetensors, tokenizer.json (copied). Returns
+    `folder`.
 
     name: who the weights are (`_name_or_path`), the id that a server shows.
     Raises CheckpointError when a weight does not fit `dtype`.
@@ -78,6 +93,44 @@ def export(
     raw = config_json(model.config)
     raw["_name_or_path"] = name or model.config.name or folder.resolve().name
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return write_checkpoint(folder, _tensors(model, dtype), raw, tokenizer)
+
+
+def export_like(
+    source: Path,
+    model: TrainedNVEmbed,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    name: str | None = None,
+) -> Path:
+    """Write the model as the checkpoint `source`, of the same family, is written. Returns `folder`.
+
+    name: as in `export`, by default the source's. Raises CheckpointError when a weight does not
+    fit `dtype`.
+    """
+    raw = read_json(source / "config.json")
+    raw["_name_or_path"] = name or model.config.name or source.resolve().name
+    said = "dtype" if "dtype" in raw else "torch_dtype"
+    raw[said] = str(dtype).removeprefix("torch.")
+    checkpoint = Checkpoint(source)
+    checkpoint.check(model.config)
+    tensors = {checkpoint.before + key: value for key, value in _tensors(model, dtype).items()}
+    write_checkpoint(folder, tensors, raw, source / "tokenizer.json")
+    copy_beside(source, folder)
+    return folder
+
+
+def copy_beside(source: Path, folder: Path) -> None:
+    """What tells a checkpoint's family, its prompts and its special tokens."""
+    for name in _BESIDE:
+        if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def _tensors(model: TrainedNVEmbed, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By the names of the family's layout."""
     tensors: dict[str, torch.Tensor] = {}
     for parameter, stack in sources(model.config).items():
         value = merged_weight(model, parameter).detach().cpu()
@@ -86,13 +139,13 @@ def export(
             tensors[tensor] = part.to(dtype, copy=True).contiguous()
             if not torch.isfinite(tensors[tensor]).all():
                 raise CheckpointError(f"{tensor} does not fit {dtype}: the training diverged")
-    return write_checkpoint(folder, tensors, raw, tokenizer)
+    return tensors
 
 
 def write_checkpoint(
     folder: Path, tensors: dict[str, torch.Tensor], raw: dict[str, Any], tokenizer: Path
 ) -> Path:
-    """Write tensors of the official names, config.json (`raw`) and tokenizer.json (copied)."""
+    """Write the tensors, config.json (`raw`) and tokenizer.json (copied)."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
@@ -113,11 +166,7 @@ def write_papers(source: Path, folder: Path, how: str) -> None:
     if name.count("/") != 1 or name.startswith("/"):  # no hub id: a path, maybe a private one
         name = Path(name).name
     license_ = card_license(source)
-    papers = [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file() and path.name.lower().startswith(("license", "licence", "notice"))
-    ]
+    papers = licence_files(source)
     for path in papers:
         shutil.copyfile(path, folder / path.name)
     matter = {"license": license_, "base_model": name, "library_name": "nv-embed-server"}

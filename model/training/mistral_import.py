@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.config import ModelConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, UntoldFamilyError
 from model.files import read_json
 from model.training.network import TrainedNVEmbed, assemble, initialise_weights, stacked
 from model.weights.checkpoint import Checkpoint, check_shapes
@@ -26,9 +26,17 @@ _DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6}
 _OURS = "embedding_model."  # what NV-Embed's layout puts before the backbone's names
 
 
-def is_mistral(folder: Path) -> bool:
-    """Whether config.json says that the folder holds a Mistral."""
-    return _raw(folder).get("model_type") == "mistral"
+def is_plain_mistral(folder: Path, family: str = "auto") -> bool:
+    """Whether the folder holds a Mistral that is to become an NV-Embed: nothing in it says which
+    family it is, or `family` is nv-embed. Raises CheckpointError for what is neither."""
+    if _raw(folder).get("model_type") != "mistral":
+        return False
+    if family == "auto":
+        try:
+            ModelConfig.from_dir(folder)
+        except UntoldFamilyError:
+            return True
+    return family == "nv-embed"
 
 
 def mistral_config(

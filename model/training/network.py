@@ -1,4 +1,4 @@
-"""The module that is trained: Embedder with the plain pooler, whose latents are parameters.
+"""The module that is trained: Embedder with the plain latent pooler, or its family's own.
 
 Parameter names are those of `model.weights.names`, so that `export` needs no other map.
 Shapes: N sequences, D width.
@@ -31,7 +31,7 @@ def ablated(family: Family, pooling: str, *, causal: bool) -> Family:
 
 
 class TrainedNVEmbed(nn.Module):
-    """Backbone and plain pooler; instruction rows out of the pool, as served."""
+    """Backbone and pooler of a family; out of the pool stays what stays out when it is served."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,22 +62,23 @@ def load_trained(
     *,
     device: torch.device,
     projections: torch.dtype = torch.float32,
+    family: str = "auto",
     pooling: str = "latent",
     causal: bool = False,
 ) -> TrainedNVEmbed:
-    """An official checkpoint as a trainable module, float32. Raises CheckpointError.
+    """A checkpoint of a family as a trainable module, float32. Raises CheckpointError.
 
     projections: the dtype of the layers' matrices, for those that are frozen.
-    pooling, causal: of an ablation, which leaves the checkpoint's pooler out unless it is "latent".
+    family: as in ModelConfig.from_dir. pooling, causal: of an ablation of nv-embed, which leaves
+    the checkpoint's pooler out unless it is "latent"; other families have their own.
     """
-    config = ModelConfig.from_dir(folder)
-    if config.family.pooler != "latent":
-        raise CheckpointError(
-            f"{folder} is a {config.family.name} model, and only nv-embed models are trained so far"
-        )
+    config = ModelConfig.from_dir(folder, family)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    config = replace(config, family=ablated(config.family, pooling, causal=causal))
+    if config.family.pooler == "latent":
+        config = replace(config, family=ablated(config.family, pooling, causal=causal))
+    elif pooling != "latent" or causal:
+        raise CheckpointError(f"{folder} is a {config.family.name} model: no ablation begins there")
     return assemble(
         config,
         {

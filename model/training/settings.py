@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import FileError, ModelError, did_you_mean
+from model.families import known_families
 from model.files import without_repetition
 from model.hub import packaged_checkpoint
 from model.user_files import read_text
@@ -50,9 +51,12 @@ class TrainingSettings:
     """The defaults are those of a small model on a CPU; the paper's recipe where it states one."""
 
     model: str
-    """The checkpoint folder to start from: the official layout, or transformers' Mistral. The
-    shipped model goes by its name, nv-embed-small."""
+    """The checkpoint folder to start from: of a family (docs/families.md), or transformers'
+    Mistral, which becomes an NV-Embed. The shipped model goes by its name, nv-embed-small."""
     steps: int
+    family: str = "auto"
+    """The start's, as of `nv-embed serve`; auto: as its files say. nv-embed: a Mistral gets a new
+    pooler, also where its files say another family."""
     data: dict[str, float] = dataclasses.field(default_factory=dict)
     """JSON lines of examples -> how many times each line is seen for once of the others."""
     stage: int = 1
@@ -74,7 +78,8 @@ class TrainingSettings:
     """The part of all texts that are read in another case each time (`case.recased`). For a
     teacher that lower-cases: its vector is taken for theirs, too."""
     pooling: str = "latent"
-    """latent, mean or eos. Only latent and bidirectional is exported; the rest is ablation."""
+    """latent, mean or eos, of an NV-Embed; other families have their own. Only latent and
+    bidirectional is exported; the rest is ablation."""
     causal: bool = False
     max_tokens: int = 128
     tokens_per_pass: int | None = None
@@ -110,7 +115,7 @@ class TrainingSettings:
     validation_rows: int = 500
     """At most so many held-out rows of each kind are measured; see `examples.is_held_out`."""
     name: str | None = None
-    """The id of what comes out, as a server shows it; None: the start's (a Mistral's, with
+    """The id of what comes out, as a server shows it; None: the start's (a plain Mistral's, with
     -embed behind it)."""
     export_dtype: str = "float16"
     """float16, as the official weights are, bfloat16 or float32."""
@@ -128,6 +133,9 @@ class TrainingSettings:
             raise TrainingSettingsError("texts need vectors and a projection")
         if not self.data and not self.texts_per_step:
             raise TrainingSettingsError("neither data nor texts_per_step: nothing to learn")
+        if self.family not in (known := ["auto", *known_families()]):
+            hint = did_you_mean(self.family, known)
+            raise TrainingSettingsError(f"family is {self.family!r}, not {', '.join(known)}{hint}")
         if self.pooling not in ("latent", "mean", "eos"):
             raise TrainingSettingsError(f"pooling is {self.pooling!r}; latent, mean or eos")
         if self.stage == 2 and self.data and not self.max_negatives:
@@ -170,7 +178,7 @@ class TrainingSettings:
 
     @property
     def servable(self) -> bool:
-        """Whether the outcome is an NV-Embed."""
+        """Whether the outcome is a model of a family."""
         return self.pooling == "latent" and not self.causal
 
     @property

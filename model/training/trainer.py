@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from model.batch import Encoding
-from model.errors import ModelError
-from model.families import Side
+from model.errors import ModelError, PromptError
+from model.families import Family, Side
 from model.packing import pack
 from model.platform import resources
+from model.prompts import Prompt
 from model.runner import resolve_device
-from model.tasks import prefix_of
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
 from model.training.adapters import add_lora
@@ -35,9 +35,9 @@ from model.training.case import recased
 from model.training.compiled import compile_parts
 from model.training.corpus import Shuffle, load_corpus
 from model.training.examples import Example
-from model.training.export import export, write_papers
+from model.training.export import export, export_like, write_papers
 from model.training.losses import contrastive_loss, distillation_loss
-from model.training.mistral_import import is_mistral, load_mistral, mistral_config
+from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
@@ -47,8 +47,8 @@ class DivergedError(ModelError):
     """The loss has left the finite numbers."""
 
 
-Prompt = tuple[str, str]
-"""(text, instruction)"""
+Prompted = tuple[str, str | Prompt]
+"""A text, and what stands around it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +56,30 @@ class Draw:
     """What one step learns from."""
 
     examples: list[Example]
-    negatives: list[Prompt]
+    negatives: list[str]
     owners: list[int]  # whose negative each one is
-    texts: list[Prompt]  # for distillation alone
+    texts: list[str]  # for distillation alone
 
-    @property
-    def prompts(self) -> list[Prompt]:
-        """Queries, positives, hard negatives, texts, in this order."""
-        queries = [(e.query, e.query_instruction) for e in self.examples]
-        positives = [(e.positive, e.passage_instruction) for e in self.examples]
-        return queries + positives + self.negatives + self.texts
+    def prompted(self, family: Family) -> list[Prompted]:
+        """Queries, positives, hard negatives, texts, in this order, as the family asks them."""
+        queries: list[Prompted] = [(e.query, query_prompt(family, e)) for e in self.examples]
+        positives = [(e.positive, passage_prompt(family, e)) for e in self.examples]
+        negatives = [
+            (text, passage_prompt(family, self.examples[owner]))
+            for text, owner in zip(self.negatives, self.owners, strict=True)
+        ]
+        bare = family.prompt("passage")
+        return [*queries, *positives, *negatives, *((text, bare) for text in self.texts)]
+
+
+def query_prompt(family: Family, example: Example) -> Prompt:
+    """Raises PromptError where the family has no place for the example's task."""
+    return family.prompt("query", example.task)
+
+
+def passage_prompt(family: Family, example: Example) -> Prompt:
+    """Around its positive and its negatives."""
+    return query_prompt(family, example) if example.symmetric else family.prompt("passage")
 
 
 class Trainer:
@@ -84,10 +98,12 @@ class Trainer:
         self.autocast = _autocast_dtype(settings.dtype, self.device)
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
+        self.anew = is_plain_mistral(self.start, settings.family)
         self.model = self._load()
-        self.tokenizer = NVEmbedTokenizer.from_dir(
-            self.start, vocab_size=self.model.config.vocab_size
-        )
+        config = self.model.config
+        self.tokenizer = NVEmbedTokenizer.from_dir(self.start, config=config)
+        self.family = config.family
+        self._refuse_tasks_without_a_place()
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -106,7 +122,7 @@ class Trainer:
         sizes = {
             name: getattr(s, name) for name in ("num_latents", "num_cross_heads", "cross_dim_head")
         }
-        if is_mistral(self.start):
+        if self.anew:
             if not s.servable:
                 raise TrainingSettingsError("an ablation starts from an NV-Embed checkpoint")
             config = mistral_config(self.start, **sizes)
@@ -115,13 +131,14 @@ class Trainer:
             )
         elif given := [name for name, size in sizes.items() if size]:
             raise TrainingSettingsError(
-                f"{', '.join(given)}: sizes of a new pooler, and {s.model} has one of its own"
+                f"{', '.join(given)}: sizes of a new pooler, and {s.model} keeps its own"
             )
         else:
             model = load_trained(
                 self.start,
                 device=self.device,
                 projections=dtype,
+                family=s.family,
                 pooling=s.pooling,
                 causal=s.causal,
             )
@@ -131,6 +148,17 @@ class Trainer:
         if s.compile:
             compile_parts(model)
         return model
+
+    def _refuse_tasks_without_a_place(self) -> None:
+        """Before the first step: some families take a side and no description."""
+        for example in (*self.corpus.examples, *self.corpus.held_out):
+            try:
+                query_prompt(self.family, example)
+            except PromptError:
+                raise TrainingSettingsError(
+                    f"{self.start} is a {self.family.name} model, whose queries take no task: "
+                    f"leave `task` out of the data (one example has {example.task[:80]!r})"
+                ) from None
 
     # The run
 
@@ -165,13 +193,12 @@ class Trainer:
                     return None
         if not self.settings.servable:
             return None
-        target = export(
-            self.model,
-            self.folder / "checkpoint",
-            self.start / "tokenizer.json",
-            dtype=getattr(torch, self.settings.export_dtype),
-            name=self.settings.name,
-        )
+        target, name = self.folder / "checkpoint", self.settings.name
+        dtype = getattr(torch, self.settings.export_dtype)
+        if self.anew:
+            export(self.model, target, self.start / "tokenizer.json", dtype=dtype, name=name)
+        else:
+            export_like(self.start, self.model, target, dtype=dtype, name=name)
         kind = f"LoRA of rank {r}, merged" if (r := self.settings.lora_rank) else "all weights"
         learnt = f"stage {self.settings.stage}" if self.settings.data else "distillation"
         write_papers(self.start, target, f"{steps} steps of `nv-embed train` ({learnt}; {kind}).")
@@ -214,7 +241,7 @@ class Trainer:
 
         Returns the losses, unweighted, and the number of tokens.
         """
-        encodings, places = self._sorted(self._as_read(draw.prompts))
+        encodings, places = self._sorted(self._as_read(draw.prompted(self.family)))
         lengths = [len(encoding) for encoding in encodings]
         parts = gradient_cache.split_by_tokens(lengths, self.settings.tokens_per_pass)
         losses: dict[str, Tensor] = {}
@@ -247,13 +274,13 @@ class Trainer:
         for owner, example in enumerate(examples):
             count = min(len(example.negatives), s.max_negatives)
             for row in rng.permutation(len(example.negatives))[:count]:
-                negatives.append((example.negatives[row], example.passage_instruction))
+                negatives.append(example.negatives[row])
                 owners.append(owner)
         drawn = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
-        texts = [(corpus.texts[corpus.drawn[row]], "") for row in drawn]
+        texts = [corpus.texts[corpus.drawn[row]] for row in drawn]
         return Draw(examples, negatives, owners, texts)
 
-    def _as_read(self, prompts: list[Prompt]) -> list[Prompt]:
+    def _as_read(self, prompts: list[Prompted]) -> list[Prompted]:
         """The prompts of this step, part of the texts in another case."""
         if not (share := self.settings.other_case):
             return prompts
@@ -261,7 +288,7 @@ class Trainer:
         return [(recased(text, rng, share), instruction) for text, instruction in prompts]
 
     def _losses(self, draw: Draw, vectors: Tensor) -> dict[str, Tensor]:
-        """The losses, unweighted, of the vectors [N, D] of draw.prompts."""
+        """The losses, unweighted, of the vectors [N, D] of draw.prompted."""
         s, corpus = self.settings, self.corpus
         examples, negatives, owners = draw.examples, draw.negatives, draw.owners
         losses: dict[str, Tensor] = {}
@@ -270,7 +297,7 @@ class Trainer:
             positives = [e.positive for e in examples]
             same = np.array([[a == b for b in positives] for a in positives])
             same_negatives = np.array(
-                [[a == text for text, _ in negatives] for a in positives], dtype=bool
+                [[a == text for text in negatives] for a in positives], dtype=bool
             ).reshape(count, len(negatives))
             losses["contrastive"] = contrastive_loss(
                 vectors[:count],
@@ -286,7 +313,7 @@ class Trainer:
             # Not only the drawn texts: whatever else in the batch has a teacher's vector, too.
             known = [
                 (place, corpus.places[text])
-                for place, (text, _) in enumerate(draw.prompts)
+                for place, (text, _) in enumerate(draw.prompted(self.family))
                 if text in corpus.places
             ]
             if known:
@@ -298,16 +325,16 @@ class Trainer:
         assert losses, "a step without a loss"
         return losses
 
-    def embed(self, prompts: Sequence[Prompt]) -> tuple[Tensor, int]:
+    def embed(self, prompts: Sequence[Prompted]) -> tuple[Tensor, int]:
         """Vectors [N, D] of the prompts, in their order, and the number of tokens."""
         encodings, places = self._sorted(prompts)
         return self._forward(encodings).index_select(0, places), sum(map(len, encodings))
 
-    def _sorted(self, prompts: Sequence[Prompt]) -> tuple[list[Encoding], Tensor]:
+    def _sorted(self, prompts: Sequence[Prompted]) -> tuple[list[Encoding], Tensor]:
         """The prompts as Encodings, the longest first, and each prompt's place among them."""
         encodings: list[Encoding] = []
         for text, instruction in prompts:
-            room = self.settings.max_tokens + self.tokenizer.pool_start(instruction)
+            room = self.settings.max_tokens + self.tokenizer.prompt_tokens(instruction)
             encodings.append(
                 self.tokenizer.encode(text, instruction, max_tokens=room, truncate=Truncation.END)
             )
@@ -319,7 +346,7 @@ class Trainer:
 
     def _forward(self, encodings: Sequence[Encoding]) -> Tensor:
         """Vectors [N, D] in the order given."""
-        batch = pack(encodings, self.device, pooled=self.model.config.family.pooled)
+        batch = pack(encodings, self.device, pooled=self.family.pooled)
         with (
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             sdpa_kernel(SDPBackend.MATH),  # for the pooler; the fused one is slow backwards
@@ -335,12 +362,14 @@ class Trainer:
         corpus = self.corpus
         scores: dict[str, float] = {}
         if rows := corpus.held_out_texts:
-            vectors = self._embed_all([(corpus.texts[row], "") for row in rows])
+            bare = self.family.prompt("passage")
+            vectors = self._embed_all([(corpus.texts[row], bare) for row in rows])
             targets = torch.from_numpy(corpus.targets[rows])
             scores["validation_cosine"] = round((vectors * targets).sum(-1).mean().item(), 5)
         if corpus.held_out:
-            queries = self._embed_all([(e.query, e.query_instruction) for e in corpus.held_out])
-            found = self._embed_all([(e.positive, e.passage_instruction) for e in corpus.held_out])
+            family, held_out = self.family, corpus.held_out
+            queries = self._embed_all([(e.query, query_prompt(family, e)) for e in held_out])
+            found = self._embed_all([(e.positive, passage_prompt(family, e)) for e in held_out])
             similar = queries @ found.T
             ranks = (similar > similar.diagonal()[:, None]).sum(-1) + 1
             scores["validation_mrr"] = round((1 / ranks).mean().item(), 5)
@@ -351,13 +380,14 @@ class Trainer:
     def embed_texts(
         self, texts: Sequence[str], side: Side, task: str = "", /
     ) -> NDArray[np.float32]:
-        """An `Embedder` of the weights as they are now; NV-Embed tells no side but by the task."""
+        """An `Embedder` of the weights as they are now."""
+        prompt = self.family.prompt(side, task)
         self.model.eval()
-        vectors = self._embed_all([(text, prefix_of(task)) for text in texts])
+        vectors = self._embed_all([(text, prompt) for text in texts])
         self.model.train()
         return vectors.numpy()
 
-    def _embed_all(self, prompts: Sequence[Prompt]) -> Tensor:
+    def _embed_all(self, prompts: Sequence[Prompted]) -> Tensor:
         parts = [self.embed(prompts[i : i + 128])[0] for i in range(0, len(prompts), 128)]
         return torch.cat(parts).cpu()
 

@@ -29,7 +29,7 @@ class Checkpoint:
     """The mapped shards of one folder: names, shapes, and rows of tensors on demand."""
 
     def __init__(self, folder: Path) -> None:
-        self._before = ""
+        self.before = ""  # the names in the family's layout; `check` finds it
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for weights in weight_files(folder):
@@ -42,13 +42,13 @@ class Checkpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By the names of the family's layout, as far as `check` has found them."""
-        return {name.removeprefix(self._before): shape for name, shape in self._shapes.items()}
+        return {name.removeprefix(self.before): shape for name, shape in self._shapes.items()}
 
     def check(self, config: ModelConfig) -> None:
         """Find the family's tensors, also where they are those of a whole language model. Raise
         CheckpointError naming what is missing, surplus or of another shape."""
         if not config.family.prefix and f"{_WHOLE}norm.weight" in self._shapes:
-            self._before = _WHOLE
+            self.before = _WHOLE
             self._shapes.pop(_HEAD, None)
         check_shapes(expected_shapes(config), self.shapes(), f"a {config.family.name} model")
 
@@ -56,14 +56,14 @@ class Checkpoint:
         """Rows [start, stop) of a tensor, on the host, in the checkpoint's dtype.
 
         Raises CheckpointError when one of their numbers is NaN or infinity."""
-        name = self._before + name
+        name = self.before + name
         if start == 0 and stop is None:
             return _finite(name, self._files[name].get_tensor(name))
         return _finite(name, self._files[name].get_slice(name)[start:stop])
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """As `rows`."""
-        name = self._before + name
+        name = self.before + name
         return _finite(name, self._files[name].get_slice(name)[:, start:stop])
 
 

@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
         "train",
         help="train a model by the two-stage recipe",
         description="Run the training that a settings file describes, or go on with it where it "
-        "stopped. The result is a checkpoint in the official layout.",
+        "stopped. The result is a checkpoint in the layout of the one that it starts from.",
         epilog="Example: nv-embed train stage1.json -o runs/stage1",
     )
     parser.add_argument("settings", type=Path, metavar="SETTINGS", help="JSON of one run")

@@ -34,6 +34,7 @@ from model.attention.kernels import (
 )
 from model.errors import UnsupportedError
 from model.packing import Segments
+from model.training.attention import grouped_products
 from tests.model.torches import HAS_VARLEN, VARLEN
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("meta")
@@ -163,6 +164,7 @@ KERNELS = {
     "varlen": varlen_kernel(newest_varlen),
     "varlen, torch 2.11": varlen_kernel(new_varlen),
     "varlen, older torch": varlen_kernel(old_varlen),
+    "of training": grouped_products,
 }
 
 

@@ -9,17 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from model.batch import Encoding, RunnerOptions
 from model.encoder import Encoder
-from model.errors import CheckpointError, EmptyPoolError, UnsupportedError
+from model.errors import EmptyPoolError, UnsupportedError
 from model.families import Family
 from model.hub import locate
 from model.prompts import Example, Prompt
 from model.runner import ModelRunner
 from model.tokenizer import Truncation
-from model.training.network import load_trained
 from model.verify.subject import subject_of
 from tests.model.emulated_cuda import emulated
 from tests.model.torches import HAS_VARLEN
@@ -142,8 +140,6 @@ def test_what_knows_nv_embed_alone_says_so(tmp_path: Path) -> None:
             quantization="none",
             attention="auto",
         )
-    with pytest.raises(CheckpointError, match="is a gritlm model"):
-        load_trained(folder, device=torch.device("cpu"))
 
 
 TEXTS = ["x", "how long is a river?", "The committee met twice, and agreed on nothing. " * 9]

@@ -17,11 +17,13 @@ from tokenizers import Regex, Tokenizer, normalizers, processors
 from tokenizers.models import BPE
 
 from model.batch import Encoding
+from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
 from tests.checkpoints import config_json, official_tokenizer
 from tests.model.test_files import IN_PLACE_OF_A_FILE
 
+CONFIG = ModelConfig.from_dict(config_json())
 PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
 LONG = 1_000_000  # tokens: no limit for these tests' texts
 
@@ -387,12 +389,12 @@ def test_a_tokenizer_of_another_kind_is_refused(
 ) -> None:
     """It could multiply a word, leave merges out at random, or end the process."""
     (tmp_path / "tokenizer.json").write_text(small_tokenizer)
-    assert NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000).vocab_size == 300
+    assert NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG).vocab_size == 300
     raw = json.loads(small_tokenizer)
     change(raw)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message) as refusal:
-        NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000)
+        NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
     assert "tokenizer.json" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 500
@@ -424,7 +426,7 @@ def test_a_mark_truncation_and_padding_change_no_id(
         "pad_token": "<unk>",
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8-sig")
-    other = NVEmbedTokenizer.from_dir(tmp_path, vocab_size=32_000)
+    other = NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
     text = "the same ids, and as many"
     assert (
         other.encode(text, max_tokens=64).ids.tolist()

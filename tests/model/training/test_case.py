@@ -50,11 +50,12 @@ def test_a_step_reads_other_cases_for_the_same_vectors(
 
     trainer = Trainer(plain, tmp_path / "plain")
     draw = trainer.draw()
+    prompts = draw.prompted(trainer.family)
     assert draw == cased.draw()
     rng = np.random.default_rng([plain.seed, 4, 0])
-    read = [(recased(text, rng, 1.0), instruction) for text, instruction in draw.prompts]
-    assert read != draw.prompts
-    assert [text.lower() for text, _ in read] == [text.lower() for text, _ in draw.prompts]
+    read = [(recased(text, rng, 1.0), instruction) for text, instruction in prompts]
+    assert read != prompts
+    assert [text.lower() for text, _ in read] == [text.lower() for text, _ in prompts]
     vectors, _ = trainer.embed(read)
     expected = trainer._losses(draw, vectors)
     assert losses == pytest.approx({name: value.item() for name, value in expected.items()})

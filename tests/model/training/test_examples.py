@@ -26,14 +26,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 def test_instructions() -> None:
-    plain, task, both = (
-        Example("q", "p"),
-        Example("q", "p", (), "t"),
-        Example("q", "p", (), "t", True),
-    )
-    assert (plain.query_instruction, plain.passage_instruction) == ("", "")
-    assert (task.query_instruction, task.passage_instruction) == ("Instruct: t\nQuery: ", "")
-    assert both.passage_instruction == both.query_instruction
+    plain, task = Example("q", "p"), Example("q", "p", (), "t")
+    assert plain.query_instruction == ""
+    assert task.query_instruction == "Instruct: t\nQuery: "
 
 
 @pytest.mark.parametrize(

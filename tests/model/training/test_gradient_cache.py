@@ -137,7 +137,7 @@ class GraphMemory:
 
 def test_the_graphs_in_memory_are_a_parts(settings: TrainingSettings, tmp_path: Path) -> None:
     trainer = Trainer(replace(settings, tokens_per_pass=120), tmp_path)
-    encodings, _ = trainer._sorted(trainer.draw().prompts)
+    encodings, _ = trainer._sorted(trainer.draw().prompted(trainer.family))
     parts = split_by_tokens([len(e) for e in encodings], 120)
     assert len(parts) >= 8
     largest = 0

@@ -18,7 +18,7 @@ from model.errors import CheckpointError
 from model.packing import pack
 from model.training.adapters import add_lora
 from model.training.attention import grouped_products
-from model.training.mistral_import import is_mistral, load_mistral, mistral_config
+from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed
 from tests.model.test_backbone import referee_states
 
@@ -127,8 +127,8 @@ def test_tensors_that_do_not_fit_are_named(tiny_mistral: Path, tmp_path: Path) -
 
 
 def test_it_is_known_by_its_config(tiny_mistral: Path, tiny_checkpoint: Path) -> None:
-    assert is_mistral(tiny_mistral)
-    assert not is_mistral(tiny_checkpoint)
+    assert is_plain_mistral(tiny_mistral)
+    assert not is_plain_mistral(tiny_checkpoint)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        is_mistral(tiny_data := tiny_mistral / "nothing")
+        is_plain_mistral(tiny_data := tiny_mistral / "nothing")
     assert not tiny_data.exists()

@@ -20,6 +20,7 @@ import pytest
 from server import cli, configuration
 from server.cli import command_line
 from server.settings import Settings
+from tests.siblings import write_sibling
 
 pytestmark = pytest.mark.whole
 
@@ -51,11 +52,12 @@ READ_PATHS = {
         "mine FILE",
     ),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
+    "export MODEL",
     *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
 }
 WRITTEN_PATHS = {
     *("serve --uds", "encode --output", "train --out", "mine --out", "evaluate --items"),
-    "gpu-check --out",
+    *("gpu-check --out", "export --output"),
 }
 NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --host": ["a" * 64, "a b", "203.0.113.1", "256.256.256.256", "no.such.host.invalid"],
@@ -137,6 +139,7 @@ def calls(
     (folder / "texts.txt").write_text("one\ntwo\n")
     (folder / "sts.jsonl").write_text('{"first": "a", "second": "b", "score": 1}\n' * 3)
     (folder / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 3)
+    exported = str(write_sibling(folder / "sfr", "sfr-embedding-2"))
     run = {"model": str(golden_checkpoint), "data": {"pairs.jsonl": 1}, "steps": 1}
     (folder / "run.json").write_text(json.dumps(run))
     model = {"--model": [str(golden_checkpoint)], "--offline": [], "--threads": ["1"]}
@@ -168,6 +171,11 @@ def calls(
                     **model,
                 },
                 "evaluate": {"--sts": [str(folder / "sts.jsonl")], **model},
+                "export": {
+                    "MODEL": [exported],
+                    "--to": ["sentence-transformers"],
+                    "--output": [str(folder / "out/exported")],
+                },
                 "openapi": {},
             }[command]
 
