@@ -55,7 +55,8 @@ def _mine(
     matrix = embed(passages, "")
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        scores = _embed_queries(block, embed) @ matrix.T
+        queries = [(example.query, example.query_instruction) for example in block]
+        scores = embed_prompts(queries, embed) @ matrix.T
         for example, row in zip(block, scores, strict=True):
             most = below(row[place[example.positive]], threshold)
             row[never[example.query]] = -np.inf
@@ -63,16 +64,16 @@ def _mine(
             yield replace(example, negatives=tuple(passages[i] for i in chosen))
 
 
-def _embed_queries(examples: Sequence[Example], embed: Embed) -> NDArray[np.float32]:
-    """Each query with its own instruction, in order."""
+def embed_prompts(prompts: Sequence[tuple[str, str]], embed: Embed) -> NDArray[np.float32]:
+    """Of (text, instruction), one or more, the vectors [N, W] in order."""
     groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.query_instruction, []).append(index)
+    for index, (_, instruction) in enumerate(prompts):
+        groups.setdefault(instruction, []).append(index)
     parts = [
-        (rows, embed([examples[row].query for row in rows], instruction))
+        (rows, embed([prompts[row][0] for row in rows], instruction))
         for instruction, rows in groups.items()
     ]
-    vectors = np.empty((len(examples), parts[0][1].shape[1]), dtype=np.float32)
+    vectors = np.empty((len(prompts), parts[0][1].shape[1]), dtype=np.float32)
     for rows, part in parts:
         vectors[rows] = part
     return vectors
