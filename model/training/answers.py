@@ -47,8 +47,9 @@ class Answers:
 def opened(path: Path, settings: Mapping[str, Any]) -> Iterator[Answers]:
     """The answers that `path` has for these settings; a new file where there is none.
 
-    A last line that was cut off is removed. A file without an answer is begun anew. Raises DataError for the answers of other settings,
-    naming what differs, and for what is no such file; OSError.
+    A last line that was cut off is removed. A file without an answer is begun anew. Raises
+    DataError for the answers of other settings, naming what differs, and for what is no such file;
+    OSError.
     """
     header = _MARK + json.dumps(settings).encode()[1:] + b"\n"
     descriptor = os.open(path, _FLAGS, user_files.mode_like(None))
@@ -89,8 +90,11 @@ def _read(path: Path, lines: list[bytes]) -> Iterator[tuple[str, Answer]]:
     for number, line in enumerate(lines, 2):
         try:
             row = json.loads(line)
-            yield row.pop("id"), Answer(**row)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            name, answer = row.pop("id"), Answer(**row)
+            if not all(isinstance(value, str) for value in (name, answer.text, answer.finish)):
+                raise TypeError
+            yield name, answer
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DataError(
                 f"{path}, line {number}: not an answer: remove the line, and it is asked again"
             ) from None

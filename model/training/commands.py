@@ -1,4 +1,4 @@
-"""What `nv-embed train`, `mine`, `synthesize` and `evaluate` do; their arguments are in server/cli/.
+"""What `nv-embed train`, `mine`, `synthesize` and `evaluate` do. server/cli/ has their arguments.
 
 Prints for people on stdout and, last, one line of JSON where there are figures.
 """

@@ -115,8 +115,8 @@ def example_prompt(
     rng = random.Random(f"{seed}/{task}/{number}")  # noqa: S311
     return (
         f"A text embedding model learns this task: {task}\n\n"
-        f"Invent example {number + 1} of it, unlike those that come to mind first, as a JSON object "
-        "with three keys:\n"
+        f"Invent example {number + 1} of it, unlike those that come to mind first, as a JSON "
+        "object with three keys:\n"
         f'- "query": {kind.query} ({rng.choice(kind.query_lengths)}; '
         f"{rng.choice(_CLARITY)});\n"
         f'- "positive": {kind.positive} ({rng.choice(kind.positive_lengths)});\n'
