@@ -89,7 +89,7 @@ def synthesize(arguments: argparse.Namespace) -> int:
     for path in (out, kept):
         check_output(path, _settings_files(arguments))
     if out.exists() and not kept.exists():
-        raise DataError(f"{out} exists, and no run of this command made it: name another output")
+        raise DataError(f"{out} exists, and {kept.name} does not: name another output")
     embed = embedder(arguments) if arguments.filter else None
     chat = ChatModel(
         arguments.chat_url,
@@ -118,17 +118,16 @@ def synthesize(arguments: argparse.Namespace) -> int:
                 f"{chat.name} named no task in {len(store.known)} answers "
                 f"({_listed(found.malformed)}): try another model, or another --temperature"
             )
-        verdict: Counter[str] = Counter()
-        examples: list[Example] = []
-        for group in found.examples.values():
-            judged = verdicts(group, embed, arguments.keep_top) if embed else ["kept"] * len(group)
-            for example, said in zip(group, judged, strict=True):
-                verdict[said] += 1
-                if said == "kept":
-                    examples.append(example)
+        examples = list(chain.from_iterable(found.examples.values()))
+        dropped: Counter[str] = Counter()
+        if embed:
+            groups = found.examples.values()
+            judged = chain.from_iterable(verdicts(g, embed, arguments.keep_top) for g in groups)
+            pairs = list(zip(examples, judged, strict=True))
+            dropped.update(verdict for _, verdict in pairs if verdict != "kept")
+            examples = [example for example, verdict in pairs if verdict == "kept"]
         write_examples(out, examples, kept)
         used = list(store.known.values())
-    dropped = {name: number for name, number in verdict.items() if name != "kept"}
     malformed = sum(found.malformed.values())
     print(
         f"{len(examples)} examples in {out}; of {len(used)} answers {malformed} were malformed; "
@@ -140,7 +139,7 @@ def synthesize(arguments: argparse.Namespace) -> int:
         "answers": len(used),
         "malformed": dict(found.malformed),
         **{n: found.counts[n] for n in ("given_up", "duplicate_tasks", "duplicate_queries")},
-        "round_trip": dropped if embed else None,
+        "round_trip": dict(dropped) if embed else None,
         "prompt_tokens": sum(answer.prompt_tokens for answer in used),
         "completion_tokens": sum(answer.completion_tokens for answer in used),
     }

@@ -74,12 +74,12 @@ class Found:
 
 def pending(settings: SynthesisSettings, answers: Mapping[str, Answer]) -> list[Request]:
     """What is to be asked next; empty when all is there. Tasks come first: the rest needs them."""
-    found = [_tasks(settings, kind, answers) for kind in settings.kinds]
-    if requests := [request for reading in found for request in reading.missing]:
+    readings = [_tasks(settings, kind, answers) for kind in settings.kinds]
+    if requests := [request for reading in readings for request in reading.missing]:
         return requests
     return [
         missing
-        for kind, reading in zip(settings.kinds, found, strict=True)
+        for kind, reading in zip(settings.kinds, readings, strict=True)
         for slot in _slots(settings, kind, reading.tasks)
         if (missing := slot.read(answers).missing)
     ]

@@ -216,7 +216,7 @@ def test_a_run_of_other_settings_and_a_second_run_are_refused(
         assert "another run is writing" in capsys.readouterr().err
         (tmp_path / "mine.jsonl").write_text("mine")
         assert cli.main(call(tmp_path / "mine.jsonl", url)) == 2
-        assert "exists, and no run of this command made it" in capsys.readouterr().err
+        assert "exists, and mine.jsonl.answers does not" in capsys.readouterr().err
         assert sum(seen.served.values()) == number
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
 
