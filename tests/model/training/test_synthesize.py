@@ -238,6 +238,9 @@ def test_a_server_that_cannot_be_asked_is_one_line(
         assert cli.main(call(out, url, "--tasks", "1")) == 0
         assert "from-the-file" not in "".join(capsys.readouterr())
         assert "from-the-file" not in (tmp_path / "out.jsonl.answers").read_text()
+    with serving(do_POST=lambda self: self._answer({"choices": [{"message": {}}]})) as (url, _):
+        assert cli.main(call(tmp_path / "dumb.jsonl", url, "--tasks", "1")) == 2
+        assert "fake-chat named no task in 8 answers (8 x empty answer)" in capsys.readouterr().err
     assert cli.main(call(tmp_path / "other.jsonl", url)) == 2  # it has gone
     assert re.search(r"does not answer as a server: .*refused", capsys.readouterr().err)
     assert not (tmp_path / "other.jsonl.answers").exists()
@@ -303,6 +306,26 @@ def test_no_two_requests_have_the_same_prompt() -> None:
     assert {"English", "Thai"} == set(re.findall(r"All texts are in (\w+)\.", "".join(prompts)))
     assert synthesis.found(settings, known).counts["given_up"] == 3 * 30 * 4
     assert tuple(KINDS) == command.KINDS
+
+
+def test_a_task_in_other_words_of_the_same_letters_is_asked_for_once() -> None:
+    settings = SynthesisSettings("m", ("short",), 12, 1, ("English",), 1.0, 1, 7)
+    first = json.dumps([f"Find a {word}" for word in "abcdefgh"] + ["find a  A.", "FIND A B"])
+    known = {"tasks/short/0": Answer(first, "stop"), "tasks/short/1": Answer("no", "stop")}
+    assert [r.id for r in synthesis.pending(settings, known)] == ["tasks/short/2"]
+    known["tasks/short/2"] = Answer(json.dumps(["Find a C!", "Find an i"]), "stop")
+    known["tasks/short/3"] = Answer(json.dumps([f"Find {n}" for n in range(10)]), "stop")
+    requests = synthesis.pending(settings, known)
+    tasks = [re.search("learns this task: (.*)", request.prompt)[1] for request in requests]  # type: ignore[index]
+    assert tasks == [f"Find a {word}" for word in "abcdefgh"] + [
+        "Find an i",
+        *map("Find {}".format, range(3)),
+    ]
+    counts = synthesis.found(settings, known)
+    assert (counts.counts["duplicate_tasks"], counts.tasks) == (3, {"short": 12})
+    # No more is asked for than so many answers, whatever is missing then.
+    empty = {f"tasks/short/{n}": Answer("no", "stop") for n in range(4)}
+    assert synthesis.pending(settings, empty) == []
 
 
 def test_the_way_back_from_a_query() -> None:
