@@ -38,16 +38,16 @@ def _problem(key: str) -> str | None:
     return None
 
 
-def read_keys(path: Path) -> list[str]:
-    """Raises SettingsError naming the line, for --api-key-file."""
+def read_keys(path: Path, flag: str) -> list[str]:
+    """Raises SettingsError naming the line, and the flag that named the file."""
     try:
         lines = [line.strip() for line in read_text(path).splitlines()]
     except (OSError, ValueError, FileError) as error:
-        raise SettingsError(f"--api-key-file: {error}") from None
+        raise SettingsError(f"{flag}: {error}") from None
     found = {number: line for number, line in enumerate(lines, 1) if line and line[0] != "#"}
     for number, key in found.items():
         if problem := _problem(key):
-            raise SettingsError(f"--api-key-file: {path}, line {number}: {problem}")
+            raise SettingsError(f"{flag}: {path}, line {number}: {problem}")
     if not found:
-        raise SettingsError(f"--api-key-file: {path} holds no key")
+        raise SettingsError(f"{flag}: {path} holds no key")
     return list(found.values())

@@ -21,7 +21,14 @@ from model.errors import FileError, did_you_mean
 from model.tokenizer import Truncation
 from model.user_files import read_text
 from server.errors import SettingsError
-from server.settings import EMPTY, ENV_PREFIX, PATH_OPTIONS, Settings, SettingsT
+from server.settings import (
+    EMPTY,
+    ENV_PREFIX,
+    PATH_OPTIONS,
+    ChatSettings,
+    Settings,
+    SettingsT,
+)
 
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
@@ -33,7 +40,7 @@ def load_as(
     kind: type[SettingsT], flags: Mapping[str, Any], environment: Mapping[str, str]
 ) -> SettingsT:
     """As `load`, the fields of `kind` alone; names, but not values, are checked of the others."""
-    known = Settings.model_fields
+    known = ChatSettings.model_fields | Settings.model_fields
     from_environment = {
         name.removeprefix(ENV_PREFIX).lower(): (name, value)
         for name, value in environment.items()

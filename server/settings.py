@@ -32,7 +32,9 @@ MAX_REQUEST_INPUTS = 2048
 """OpenAI's limit on the inputs of one request."""
 MAX_REQUEST_TOKENS = 300_000
 """OpenAI's limit on the tokens summed over one request."""
-PATH_OPTIONS = ("model", "uds", "api_key_file", "tls_certificate", "tls_key", "config")
+PATH_OPTIONS = (
+    *("model", "uds", "api_key_file", "chat_api_key_file", "tls_certificate", "tls_key", "config"),
+)
 """Those whose values may be names of files, which need not be UTF-8."""
 EMPTY = "a value is empty: leave the option out, or give it one"
 """The one rule, for flags, environment and file. An unset variable of a shell or a compose file
@@ -238,10 +240,29 @@ class KeySettings(ModelSettings):
 
     def api_keys(self) -> list[bytes]:
         """All keys of the flag, the environment and the file. Raises SettingsError."""
-        keys = [key.get_secret_value() for key in self.api_key]
-        if self.api_key_file is not None:
-            keys += read_keys(self.api_key_file)
-        return [key.encode() for key in keys]
+        return _all_keys(self.api_key, self.api_key_file, "--api-key-file")
+
+
+class ChatSettings(KeySettings):
+    """The key of another server, which `nv-embed synthesize` asks for texts."""
+
+    chat_api_key: Keys = Field(
+        [],
+        description="key of the server at --chat-url. Everybody on the machine sees it in `ps`: "
+        "prefer --chat-api-key-file",
+    )
+    chat_api_key_file: Path | None = Field(None, description="file that holds it")
+
+    def chat_api_keys(self) -> list[bytes]:
+        """Likewise."""
+        return _all_keys(self.chat_api_key, self.chat_api_key_file, "--chat-api-key-file")
+
+
+def _all_keys(given: list[SecretStr], file: Path | None, flag: str) -> list[bytes]:
+    keys = [key.get_secret_value() for key in given]
+    if file is not None:
+        keys += read_keys(file, flag)
+    return [key.encode() for key in keys]
 
 
 class Settings(EncodeSettings, KeySettings):

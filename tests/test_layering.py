@@ -79,7 +79,7 @@ def test_the_model_knows_nothing_of_the_server() -> None:
 
 
 def test_only_its_commands_know_of_training() -> None:
-    commands = ["server.cli.train", "server.cli.mine", "server.cli.evaluate"]
+    commands = [f"server.cli.{name}" for name in ("train", "mine", "synthesize", "evaluate")]
     for package in ("model", "server"):
         for name, path in modules(package).items():
             used = any(imported.startswith("model.training") for imported in imports(path))

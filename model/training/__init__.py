@@ -19,7 +19,13 @@ average.py      the mean of several checkpoints
 export.py       the trained module, LoRA merged -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives
+round_trip.py   whether a query leads back to its positive
+endpoint.py     a server that speaks OpenAI's API, and what goes wrong on the way
 remote.py       vectors from a running server
+chat.py         answers from a chat model
+synthesis_prompts.py  what it is asked for: kinds of tasks, tasks, examples
+synthesis.py    what its answers hold, and what is still to be asked
+answers.py      its answers on disk
 convert.py      one's own labelled or scored file -> training lines
 validation_sets.py  a retrieval set to choose checkpoints by
 metrics.py      nDCG, MRR, recall, Spearman, kNN, logistic regression, V-measure
@@ -27,5 +33,5 @@ evaluation.py   `nv-embed evaluate`: sets from files, their instructions, scores
 mteb_adapter.py mteb's tasks on a model or a server
 bm25.py         the lexical baseline
 decontamination.py  training lines that overlap with evaluation texts
-commands.py     what `nv-embed train`, `mine` and `evaluate` do
+commands.py     what `nv-embed train`, `mine`, `synthesize` and `evaluate` do
 """

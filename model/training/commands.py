@@ -1,4 +1,4 @@
-"""What `nv-embed train`, `mine` and `evaluate` do; server/cli/ defines their arguments.
+"""What `nv-embed train`, `mine`, `synthesize` and `evaluate` do. server/cli/ has their arguments.
 
 Prints for people on stdout and, last, one line of JSON where there are figures.
 """
@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,8 +24,9 @@ from model.errors import UnsupportedError
 from model.families import Side
 from model.hub import packaged_checkpoint
 from model.tokenizer import Truncation
-from model.training import bootstrap, evaluation, mteb_adapter
+from model.training import answers, bootstrap, evaluation, mteb_adapter, synthesis
 from model.training.case import CASES, changed
+from model.training.chat import ChatModel
 from model.training.embedders import Embedder, LocalEmbedder
 from model.training.evaluation import NamedSet
 from model.training.examples import (
@@ -37,7 +39,10 @@ from model.training.examples import (
 from model.training.mining import mine
 from model.training.plot import plot
 from model.training.remote import ServerEmbedder
+from model.training.round_trip import verdicts
 from model.training.settings import TrainingSettings
+from model.training.synthesis import SynthesisSettings
+from model.user_files import locked
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -78,6 +83,97 @@ def mine_negatives(arguments: argparse.Namespace) -> int:
         f"{arguments.count} negatives, {found[0]} none"
     )
     return 0
+
+
+def synthesize(arguments: argparse.Namespace) -> int:
+    """Ask a chat model for examples, or for those that are missing; write what stands the test."""
+    out: Path = arguments.out
+    kept = out.with_name(f"{out.name}.answers")
+    for path in (out, kept):
+        check_output(path, _settings_files(arguments))
+    if out.exists() and not kept.exists():
+        raise DataError(f"{out} exists, and {kept.name} does not: name another output")
+    embed = embedder(arguments) if arguments.filter else None
+    chat = ChatModel(
+        arguments.chat_url,
+        arguments.chat_model,
+        arguments.chat_api_key,
+        temperature=arguments.temperature,
+    )
+    settings = SynthesisSettings(
+        chat.name,
+        arguments.kinds,
+        arguments.tasks,
+        arguments.examples_per_task,
+        arguments.languages,
+        arguments.temperature,
+        arguments.max_retries,
+        arguments.seed,
+    )
+    with (
+        locked(out.with_name(f".{out.name}.lock"), out),
+        answers.opened(kept, settings.to_json()) as store,
+    ):
+        _ask_all(settings, chat, store, arguments.concurrency)
+        found = synthesis.found(settings, store.known)
+        if not any(found.tasks.values()):
+            raise DataError(
+                f"{chat.name} named no task in {len(store.known)} answers "
+                f"({_listed(found.malformed)}): try another model, or another --temperature"
+            )
+        examples = list(chain.from_iterable(found.examples.values()))
+        dropped: Counter[str] = Counter()
+        if embed:
+            groups = found.examples.values()
+            judged = chain.from_iterable(verdicts(g, embed, arguments.keep_top) for g in groups)
+            pairs = list(zip(examples, judged, strict=True))
+            dropped.update(verdict for _, verdict in pairs if verdict != "kept")
+            examples = [example for example, verdict in pairs if verdict == "kept"]
+        write_examples(out, examples, kept)
+        used = list(store.known.values())
+    malformed = sum(found.malformed.values())
+    print(
+        f"{len(examples)} examples in {out}; of {len(used)} answers {malformed} were malformed; "
+        f"{sum(dropped.values())} examples did not stand the round trip"
+    )
+    counts = {
+        "examples": len(examples),
+        "tasks": found.tasks,
+        "answers": len(used),
+        "malformed": dict(found.malformed),
+        **{n: found.counts[n] for n in ("given_up", "duplicate_tasks", "duplicate_queries")},
+        "round_trip": dict(dropped) if embed else None,
+        "prompt_tokens": sum(answer.prompt_tokens for answer in used),
+        "completion_tokens": sum(answer.completion_tokens for answer in used),
+    }
+    print(json.dumps({"out": str(out), "model": chat.name, **counts}))
+    return 0
+
+
+def _ask_all(
+    settings: SynthesisSettings, chat: ChatModel, store: answers.Answers, at_once: int
+) -> None:
+    """Until nothing is missing. Whatever comes is kept, also while an error or Ctrl-C ends it."""
+
+    def ask(request: synthesis.Request) -> None:
+        store.add(request.id, chat(request.prompt))
+
+    while requests := synthesis.pending(settings, store.known):
+        bar = tqdm(total=len(requests), desc="Asking", unit=" answers", disable=None)
+        with bar, ThreadPoolExecutor(at_once) as pool:
+            asked = [pool.submit(ask, request) for request in requests]
+            try:
+                for future in as_completed(asked):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                chat.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{number} x {reason}" for reason, number in reasons.most_common())
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -182,7 +278,7 @@ def _scores(embed: Embedder | None, sets: _ReadSets) -> dict[str, dict[str, floa
 
 def _settings_files(arguments: argparse.Namespace) -> Iterator[Path]:
     """Files that say how a command runs."""
-    for name in ("config", "api_key_file"):
+    for name in ("config", "api_key_file", "chat_api_key_file"):
         if path := getattr(arguments, name, None):
             yield Path(path)
 

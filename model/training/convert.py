@@ -20,7 +20,7 @@ from model.errors import ModelError
 from model.training.evaluation import read_sts, task_texts
 from model.training.examples import Example, check_output, write_examples
 from model.training.sources import SEED, TASK_STS, ScoredPair, read_labelled_rows
-from model.training.stages import Known, class_examples, sts_examples
+from model.training.stages import BY, CLASS_EXAMPLES, Known, label_text, sts_examples
 from model.training.teacher import Teacher
 
 
@@ -30,16 +30,19 @@ def known_by(teacher: Teacher, texts: Sequence[str]) -> Known:
 
 
 def labelled_examples(
-    path: Path, task: str, teacher: Teacher, *, everything: bool
+    path: Path, task: str, teacher: Teacher, *, by: str, everything: bool
 ) -> list[Example]:
-    """everything: the rows that `nv-embed evaluate` would score, too."""
+    """by: example or label. everything: the rows that `nv-embed evaluate` would score, too."""
     rows = [
         (row.text, row.label)
         for row in read_labelled_rows(path)
         if everything or not row.development
     ]
-    known = known_by(teacher, [text for text, _ in rows])
-    return class_examples(rows, known, task, random.Random(SEED))  # noqa: S311
+    texts = [text for text, _ in rows]
+    if by == "label":
+        texts += [label_text(label) for _, label in rows]
+    rng = random.Random(SEED)  # noqa: S311
+    return CLASS_EXAMPLES[by](rows, known_by(teacher, texts), task, rng)
 
 
 def scored_examples(path: Path, task: str, teacher: Teacher) -> list[Example]:
@@ -57,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     labelled = forms.add_parser(
         "labelled",
         help="CSV of text and label",
-        description="Each text becomes a query. The positive is another text of its label, the "
-        "negatives are 7 of the 28 texts of other labels that the teacher finds nearest.",
+        description="Each text becomes a query. By example, the positive is another text of its "
+        "label, the negatives are 7 of the 28 texts of other labels that the teacher finds "
+        "nearest. By label, the positive is the label, written as words, and the negatives are 7 "
+        "of the 28 nearest other labels.",
     )
+    labelled.add_argument("--by", choices=list(CLASS_EXAMPLES), default="example", help=BY)
     labelled.add_argument("--task", required=True, help="task text, or the name of a task")
     labelled.add_argument(
         "--all",
@@ -90,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         teacher = Teacher(None if arguments.teacher == "default" else arguments.teacher)
         if arguments.form == "labelled":
             examples = labelled_examples(
-                arguments.file, task, teacher, everything=arguments.everything
+                arguments.file,
+                task,
+                teacher,
+                by=arguments.by,
+                everything=arguments.everything,
             )
         else:
             examples = scored_examples(arguments.file, task, teacher)

@@ -23,7 +23,6 @@ from typing import Any
 from model import user_files
 from model.errors import FileError, ModelError, did_you_mean
 from model.files import without_repetition
-from model.tasks import prefix_of
 
 
 class DataError(ModelError):
@@ -42,10 +41,6 @@ class Example:
     negatives: tuple[str, ...] = ()
     task: str = ""
     symmetric: bool = False
-
-    @property
-    def query_instruction(self) -> str:
-        return prefix_of(self.task)
 
 
 HELD_OUT = 100

@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.errors import UnsupportedError
+from model.families import Side
 from model.training.embedders import Embedder
 from model.training.examples import Example
 
 THRESHOLD = 0.95
 _BLOCK = 1024
+Asked = tuple[str, Side, str]
+"""A text, its side and its task, as an Embedder is asked."""
 
 
 def mine(
@@ -53,7 +56,7 @@ def _mine(
     matrix = embed(passages, "passage", "")
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        scores = _embed_queries(block, embed) @ matrix.T
+        scores = embed_asked([query_of(example) for example in block], embed) @ matrix.T
         for example, row in zip(block, scores, strict=True):
             most = below(row[place[example.positive]], threshold)
             row[never[example.query]] = -np.inf
@@ -61,16 +64,25 @@ def _mine(
             yield replace(example, negatives=tuple(passages[i] for i in chosen))
 
 
-def _embed_queries(examples: Sequence[Example], embed: Embedder) -> NDArray[np.float32]:
-    """Each query with its own task, in order."""
-    groups: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example.task, []).append(index)
+def query_of(example: Example) -> Asked:
+    return example.query, "query", example.task
+
+
+def passage_of(example: Example, text: str) -> Asked:
+    """Its positive, or a negative, as it is asked in training."""
+    return (text, "query", example.task) if example.symmetric else (text, "passage", "")
+
+
+def embed_asked(asked: Sequence[Asked], embed: Embedder) -> NDArray[np.float32]:
+    """The vectors [N, W] of one text or more, in order."""
+    groups: dict[tuple[Side, str], list[int]] = {}
+    for index, (_, side, task) in enumerate(asked):
+        groups.setdefault((side, task), []).append(index)
     parts = [
-        (rows, embed([examples[row].query for row in rows], "query", task))
-        for task, rows in groups.items()
+        (rows, embed([asked[row][0] for row in rows], side, task))
+        for (side, task), rows in groups.items()
     ]
-    vectors = np.empty((len(examples), parts[0][1].shape[1]), dtype=np.float32)
+    vectors = np.empty((len(asked), parts[0][1].shape[1]), dtype=np.float32)
     for rows, part in parts:
         vectors[rows] = part
     return vectors

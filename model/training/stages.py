@@ -1,6 +1,6 @@
 """The data of the two stages, from pairs, texts, their vectors and the labelled sets.
 
-    python -m model.training.stages DATA --vectors DIR [--sts FILE] [--banking77 FILE]
+    python -m model.training.stages DATA --vectors DIR [--sts FILE] [--banking77 FILE] [--by label]
 
 Reads DATA/pairs.jsonl and DATA/texts.jsonl; writes stage1.jsonl, stage2.jsonl and, for the
 distillation that goes on beside the contrastive loss, stage-texts.jsonl and stage-vectors/.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from model.families import Side
 from model.training.examples import (
     DataError,
     Example,
+    is_held_out,
     read_examples,
     read_texts,
     write_examples,
@@ -87,13 +89,62 @@ def class_examples(
         mates = [mate for mate in classes[label] if mate != text]
         if not mates:
             continue
-        others = int((labels != label).sum())
-        pool = min(4 * NEGATIVES, others)
         scores = np.where(labels == label, -np.inf, matrix @ matrix[place])
-        nearest = np.argpartition(-scores, pool)[:pool]  # the own class comes behind them
-        chosen = rng.sample([rows[i][0] for i in nearest], min(NEGATIVES, pool))
+        chosen = [rows[i][0] for i in _some_of_the_nearest(scores, rng)]
         examples.append(Example(text, rng.choice(mates), tuple(chosen), task, True))
     return examples
+
+
+def label_examples(
+    rows: Sequence[tuple[str, str]], known: Known, task: str, rng: random.Random
+) -> list[Example]:
+    """The same by label: the positive is the label's own text (`label_text`, which `known` has,
+    too), the negatives are some of the nearest other labels. A label is a passage: it gets no
+    instruction.
+
+    A text's other labels, where it has several, are no negatives; a text that is its label, or has
+    all of them, gives no example. Raises DataError for fewer than two labels.
+    """
+    named: dict[str, set[str]] = defaultdict(set)
+    for text, label in rows:
+        named[text].add(label_text(label))
+    labels = list(dict.fromkeys(label_text(label) for _, label in rows))
+    if len(labels) < 2:
+        raise DataError("examples of classes need two labels or more")
+    places = {label: place for place, label in enumerate(labels)}
+    matrix, texts = known(labels), known([text for text, _ in rows])
+    examples = []
+    for (text, label), row in zip(rows, texts, strict=True):
+        positive = label_text(label)
+        scores = matrix @ row
+        scores[[places[own] for own in named[text]]] = -np.inf
+        chosen = [labels[i] for i in _some_of_the_nearest(scores, rng)]
+        if text == positive or not chosen:
+            continue
+        examples.append(Example(text, positive, tuple(chosen), task))
+    return examples
+
+
+CLASS_EXAMPLES = {"example": class_examples, "label": label_examples}
+"""The two ways to make labelled texts contrastive, both in the paper."""
+BY = (
+    "how classes become examples: the positive is another text of the label (example), or the "
+    "label itself as words (label) (default: %(default)s)"
+)
+
+
+def label_text(label: str) -> str:
+    """A label as words: card_arrival becomes "card arrival". The dash of -1 is no such dash."""
+    text = re.sub(r"(?<=[^\W_])[-_]+(?=[^\W_])", " ", label)
+    # Its hash would keep a whole class out of training. A label is not what is measured.
+    return f"{text}." if is_held_out(text) else text
+
+
+def _some_of_the_nearest(scores: NDArray[np.floating], rng: random.Random) -> list[int]:
+    """Places of NEGATIVES of the 4 × NEGATIVES best scores, or of fewer; those of -inf are out."""
+    pool = min(4 * NEGATIVES, int((scores > -np.inf).sum()))
+    nearest = np.argpartition(-scores, pool)[:pool]  # what is out comes behind them
+    return [int(place) for place in rng.sample(list(nearest), min(NEGATIVES, pool))]
 
 
 def sts_examples(rows: Sequence[ScoredPair], known: Known, task: str = TASK_STS) -> list[Example]:
@@ -129,6 +180,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="mine for the first so many pairs only")
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--banking77", type=Path)
+    parser.add_argument("--by", choices=list(CLASS_EXAMPLES), default="example", help=BY)
     parser.add_argument("--teacher", help="folder of a sentence-transformers model")
     arguments = parser.parse_args()
     data: Path = arguments.data
@@ -139,6 +191,8 @@ def main() -> None:
     sts = sts_rows(arguments.sts) if arguments.sts else []
     banking = banking_rows(arguments.banking77, development=False) if arguments.banking77 else []
     labelled = [text for text, _ in banking] + [t for row in sts for t in (row.first, row.second)]
+    if arguments.by == "label":
+        labelled += [label_text(label) for _, label in banking]
     clean = len(texts)  # of these the stages distil; what was cleaned away stays away
     extra = sorted(set(labelled) - set(texts))
     if extra:
@@ -150,7 +204,7 @@ def main() -> None:
     mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
     if banking:
-        stage2 += class_examples(banking, known, TASK_BANKING, rng)
+        stage2 += CLASS_EXAMPLES[arguments.by](banking, known, TASK_BANKING, rng)
     rng.shuffle(stage2)
     write_examples(data / "stage1.jsonl", mined)
     write_examples(data / "stage2.jsonl", stage2)

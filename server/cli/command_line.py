@@ -13,13 +13,24 @@ from collections.abc import Sequence
 from model import console
 from model.errors import did_you_mean
 from model.platform import resources
-from server.cli import encode, evaluate, export, gpu_check, mine, openapi, serve, train, verify
+from server.cli import (
+    encode,
+    evaluate,
+    export,
+    gpu_check,
+    mine,
+    openapi,
+    serve,
+    synthesize,
+    train,
+    verify,
+)
 from server.cli.parsing import Parser
 from server.cli.streams import open_standard_streams
 from server.errors import SettingsError
 from server.settings import EMPTY
 
-COMMANDS = (serve, encode, verify, gpu_check, train, mine, evaluate, export, openapi)
+COMMANDS = (serve, encode, verify, gpu_check, train, mine, synthesize, evaluate, export, openapi)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

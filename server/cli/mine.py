@@ -7,6 +7,7 @@ from pathlib import Path
 
 from server.cli.options import add_embedder, settle_embedder
 from server.cli.parsing import Commands, fraction, whole_number
+from server.settings import KeySettings
 
 
 def add(commands: Commands) -> None:
@@ -46,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settle_embedder(arguments)
+    settle_embedder(arguments, KeySettings)
     from model.training import commands
 
     return commands.mine_negatives(arguments)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TypeVar
 
 from server import configuration, logs
 from server.cli.flags import add_flags
 from server.cli.parsing import whole_number
-from server.settings import KeySettings, ModelSettings, SettingsT
+from server.settings import ENV_PREFIX, KeySettings, ModelSettings, SettingsT
+
+KeySettingsT = TypeVar("KeySettingsT", bound=KeySettings)
 
 
 def settle(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
@@ -36,13 +39,7 @@ def add_embedder(parser: argparse.ArgumentParser) -> None:
         "--teacher", help="folder of a sentence-transformers model; 'default': all-MiniLM-L6-v2"
     )
     which.add_argument("--url", help="address of a running server, for instance http://host:8000")
-    for name, kind in (("", "of the server at --url"), ("-file", "file that holds it")):
-        parser.add_argument(
-            f"--api-key{name}",
-            default=argparse.SUPPRESS,
-            metavar="FILE" if name else "KEY",
-            help=f"{kind} [NV_EMBED_API_KEY{name.upper().replace('-', '_')}]",
-        )
+    add_key(parser, "--api-key", "--url")
     add_flags(parser, ModelSettings, leave_out="model")
     parser.add_argument(
         "--max-tokens",
@@ -53,8 +50,22 @@ def add_embedder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settle_embedder(arguments: argparse.Namespace) -> None:
-    options = settle(arguments, KeySettings)
+def add_key(parser: argparse.ArgumentParser, flag: str, server: str) -> None:
+    """The key of another server, itself or in a file; server: the flag of its address."""
+    for suffix, what in (("", f"of the server at {server}"), ("-file", "file that holds it")):
+        variable = f"{ENV_PREFIX}{(flag + suffix).strip('-').replace('-', '_').upper()}"
+        parser.add_argument(
+            f"{flag}{suffix}",
+            default=argparse.SUPPRESS,
+            metavar="FILE" if suffix else "KEY",
+            help=f"{what} [{variable}]",
+        )
+
+
+def settle_embedder(arguments: argparse.Namespace, kind: type[KeySettingsT]) -> KeySettingsT:
+    """As `settle`; `arguments` gets the device and one key, too."""
+    options = settle(arguments, kind)
     arguments.device = options.one_device()
     keys = options.api_keys() if arguments.url else []
     arguments.api_key = keys[0].decode() if keys else None
+    return options

@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from model.errors import did_you_mean
@@ -46,6 +46,42 @@ def whole_number(least: int, most: int = _LARGEST) -> Callable[[str], int]:
             bound = f"at least {least}" if number < least else f"at most {most}"
             raise argparse.ArgumentTypeError(f"must be {bound}, not {text[:64]}")
         return number
+
+    return read
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A number of an option, within bounds."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= (found := float(text)) <= most:
+                return found
+        raise argparse.ArgumentTypeError(
+            f"must be a number from {least:g} to {most:g}, not {text[:64]!r}"
+        )
+
+    return read
+
+
+def words(known: Sequence[str] = ()) -> Callable[[str], tuple[str, ...]]:
+    """Several words with commas between them, each once; known: there are no others."""
+
+    def read(text: str) -> tuple[str, ...]:
+        found = tuple(word.strip() for word in text.split(","))
+        for place, word in enumerate(found):
+            if not word or word in found[:place]:
+                raise argparse.ArgumentTypeError(
+                    f"{text[:64]!r} has {'a word twice' if word else 'an empty word'}"
+                )
+            if known and word not in known:
+                hint = did_you_mean(word, known)
+                raise argparse.ArgumentTypeError(
+                    f"must be some of {', '.join(known)}, not {word[:64]!r}{hint}"
+                )
+            if not re.fullmatch(r"[^\W\d_][\w '()-]{0,39}", word):
+                raise argparse.ArgumentTypeError(f"{word[:64]!r} is no name")
+        return found
 
     return read
 

@@ -4,8 +4,9 @@
 #     QUESTIONS=/abs/questions model/training/recipes/small.sh [WORK]
 # STS Benchmark's and Banking77's training files are the reader's to fetch (SOURCES.csv); without
 # them stage 2 learns from the retrieval pairs alone. QUESTIONS holds the files that questions.py
-# describes; without them three of the six validation sets are not made. Every step is skipped
-# when its result exists; a training run that was stopped goes on. small2.sh goes on from here.
+# describes; without them three of the six validation sets are not made. BY=label makes Banking77
+# contrastive by label instead of by example. Every step is skipped when its result exists; a
+# training run that was stopped goes on. small2.sh goes on from here.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 work="${1:-build/small}"
@@ -68,7 +69,8 @@ if [ ! -d runs/deep ]; then # six layers from here on
 fi
 "$python" -m server.cli train "$here/distil3.json" --base . -o runs/distil3
 if [ ! -f data/stages-done ]; then
-  "$python" -m model.training.stages data --vectors vectors --pairs 72000 "${sets[@]}"
+  "$python" -m model.training.stages data --vectors vectors --pairs 72000 \
+    --by "${BY:-example}" "${sets[@]}"
   clean data/stage1.jsonl
   clean data/stage2.jsonl
   touch data/stages-done # last: what was killed before is made again

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from model.training import convert
-from model.training.examples import read_examples
+from model.training.examples import is_held_out, read_examples
 
 
 class Letters:
@@ -45,6 +45,32 @@ def test_a_labelled_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert read_examples(out)[0].task.startswith("Given a online banking query")
 
 
+def test_a_labelled_csv_by_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "data.csv", tmp_path / "out.jsonl"
+    held_out = next(label for label in map("kind_{}".format, range(999)) if held(label))
+    rows = ["cat,house_pet", "tea,hot-drink", "hot drink,hot-drink", "cat,small_thing", "-7,-1"]
+    source.write_text("\n".join(["text,label", *rows, f"dog,{held_out}"]))
+    call = ["labelled", str(source), "--task", "Find the kind", "-o", str(out), "--all"]
+    assert convert.main([*call, "--by", "label"]) == 0
+    assert "5 examples" in capsys.readouterr().out  # "hot drink" is its label
+    examples = read_examples(out)
+    texts = {"house pet", "hot drink", "small thing", "-1", f"{held_out.replace('_', ' ')}."}
+    found = {(e.query, e.positive): set(e.negatives) for e in examples}
+    assert found["cat", "house pet"] == texts - {"house pet", "small thing"}  # both are its labels
+    assert found["cat", "small thing"] == texts - {"house pet", "small thing"}
+    assert found["tea", "hot drink"] == texts - {"hot drink"}
+    assert found["-7", "-1"] == texts - {"-1"}
+    assert not any(is_held_out(text) for text in texts)  # a class that is never learnt
+    assert {(e.task, e.symmetric) for e in examples} == {("Find the kind", False)}
+    with pytest.raises(SystemExit):
+        convert.main([*call, "--by", "name"])
+    assert "choose from" in capsys.readouterr().err
+
+
+def held(label: str) -> bool:
+    return is_held_out(label.replace("_", " "))
+
+
 def test_scored_pairs(tmp_path: Path) -> None:
     source, out = tmp_path / "pairs.tsv", tmp_path / "out.jsonl"
     lines = [("4.5", "a cat", "the cat"), ("1", "a dog", "tea"), ("3", "a cat", "cat")]
@@ -63,4 +89,6 @@ def test_a_bad_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "data.csv cannot be read" in capsys.readouterr().err
     source.write_text("text,label,split\na,x,train\nb,x,train\n")
     assert convert.main(call) == 2
+    assert "two labels or more" in capsys.readouterr().err
+    assert convert.main([*call, "--by", "label"]) == 2
     assert "two labels or more" in capsys.readouterr().err

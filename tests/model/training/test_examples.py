@@ -25,12 +25,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_examples(tmp_path / "x.jsonl") == examples
 
 
-def test_instructions() -> None:
-    plain, task = Example("q", "p"), Example("q", "p", (), "t")
-    assert plain.query_instruction == ""
-    assert task.query_instruction == "Instruct: t\nQuery: "
-
-
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

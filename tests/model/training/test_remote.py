@@ -15,7 +15,8 @@ import pytest
 
 from model.errors import UnsupportedError
 from model.training import remote
-from model.training.remote import RemoteError, ServerEmbedder, request_batches
+from model.training.endpoint import ATTEMPTS, RemoteError
+from model.training.remote import ServerEmbedder, request_batches
 from server import cli
 
 KEY = "a-secret"
@@ -132,7 +133,7 @@ def test_it_gives_up_in_the_end() -> None:
         embed = ServerEmbedder(url, sleep=lambda _: None)
         with pytest.raises(RemoteError, match=r"still overloaded after 8 tries \(try later\)"):
             embed(["x"], "query")
-    assert len(seen.requests) == remote.ATTEMPTS
+    assert len(seen.requests) == ATTEMPTS
     with serving([(504, {"x-should-retry": "false"})]) as (url, seen):
         embed = ServerEmbedder(url)
         with pytest.raises(RemoteError, match="answered 504: try later"):

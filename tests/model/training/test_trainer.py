@@ -418,6 +418,33 @@ def test_a_deeper_checkpoint_computes_the_same_at_first(
     assert new.abs().max() > 0
 
 
+def test_in_batch_negatives_are_never_the_own_label(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Classes by label: what others of a query's class have for a positive is its own positive."""
+    labels = ("animal", "vehicle", "drink")
+    rows = [
+        {"query": f"text {n}", "positive": labels[n % 3], "negatives": [labels[(n + 1) % 3]]}
+        for n in range(24)
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data": {str(tmp_path / "labels.jsonl"): 1}, "texts": None, "vectors": None}
+    changes |= {"projection": None, "texts_per_step": 0, "pairs_per_step": 10, "temperature": 0.2}
+    trainer = Trainer(settings_of(tiny_checkpoint, tiny_data, **changes), tmp_path / "run")
+    draw = trainer.draw()
+    assert len({e.positive for e in draw.examples}) < len(draw.examples) == 10
+    with torch.no_grad():
+        vectors, _ = trainer.embed(draw.prompts)
+        (loss,) = trainer._losses(draw, vectors).values()
+    passages = [text for text, _ in draw.prompts[10:]]
+    expected = []
+    for place, example in enumerate(draw.examples):
+        scores = (vectors[10:] @ vectors[place] / 0.2).exp()
+        rivals = [text != example.positive for text in passages]
+        expected.append(-torch.log(scores[place] / (scores[place] + scores[rivals].sum())))
+    assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
 def test_an_epoch_sees_every_row_once() -> None:
     shuffle = Shuffle(10, seed=1, stream=2)
     drawn = [row for step in range(5) for row in shuffle.draw(step, 4)]

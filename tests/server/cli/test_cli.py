@@ -38,7 +38,7 @@ READ = [
 """What is named in place of a file that is read; see `places`."""
 WRITTEN = ["missing/below", "file/below", "loop/below", "/proc/below"]
 TOO_LONG = "x" * 5000
-ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "evaluate")
+ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "synthesize", "evaluate")
 READ_PATHS = {
     *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
     *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
@@ -54,11 +54,14 @@ READ_PATHS = {
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     "export MODEL",
     *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
+    *("synthesize --teacher", "synthesize --chat-api-key-file"),
 }
 WRITTEN_PATHS = {
     *("serve --uds", "encode --output", "train --out", "mine --out", "evaluate --items"),
-    *("gpu-check --out", "export --output"),
+    *("gpu-check --out", "export --output", "synthesize --out"),
 }
+URLS = ["nonsense", "file:///etc/passwd", "http://", "http://[", "http://a b/"]
+KEYS = ["a key", "a\nb", "schlüssel"]
 NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --host": ["a" * 64, "a b", "203.0.113.1", "256.256.256.256", "no.such.host.invalid"],
     "serve --root-path": ["api", "/api/", "/a b"],
@@ -69,17 +72,18 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
     **{f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"] for name in ON_ONE_DEVICE},
     **{
         f"{name} --{option}": values
-        for name in ("mine", "evaluate")
-        for option, values in (
-            ("url", ["nonsense", "file:///etc/passwd", "http://", "http://[", "http://a b/"]),
-            ("api-key", ["a key", "a\nb", "schlüssel"]),
-            ("api-key-file", READ),
-        )
+        for name in ("mine", "synthesize", "evaluate")
+        for option, values in (("url", URLS), ("api-key", KEYS), ("api-key-file", READ))
     },
+    "synthesize --chat-url": URLS,
+    "synthesize --chat-api-key": KEYS,
+    "synthesize --kinds": ["x", "short,", "short,short", "Short", "short long"],
+    "synthesize --languages": [",", "English,", "English,English", "5", "-", "a" * 50],
 }
 ANY = re.compile(
     r"encode --(prompt|instruction|field)|(serve|encode) --(query-instruction|runner)|"
-    r"serve --served-model-name|[\w-]+ --revision|evaluate --(mteb|results)"
+    r"serve --served-model-name|[\w-]+ --revision|evaluate --(mteb|results)|"
+    r"synthesize --chat-model"
 )
 """Options that take every text, or whose text is looked at by another program (mteb, the hub)."""
 
@@ -170,6 +174,11 @@ def calls(
                     "--out": [str(folder / "out/mined.jsonl")],
                     **model,
                 },
+                "synthesize": {
+                    "--out": [str(folder / "out/examples.jsonl")],
+                    "--chat-url": ["http://localhost:1"],
+                    **model,
+                },
                 "evaluate": {"--sts": [str(folder / "sts.jsonl")], **model},
                 "export": {
                     "MODEL": [exported],
@@ -245,7 +254,7 @@ def test_nonsense_is_one_line_and_a_status(
     assert "Traceback" not in out + err
     shown = re.split(r"[\s/]", value.strip())[-1][:30]
     assert name in said[0] or shown in said[0], said[0]
-    if name == "--api-key" and len(value) > 2:
+    if name in ("--api-key", "--chat-api-key") and len(value) > 2:
         assert value not in said[0].replace("a key has", "")
 
 
@@ -373,6 +382,7 @@ def test_the_environment_names_the_model_of_every_command(
         "verify": [],
         "gpu-check": [],
         "mine": ["pairs.jsonl", "-o", "y.jsonl"],
+        "synthesize": ["-o", "z.jsonl", "--chat-url", "http://localhost:1"],
         "evaluate": ["--sts", "sts.jsonl"],
         "serve": [],
     }
