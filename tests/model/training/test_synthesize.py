@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from model.families import Side
 from model.training import answers, chat, synthesis
 from model.training.chat import Answer, ChatModel
 from model.training.examples import DataError, Example, read_examples
@@ -332,8 +333,9 @@ def test_the_way_back_from_a_query() -> None:
     """Vectors are angles: the nearer, the more alike."""
     angles = {"q": 0.0, "near": 0.1, "next": 0.2, "far": 0.3, "hard": 0.25}
 
-    def embed(texts: Sequence[str], instruction: str) -> NDArray[np.float32]:
-        assert instruction == ("Instruct: t\nQuery: " if texts == ["q"] * len(texts) else "")
+    def embed(texts: Sequence[str], side: Side, task: str) -> NDArray[np.float32]:
+        asked = ("query", "t") if texts == ["q"] * len(texts) else ("passage", "")
+        assert (side, task) == asked
         found = [angles[text] for text in texts]
         return np.array([[np.cos(a), np.sin(a)] for a in found], dtype=np.float32)
 

@@ -433,10 +433,11 @@ def test_in_batch_negatives_are_never_the_own_label(
     trainer = Trainer(settings_of(tiny_checkpoint, tiny_data, **changes), tmp_path / "run")
     draw = trainer.draw()
     assert len({e.positive for e in draw.examples}) < len(draw.examples) == 10
+    prompted = draw.prompted(trainer.family)
     with torch.no_grad():
-        vectors, _ = trainer.embed(draw.prompts)
+        vectors, _ = trainer.embed(prompted)
         (loss,) = trainer._losses(draw, vectors).values()
-    passages = [text for text, _ in draw.prompts[10:]]
+    passages = [text for text, _ in prompted[10:]]
     expected = []
     for place, example in enumerate(draw.examples):
         scores = (vectors[10:] @ vectors[place] / 0.2).exp()
