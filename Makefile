@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-sentence-transformers test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ $(OTHER)/.installed: requirements-test.lock pyproject.toml
 # The current release, and the last one that runs with transformers 4; the rest is the lock's.
 ST_6 := sentence-transformers==6.2.0
 ST_5 := sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+test-families: $(VENV)/.installed-test ## gpu-check of each family's small checkpoint, on an emulated device
+	FAMILIES=full $(BIN)/pytest tests/model/test_gpu_check.py -k family $(ARGS)
+
 test-sentence-transformers: build/st-6/.installed build/st-5/.installed ## load what `nv-embed export` writes in both
 	for release in 6 5; do PYTHONPATH=build/st-$$release $(BIN)/pytest \
 	    tests/model/test_sentence_transformers_export.py $(ARGS) || exit 1; done

@@ -27,6 +27,7 @@ PUBLISHED_SCORES = {
 _MOST_BYTES = 1 << 20
 """Of a card, its beginning is read. The longest hold tables of scores, some 300 KB."""
 _FRONT_MATTER = re.compile(r"---[^\S\n]*\n(.*?\n)---[^\S\n]*(?:\n|\Z)", re.DOTALL)
+_INSTRUCTED = re.compile(r"Instruct: .*\nQuery: ")
 _LICENSE = re.compile(r"""^["']?license["']?[ \t]*:.{,200}""", re.MULTILINE)
 """Its line alone: those tables in front of it take the YAML parser a second."""
 
@@ -92,8 +93,11 @@ def read_card(card: str) -> CardExample | None:
                     values[node.targets[0].id] = _plain_value(node.value, values)
                 except (ValueError, LookupError, TypeError, RecursionError):
                     continue  # a call or an import: not a plain value
+        queries = _texts(values.get("queries"))
+        passages = _texts(values.get("passages", values.get("documents")))
         prefix = values.get("query_prefix")
-        queries, passages = _texts(values.get("queries")), _texts(values.get("passages"))
+        if prefix is None and all(map(_INSTRUCTED.match, queries or ())):
+            prefix = ""  # in the queries already
         if isinstance(prefix, str) and queries and passages:
             found = re.findall(r"^\s*#\s*(\[\[[-+\d.eE,\s\[\]]*\]\])", block, re.MULTILINE)
             scores = _scores(found[-1]) if found else None
@@ -113,6 +117,12 @@ def _plain_value(node: ast.expr, values: dict[str, Any]) -> Any:
             return total
         case ast.Subscript(value=value, slice=index):
             return _plain_value(value, values)[_plain_value(index, values)]
+        case ast.Call(func=ast.Name(id="get_detailed_instruct"), args=[task, query]):
+            # The one function that the cards of e5-mistral and its kin define.
+            told, asked = (_plain_value(part, values) for part in (task, query))
+            if isinstance(told, str) and isinstance(asked, str):
+                return f"Instruct: {told}\nQuery: {asked}"
+            raise ValueError("no texts")
         case ast.List(elts=elements):
             return [_plain_value(element, values) for element in elements]
     return ast.literal_eval(node)

@@ -24,6 +24,13 @@ _DEFAULT_NUM_LATENTS = 512
 _DEFAULT_CROSS_HEADS = 8
 _DEFAULT_CROSS_DIM_HEAD = 4096
 
+_DEFAULTS: Mapping[str, Mapping[str, int | float | None]] = {
+    "mistral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6, "sliding_window": 4096},
+    "nvembed": {"num_key_value_heads": 8, "rms_norm_eps": 1e-6},
+    "ministral3": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "head_dim": 128},
+}
+"""By model_type: what transformers computes with where config.json does not have a key."""
+
 _BOUNDS: dict[str, tuple[float, float]] = {
     "vocab_size": (3, 2**22),
     "hidden_size": (1, 2**16),
@@ -136,6 +143,7 @@ class ModelConfig:
         cls, raw: dict[str, Any], family: Family, files: SentenceTransformersFiles
     ) -> ModelConfig:
         text = raw if family.section is None else _section(raw, family.section)
+        text = {**_DEFAULTS.get(family.model_type, {}), **text}
         for key, (value, why) in family.required.items():
             _require(raw, key, value, why)
         _require(text, "hidden_act", "silu", "the MLP computes SiLU")

@@ -203,6 +203,7 @@ TRAINING = [
 ]
 VERIFY = [
     "outcome",
+    "authors_models",
     "parts",
     "subject",
     "authors",

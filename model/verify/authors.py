@@ -15,16 +15,13 @@ from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.errors import CheckpointError
 from model.files import read_json
 from model.tokenizer import BOS_ID, EOS_ID, Truncation
+from model.verify.authors_models import AUTHORS_MODELS
 from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
-from model.verify.subject import EXAMPLE, PREFIX, SAMPLES, VECTOR_TOLERANCE, Loaded, Subject
+from model.verify.subject import SAMPLES, VECTOR_TOLERANCE, Loaded, Subject, prompt_of
 from model.weights.checkpoint import Checkpoint
 
-EXAMPLE_IDS = [
-    1, 560, 1356, 28747, 12628, 264, 2996, 28725, 20132, 1455, 1291, 369, 4372, 272, 2996, 13,
-    3294, 28747, 460, 4612, 28709, 4965, 4670, 297, 17619, 1905, 28804, 2,
-]  # fmt: skip
-EXAMPLE_POOL_START = 18
 Embed = Callable[[Sequence[Encoding]], NDArray[np.float32]]
+MISTRAL_PIECES = 32_000
 SCORE_TOLERANCE = {torch.float32: 0.1, torch.float16: 0.5, torch.bfloat16: 1.0}
 """Of scores times 100. The published ones carry their own machine's rounding."""
 _MOST_GOLDEN_BYTES = 256 << 20
@@ -43,26 +40,44 @@ def check_tensors(subject: Subject) -> Check:
 
 
 def check_example_ids(subject: Subject) -> Check:
-    """The known example: 28 ids, 18 left out of the pool."""
-    encoding = subject.tokenizer.encode(EXAMPLE, PREFIX, max_tokens=4096)
-    same = encoding.ids.tolist() == EXAMPLE_IDS and encoding.pool_start == EXAMPLE_POOL_START
-    return Check(
-        "token ids",
-        status_of(same),
-        f"{len(encoding)} ids, {encoding.pool_start} left out",
-        f"{len(EXAMPLE_IDS)} ids, {EXAMPLE_POOL_START} left out",
-        note="" if same else f"ids {encoding.ids.tolist()}",
-    )
+    """Texts whose ids are known of the authors' code, and how many are left out of the pool."""
+    name, family = "token ids", subject.config.family
+    authors = AUTHORS_MODELS[family.name]
+    if not authors.vocabulary and subject.tokenizer.vocab_size != MISTRAL_PIECES:
+        return skipped(name, "the ids that are known are of Mistral's vocabulary")
+    good, wrong, known = 0, "", authors.known
+    if not authors.vocabulary:  # and the sides' prefixes may be the folder's own
+        own = subject.config.prompts
+        known = tuple(k for k in known if own.get(k.side) in (None, f"{k.side}: "))
+    for example in known:
+        prompt = family.prompt(example.side, example.task)
+        encoding = subject.tokenizer.encode(example.text, prompt, max_tokens=4096)
+        if (encoding.ids.tolist(), encoding.pool_start) == (example.ids, example.left_out):
+            good += 1
+        else:
+            found = f"ids {encoding.ids.tolist()}, {encoding.pool_start} left out"
+            wrong = f"a {example.side} has {found}; ids {example.ids}, {example.left_out} left out"
+    if not known:
+        return skipped(name, "the folder has prompts of its own")
+    return Check(name, status_of(good == len(known)), good, len(known), note=wrong or "texts")
 
 
 def check_eos(subject: Subject) -> Check:
-    """Every encoding begins with BOS and ends with EOS, and has them nowhere else."""
-    inputs = [*SAMPLES, ("", ""), ("", "a literal </s> in the text"), ("", "<s>")]
+    """Every encoding begins with BOS and ends with EOS where the family has it, also when it is cut
+    where the family keeps it, and has them nowhere else."""
+    authors = AUTHORS_MODELS[subject.config.family.name]
+    inputs = [(side, text, 4096) for side, text in SAMPLES]
+    inputs += [("passage", text, 4096) for text in ("a literal </s> in the text", "<s>")]
+    inputs += [("passage", SAMPLES[4][1], 24)]
     good = 0
-    for instruction, text in inputs:
-        ids = subject.tokenizer.encode(text, instruction, max_tokens=4096).ids.tolist()
-        ends = (ids[0], ids[-1]) == (BOS_ID, EOS_ID)
-        good += ends and not {BOS_ID, EOS_ID} & set(ids[1:-1])
+    for side, text, most in inputs:
+        ids = subject.tokenizer.encode(
+            text, prompt_of(subject, side), max_tokens=most, truncate=Truncation.END
+        ).ids.tolist()
+        ends = [EOS_ID] if authors.eos and (most > len(ids) or authors.keeps_eos) else []
+        inner = ids[1 : len(ids) - len(ends)]
+        whole = ids[0] == BOS_ID and ids[len(ids) - len(ends) :] == ends
+        good += whole and not {BOS_ID, EOS_ID} & set(inner)
     return Check("BOS and EOS", status_of(good == len(inputs)), good, len(inputs), note="inputs")
 
 

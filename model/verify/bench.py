@@ -85,6 +85,7 @@ class Bench:
                     quantization=quantization,
                     attention=self.job["attention"],
                     fused_kernels=FUSED if variant.endswith(_FUSED) else "plain",
+                    family=self.source.family,
                     **options,  # type: ignore[arg-type]
                 )
             )
@@ -182,7 +183,9 @@ def _recording_of(subject: Subject, working: Loaded) -> Embed:
     cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], subject.quantization)
     with torch.inference_mode():
         recorded = cuda_graphs.GraphedForward(
-            lambda batch: working.model(batch, working.attend), subject.device
+            lambda batch: working.model(batch, working.attend),
+            subject.device,
+            pooled=subject.config.family.pooled,
         )
 
     @torch.inference_mode()

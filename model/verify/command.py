@@ -140,7 +140,7 @@ def run_checks(subject: Subject, measured: Measured) -> Iterator[Check]:
         measured.tokens_per_s = throughput(subject, working)
     measured.peak_memory_bytes = peak.bytes
     yield authors.check_card(subject, working.embed)
-    yield structure.check_bidirectional(subject, working)
+    yield structure.check_mask(subject, working)
     yield structure.check_alone(subject, working)
     yield structure.check_pooler(subject, working)
     yield from structure.check_kernels(subject, working)

@@ -14,7 +14,7 @@ from model.errors import UnsupportedError
 from model.verify import authors, structure
 from model.verify.bench import Bench, precision_of
 from model.verify.outcome import Check, at_least, difference, smallest_cosine
-from model.verify.precisions import DTYPE_COSINE, SlowFloat8Linear
+from model.verify.precisions import SlowFloat8Linear, least_cosine
 from model.verify.referee import Referee
 from model.verify.subject import Measured, layers_of, load, sample_encodings
 
@@ -37,7 +37,7 @@ def parts(bench: Bench, variant: str) -> dict[str, Any]:
     subject, working = bench.loaded(variant)
     checks = [
         structure.check_finite(subject, working, Measured(), variant),
-        structure.check_bidirectional(subject, working),
+        structure.check_mask(subject, working),
         structure.check_alone(subject, working),
         structure.check_pooler(subject, working),
         *structure.check_kernels(subject, working),
@@ -105,7 +105,7 @@ def cosine(bench: Bench, variant: str) -> dict[str, Any]:
     check = at_least(
         f"{variant} and float32",
         smallest_cosine(got, exact),
-        DTYPE_COSINE[precision_of(variant)],
+        least_cosine(precision_of(variant), bench.config),
         "smallest cosine",
     )
     found: dict[str, Any] = {"cosines": np.einsum("nd,nd->n", got, exact).tolist()}

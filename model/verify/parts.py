@@ -43,7 +43,7 @@ def load_backbone(
             put(backbone, name, laid_out(backbone, name, values))
             for source in sources:
                 tensor = checkpoint.rows(source.name)
-                theirs[source.name.removeprefix("embedding_model.")] = tensor
+                theirs[source.name.removeprefix(config.family.prefix)] = tensor
     return backbone.eval(), theirs
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from model.config import ModelConfig
 from model.linear.quantization import Float8Linear
 from model.verify.outcome import Check, at_least, skipped, smallest_cosine
 from model.verify.subject import Measured, Subject, load, no_room, sample_encodings
@@ -18,6 +19,15 @@ DTYPE_COSINE = {
     "float8": 0.98,
 }
 """Against float32."""
+_OF_ONE_ROW = {"float8": 0.96}
+"""Where one row is the vector, and no mean evens out what 8 bits round off."""
+
+
+def least_cosine(variant: str, config: ModelConfig) -> float:
+    """Of `variant` to float32."""
+    if config.family.pooler == "last":
+        return _OF_ONE_ROW.get(variant, DTYPE_COSINE[variant])
+    return DTYPE_COSINE[variant]
 
 
 class SlowFloat8Linear(Float8Linear):
@@ -47,4 +57,4 @@ def check_precisions(subject: Subject, measured: Measured) -> Iterator[Check]:
             measured.vectors[variant] = loaded.embed(sample_encodings(subject))
             del loaded
         worst = smallest_cosine(measured.vectors[variant], exact)
-        yield at_least(name, worst, DTYPE_COSINE[variant], "smallest cosine")
+        yield at_least(name, worst, least_cosine(variant, subject.config), "smallest cosine")

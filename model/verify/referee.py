@@ -1,4 +1,4 @@
-"""The referee: the whole model in float32 by transformers' layers and the published pooler.
+"""The referee: the whole model in float32 by transformers' layers and the authors' pooler.
 
 One layer is in memory at a time (0.87 GB at the official size), and the pooler after the last, so
 that it fits every card. It shares with what serves the tensors on disk alone: no packing, no
@@ -10,7 +10,6 @@ Shapes: T tokens of one sequence, D width, N inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch import Tensor, nn
 from model.backbone import select_rows
 from model.batch import Encoding
 from model.config import ModelConfig
+from model.files import read_json
 from model.packing import pack
+from model.verify.authors_models import AUTHORS_MODELS
 from model.verify.parts import load_plain_pooler
 from model.weights.checkpoint import Checkpoint
-
-_BACKBONE = "embedding_model."
 
 
 class Referee:
@@ -50,6 +49,10 @@ class Referee:
         checkpoint = Checkpoint(self._folder)
         checkpoint.check(self._config)
         hidden_states = self._hidden_states(checkpoint, encodings)
+        authors = AUTHORS_MODELS[self._config.family.name]
+        if authors.pooler != "latent":
+            each = zip(hidden_states, encodings, strict=True)
+            return torch.stack([authors.pooled(*one) for one in each]).cpu().numpy()
         batch = pack(encodings, self._device)
         pooler = load_plain_pooler(
             self._folder, self._config, device=self._device, dtype=torch.float32
@@ -59,17 +62,19 @@ class Referee:
 
     def _hidden_states(self, checkpoint: Checkpoint, encodings: Sequence[Encoding]) -> list[Tensor]:
         """[T, D] of each, the final norm applied."""
-        embeddings = checkpoint.rows(f"{_BACKBONE}embed_tokens.weight")
+        names = self._config.family.prefix
+        causal = AUTHORS_MODELS[self._config.family.name].causal
+        embeddings = checkpoint.rows(f"{names}embed_tokens.weight")
         states = [
             embeddings[torch.from_numpy(e.ids).long()].float().to(self._device) for e in encodings
         ]
         del embeddings
-        theirs = mistral_model(replace(self._config, vocab_size=1), 1).to(self._device)
+        theirs = transformers_model(self._folder, self._config, 1, vocab_size=1).to(self._device)
         norm, theirs.norm = theirs.norm, nn.Identity()
         for index in range(self._config.num_hidden_layers):
-            _fill(theirs.layers[0], checkpoint, f"{_BACKBONE}layers.{index}.", self._device)
-            states = [states_of(theirs, inputs_embeds=x[None]) for x in states]
-        _fill(norm, checkpoint, f"{_BACKBONE}norm.", self._device)
+            _fill(theirs.layers[0], checkpoint, f"{names}layers.{index}.", self._device)
+            states = [states_of(theirs, causal, inputs_embeds=x[None]) for x in states]
+        _fill(norm, checkpoint, f"{names}norm.", self._device)
         return [norm(x) for x in states]
 
 
@@ -79,35 +84,31 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.
         parameter.copy_(checkpoint.rows(prefix + name).to(device))
 
 
-def states_of(theirs: Any, **inputs: Tensor) -> Tensor:
-    """-> [T, D] of one sequence [1, T] or [1, T, D] under a full mask. It is given whole, zeros
-    everywhere: so no causal and no sliding one is made."""
+def states_of(theirs: Any, causal: bool, **inputs: Tensor) -> Tensor:
+    """-> [T, D] of one sequence [1, T] or [1, T, D]. The causal mask and its window are made by
+    transformers; a full one is given whole, zeros everywhere, so that none is made."""
     (given,) = inputs.values()
     length = given.shape[1]
-    full = torch.zeros(1, 1, length, length, device=given.device)
-    states: Tensor = theirs(**inputs, attention_mask=full, use_cache=False).last_hidden_state[0]
+    mask = None if causal else torch.zeros(1, 1, length, length, device=given.device)
+    states: Tensor = theirs(**inputs, attention_mask=mask, use_cache=False).last_hidden_state[0]
     return states
 
 
-def mistral_model(config: ModelConfig, layers: int) -> Any:
-    """transformers' MistralModel in float32 on the CPU, values not yet set."""
-    from transformers import MistralConfig, MistralModel
+def transformers_model(
+    folder: Path, config: ModelConfig, layers: int, **changes: int | None
+) -> Any:
+    """transformers' MistralModel or Ministral3Model in float32 on the CPU, values not yet set. Its
+    settings are those of config.json itself, but for `changes`."""
+    import transformers
 
-    options: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "sliding_window": None,
-        "attn_implementation": "sdpa",
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    theirs: torch.nn.Module = MistralModel(MistralConfig(**options))
+    raw = read_json(folder / "config.json")
+    text = raw if config.family.section is None else raw[config.family.section]
+    kind = "Ministral3" if config.family.model_type == "ministral3" else "Mistral"
+    ours = {"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "torch_dtype"}
+    options = {key: value for key, value in text.items() if key not in ours}
+    # None of them is in a test's vocabulary of one.
+    options |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    options |= {"num_hidden_layers": layers, "attn_implementation": "sdpa", **changes}
+    settings = getattr(transformers, f"{kind}Config")(**options)
+    theirs: torch.nn.Module = getattr(transformers, f"{kind}Model")(settings)
     return theirs.to(torch.float32).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from model.attention.kernels import available_kernels, choose_kernel
 from model.batch import Encoding
 from model.errors import UnsupportedError
 from model.packing import pack
-from model.verify.authors import EXAMPLE_IDS
+from model.verify.authors_models import AUTHORS_MODELS
 from model.verify.outcome import Check, at_most, finite, skipped, status_of
 from model.verify.parts import load_backbone, load_plain_pooler
-from model.verify.referee import mistral_model, states_of
+from model.verify.referee import states_of, transformers_model
 from model.verify.subject import (
     SAMPLES,
     VECTOR_TOLERANCE,
@@ -33,6 +34,9 @@ from model.weights.loader import empty_model
 
 FOLDED_COSINE = 0.9999
 REFEREE_LAYERS = 2
+_NARROW = 16
+"""Of a window that most samples are longer than."""
+_ANOTHER_ID = 12_628
 
 
 def check_finite(subject: Subject, working: Loaded, measured: Measured, variant: str) -> Check:
@@ -42,20 +46,23 @@ def check_finite(subject: Subject, working: Loaded, measured: Measured, variant:
     return at_most("length of the vectors", worst, 1e-5, "distance from 1")
 
 
-def check_bidirectional(subject: Subject, working: Loaded) -> Check:
-    """Another last word must change what the model makes of the first ones."""
+def check_mask(subject: Subject, working: Loaded) -> Check:
+    """Another last word changes what a full mask makes of the first ones, and a causal one not."""
     text = subject.tokenizer.encode(SAMPLES[1][1], max_tokens=4096)
     changed = text.ids.copy()
-    changed[-2] = EXAMPLE_IDS[4]  # the place before EOS
+    changed[-2] = _ANOTHER_ID  # EOS may be behind it
     before, after = (
         working.hidden_states(pack([Encoding(ids)], subject.device)).float()
         for ids in (text.ids, changed)
     )
     moved = (after - before).norm(dim=-1) / before.norm(dim=-1)
     early = float(moved[1 : len(moved) // 2].median())
-    status = status_of(early > 1e-3)
     note = "relative change of the early rows when the last word changes"
-    return Check("attention sees ahead", status, finite(early), "> 0.001", note=note)
+    if AUTHORS_MODELS[subject.config.family.name].causal:
+        return at_most("attention sees nothing ahead", early, 1e-3, note)
+    return Check(
+        "attention sees ahead", status_of(early > 1e-3), finite(early), "> 0.001", note=note
+    )
 
 
 def check_alone(subject: Subject, working: Loaded) -> Check:
@@ -69,8 +76,13 @@ def check_alone(subject: Subject, working: Loaded) -> Check:
 def check_backbone(subject: Subject) -> Check:
     """The first layers, on the real weights, against transformers' MistralModel (float32)."""
     name = "backbone's first layers"
-    layers = min(REFEREE_LAYERS, subject.config.num_hidden_layers)
-    model = empty_model(subject.config, dtype=torch.float32).backbone
+    config, window = subject.config, subject.config.sliding_window
+    authors = AUTHORS_MODELS[config.family.name]
+    if authors.causal:  # the samples are shorter than the window, and it has to be seen
+        window = min(window or _NARROW, _NARROW)
+        config = replace(config, sliding_window=window)
+    layers = min(REFEREE_LAYERS, config.num_hidden_layers)
+    model = empty_model(config, dtype=torch.float32).backbone
     parts = [model.embed_tokens, *list(model.layers)[:layers]]
     needed = 2 * sum(p.nbytes for part in parts for p in part.parameters())
     if reason := too_large(needed, subject.device):
@@ -78,30 +90,38 @@ def check_backbone(subject: Subject) -> Check:
     say(f"loading {layers} layers twice for the referee")
     ours, tensors = load_backbone(
         subject.source.path,
-        subject.config,
+        config,
         depth=layers,
         device=subject.device,
         dtype=torch.float32,
         layers=layers_of(subject, torch.float32, "none"),
     )
-    theirs = mistral_model(subject.config, layers)
+    theirs = transformers_model(subject.source.path, config, layers, sliding_window=window)
     theirs.load_state_dict(tensors)
     theirs.to(subject.device)
     differences = []
     for sample in sample_encodings(subject):
-        encoding = Encoding(sample.ids)
-        batch = pack([encoding], subject.device)
+        batch = pack([sample], subject.device, pooled="all")
         with torch.inference_mode():
             got = ours(batch, subject.kernel(torch.float32)[1])
-            expected = states_of(theirs, input_ids=batch.input_ids.long()[None])
+            expected = states_of(theirs, authors.causal, input_ids=batch.input_ids.long()[None])
         differences.append(float((got - expected).abs().max() / expected.abs().max()))
-    note = f"relative to transformers' MistralModel under a full mask, {layers} layers, float32"
+    mask = f"a causal mask of {window} tokens" if authors.causal else "a full mask"
+    note = f"relative to transformers' layers under {mask}, {layers} layers, float32"
     return at_most(name, float(np.max(differences)), VECTOR_TOLERANCE, note)
 
 
 def check_pooler(subject: Subject, working: Loaded) -> Check:
-    """The folded pooler against the plain one, on real hidden states in the working dtype."""
-    batch = pack(sample_encodings(subject), subject.device)
+    """The pooler as it serves against the plain one, on real hidden states in the working dtype."""
+    authors = AUTHORS_MODELS[subject.config.family.name]
+    encodings = sample_encodings(subject)
+    if authors.pooler != "latent":
+        states = working.hidden_states(pack(encodings, subject.device, pooled="all"))
+        each = torch.split(states, [len(encoding) for encoding in encodings])
+        rows = [authors.pooled(*one) for one in zip(each, encodings, strict=True)]
+        expected = torch.stack(rows).cpu().numpy()
+        return same("pooler", subject, working.embed(encodings), expected, cosine=FOLDED_COSINE)
+    batch = pack(encodings, subject.device)
     hidden_states = working.hidden_states(batch)
     plain = load_plain_pooler(
         subject.source.path, subject.config, device=subject.device, dtype=subject.dtype
@@ -135,7 +155,9 @@ def check_graphs(subject: Subject, working: Loaded) -> Iterator[Check]:
         return
     with torch.inference_mode():
         forward = cuda_graphs.GraphedForward(
-            lambda batch: working.model(batch, working.attend), subject.device
+            lambda batch: working.model(batch, working.attend),
+            subject.device,
+            pooled=subject.config.family.pooled,
         )
         samples = [e for e in sample_encodings(subject) if len(e) <= cuda_graphs.SIZES[-1]]
         short = sorted(samples, key=len)[:4]

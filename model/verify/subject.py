@@ -22,28 +22,29 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.embedder import Embedder
 from model.errors import UnsupportedError
+from model.families import Side
 from model.hub import ModelSource
 from model.packing import PackedBatch
 from model.platform import products, resources
 from model.platform.products import Products
+from model.prompts import Prompt
 from model.runner import packer, resolve_device, resolve_dtype
-from model.tokenizer import NVEmbedTokenizer, query_prefix
+from model.tokenizer import NVEmbedTokenizer
 from model.verify.outcome import Check, at_least, at_most, difference, smallest_cosine
 from model.weights.loader import empty_model, load_model
 
-PREFIX = query_prefix("Given a question, retrieve passages that answer the question")
-EXAMPLE = "are judo throws allowed in wrestling?"
-SAMPLES = (
-    ("", "x"),
-    ("", "Freestyle wrestling allows throws as long as the grip on the opponent is legal."),
-    ("", "def fold(keys, queries):\n    return keys @ queries / math.sqrt(len(queries))"),
-    ("", "東京都は日本の首都です。人口は約千四百万人、世界最大の都市圏の中心である。"),
-    ("", "The committee met twice, in May and in June, and agreed on nothing. " * 12),
-    (PREFIX, EXAMPLE),
-    (PREFIX, "how long does it take to become a radiology technician, and what does it cost?"),
-    (PREFIX, "naïve café 🙂"),
+TASK = "Given a question, retrieve passages that answer the question"
+SAMPLES: tuple[tuple[Side, str], ...] = (
+    ("passage", "x"),
+    ("passage", "Freestyle wrestling allows throws as long as the grip on the opponent is legal."),
+    ("passage", "def fold(keys, queries):\n    return keys @ queries / math.sqrt(len(queries))"),
+    ("passage", "東京都は日本の首都です。人口は約千四百万人、世界最大の都市圏の中心である。"),
+    ("passage", "The committee met twice, in May and in June, and agreed on nothing. " * 12),
+    ("query", "are judo throws allowed in wrestling?"),
+    ("query", "how long does it take to become a radiology technician, and what does it cost?"),
+    ("query", "naïve café 🙂"),
 )
-"""(instruction, text): what the machine's own parts are compared on."""
+"""What the machine's own parts are compared on."""
 VECTOR_TOLERANCE = 1e-5  # float32 against float32
 SAME_DTYPE_COSINE = 0.999  # two kernels, alone or together: another order of summing, 16 bit
 
@@ -79,11 +80,6 @@ def subject_of(
     """The checkpoint at `source` with the parts that serve it. Raises ModelError for what cannot
     run."""
     config = source.config()
-    if config.family.pooler != "latent":
-        raise UnsupportedError(
-            f"verify and gpu-check prove nv-embed models only so far, and this is a "
-            f"{config.family.name} model (docs/families.md says what is proven of it)"
-        )
     where = resolve_device(device)
     working = resolve_dtype(dtype, where, config, cpu_products)
     choose_kernel(attention, where, working)  # refuses what cannot run
@@ -240,9 +236,15 @@ def peak_memory(device: torch.device) -> resources.PeakMemory | _CudaPeak:
 
 def sample_encodings(subject: Subject) -> list[Encoding]:
     return [
-        subject.tokenizer.encode(text, instruction, max_tokens=4096)
-        for instruction, text in SAMPLES
+        subject.tokenizer.encode(text, prompt_of(subject, side), max_tokens=4096)
+        for side, text in SAMPLES
     ]
+
+
+def prompt_of(subject: Subject, side: Side, task: str = TASK) -> Prompt:
+    """As the family writes it; queries with the task, where it takes one."""
+    family = subject.config.family
+    return family.prompt(side, task if side == "query" and family.template is not None else "")
 
 
 def same(

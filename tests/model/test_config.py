@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from model.config import ModelConfig, Rope
 from model.errors import CheckpointError
 from tests.checkpoints import config_json
 from tests.model.test_files import IN_PLACE_OF_A_FILE
+from tests.siblings import SIBLINGS
 
 OFFICIAL: dict[str, Any] = {
     "_name_or_path": "nvidia/NV-Embed-v2",
@@ -206,3 +208,23 @@ def test_positions_limit_the_input(tmp_path: Path) -> None:
     assert ModelConfig.from_dir(tmp_path).max_input_tokens == 512
     raw["text_config"]["max_position_embeddings"] = 131_072
     assert ModelConfig.from_dict(raw).max_input_tokens == 32_768
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "epsilon", "window"),
+    [("e5-mistral", 8, 1e-6, 4096), ("nemotron-3-embed", 8, 1e-5, None)],
+)
+def test_what_is_not_said_is_what_transformers_takes(
+    name: str, heads: int, epsilon: float, window: int | None
+) -> None:
+    said = {**SIBLINGS[name].config, "num_attention_heads": 16, "head_dim": 4}
+    for key in ("num_key_value_heads", "rms_norm_eps", "sliding_window"):
+        said.pop(key, None)
+    config = ModelConfig.from_dict(said, name)
+    assert (config.num_kv_heads, config.rms_norm_eps) == (heads, epsilon)
+    assert config.sliding_window == window
+    kinds = {"mistral": "MistralConfig", "ministral3": "Ministral3Config"}
+    theirs = getattr(transformers, kinds[said["model_type"]])
+    settings = theirs(**{key: value for key, value in said.items() if key != "model_type"})
+    assert (settings.num_key_value_heads, settings.rms_norm_eps) == (heads, epsilon)
+    assert settings.sliding_window == window

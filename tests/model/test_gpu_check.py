@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model.hub import ModelSource
 from model.verify import gpu_check, plan
 from model.verify.report import SCHEMA, SECTIONS
 from tests.model.torches import HAS_VARLEN
+from tests.siblings import SIBLINGS, write_sibling
 
 pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
@@ -157,6 +159,28 @@ def test_what_was_measured(run: tuple[int, dict[str, Any]]) -> None:
     assert report["faults"]["out_of_memory"]["budget"] < 96
     assert report["server"]["tokens_per_s"] > 0
     assert report["server"]["lone_p50_ms"] > 0
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_every_step_is_right_for_each_family(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name != "e5-mistral" and os.environ.get("FAMILIES") != "full":
+        pytest.skip("half a minute each: make test-families runs it")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    effort = replace(BRIEF, float16=False, int8=False, accumulations=False, fused_models=False)
+    if name == "e5-mistral":
+        effort = replace(effort, server=False)
+    folder = tmp_path / "report"
+    folder.mkdir()
+    checkpoint = write_sibling(tmp_path / name, name)
+    status = gpu_check.run(replace(options(checkpoint, folder), effort=effort))
+    (path,) = folder.iterdir()
+    report = json.loads(path.read_text())
+    wrong = [s for s in report["steps"] if s["status"] != "done" and s["name"] not in SKIPPED]
+    assert not wrong, wrong
+    assert status == 0
 
 
 def test_a_run_that_is_killed_leaves_what_it_had(golden_checkpoint: Path, tmp_path: Path) -> None:

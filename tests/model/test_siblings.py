@@ -12,13 +12,11 @@ import pytest
 
 from model.batch import Encoding, RunnerOptions
 from model.encoder import Encoder
-from model.errors import EmptyPoolError, UnsupportedError
+from model.errors import EmptyPoolError
 from model.families import Family
-from model.hub import locate
 from model.prompts import Example, Prompt
 from model.runner import ModelRunner
 from model.tokenizer import Truncation
-from model.verify.subject import subject_of
 from tests.model.emulated_cuda import emulated
 from tests.model.torches import HAS_VARLEN
 from tests.siblings import MARKERS, SIBLINGS, golden_cases, write_sibling
@@ -127,19 +125,6 @@ def test_the_rebuilt_checkpoint_is_the_recipes(tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-
-
-def test_what_knows_nv_embed_alone_says_so(tmp_path: Path) -> None:
-    """A wrong template, or a referee of another model, must not pass for an answer."""
-    folder = write_sibling(tmp_path / "gritlm", "gritlm")
-    with pytest.raises(UnsupportedError, match="this is a gritlm model"):
-        subject_of(
-            locate(str(folder)),
-            device="cpu",
-            dtype="float32",
-            quantization="none",
-            attention="auto",
-        )
 
 
 TEXTS = ["x", "how long is a river?", "The committee met twice, and agreed on nothing. " * 9]

@@ -23,11 +23,14 @@ from model.batch import Encoding
 from model.card import read_card
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
+from model.tokenizer_file import read_tokenizer
 from model.verify import command
 from model.verify.outcome import Check
-from model.verify.subject import Measured, Subject
+from model.verify.referee import Referee
+from model.verify.subject import Measured, Subject, load, sample_encodings
 from tests.checkpoints import GOLDEN_CASES, golden_cases
 from tests.model import fused_stand_in
+from tests.siblings import SIBLINGS, write_sibling
 
 pytestmark = pytest.mark.whole
 
@@ -373,3 +376,112 @@ def test_known_scores_stand_in_for_a_card_without_numbers(folder: Path) -> None:
     check = outcome(official)["model card's example"]
     assert check.expected == [[87.4269, 0.4628], [0.9653, 86.0372]]
     assert check.status == "failed"  # random weights
+
+
+# -- the other families -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=SIBLINGS)
+def sibling(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sibling(tmp_path_factory.mktemp("siblings") / request.param, request.param)
+
+
+def test_passes_on_each_family(sibling: Path) -> None:
+    checks = outcome(subject(sibling))
+    skipped = {name for name, check in checks.items() if check.status == "skipped"}
+    assert {check.status for check in checks.values()} == {"passed", "skipped"}
+    assert skipped == {
+        *("golden ids", "golden vectors", "model card's example", "CUDA graphs and eager"),
+        *("float16 and float32", "float8 and float32"),
+    }
+
+
+def test_the_referee_gives_the_vectors_that_serve(sibling: Path) -> None:
+    judged = subject(sibling)
+    referee = Referee(sibling, judged.config, torch.device("cpu"))
+    encodings = sample_encodings(judged)
+    served = load(judged, torch.float32, "none").embed(encodings)
+    assert np.abs(referee.embed(encodings) - served).max() < 1e-5
+
+
+def changed_family(judged: Subject, **changes: Any) -> Subject:
+    """As if the family's row said so."""
+    family = replace(judged.config.family, **changes)
+    tokenizer = NVEmbedTokenizer(read_tokenizer(judged.source.path), family)
+    return replace(judged, config=replace(judged.config, family=family), tokenizer=tokenizer)
+
+
+def test_fails_when_a_family_has_another_mask(sibling: Path) -> None:
+    judged = subject(sibling)
+    causal = judged.config.family.mask == "causal"
+    found = failures(changed_family(judged, mask="full" if causal else "causal"))
+    look = "attention sees nothing ahead" if causal else "attention sees ahead"
+    assert {look, "backbone's first layers"} <= found
+
+
+def test_fails_when_a_family_has_another_window(sibling: Path) -> None:
+    judged = subject(sibling)
+    attend = judged.kernel(torch.float32)[1]
+
+    def without_window(*args: Any, **options: Any) -> Tensor:
+        return attend(*args, **options | {"window": None})
+
+    found = failures(replace(judged, kernel=lambda dtype: ("no window", without_window)))
+    assert found == ({"backbone's first layers"} if judged.config.causal else set())
+
+
+def test_fails_when_a_family_pools_otherwise(sibling: Path) -> None:
+    judged = subject(sibling)
+    last = judged.config.family.pooler == "last"
+    found = failures(changed_family(judged, pooler="mean" if last else "last"))
+    assert "pooler" in found
+    if judged.config.family.left_out == "prefix":
+        assert "token ids" in failures(changed_family(judged, left_out="nothing"))
+
+
+def test_fails_when_a_family_has_another_eos(sibling: Path) -> None:
+    judged = subject(sibling)
+    has = judged.config.family.keeps_eos is not None
+    for wrong in {None, False, True} - {judged.config.family.keeps_eos}:
+        found = failures(changed_family(judged, keeps_eos=wrong))
+        assert found >= {"BOS and EOS"} | ({"token ids"} if has != (wrong is not None) else set())
+
+
+def test_fails_when_a_family_has_another_template(sibling: Path) -> None:
+    judged = subject(sibling)
+    family = judged.config.family
+    if family.template is None:
+        wrong = changed_family(judged, query="query:")
+    else:
+        wrong = changed_family(judged, template=family.template.replace("\n", " "))
+    assert failures(wrong) == {"token ids"}
+    if family.passage:
+        assert failures(changed_family(judged, passage="")) == {"token ids"}
+
+
+def test_the_card_of_e5_mistral_and_its_kin_is_read() -> None:
+    """The form of theirs, whose queries are made by a function."""
+    card = """```python
+def get_detailed_instruct(task_description: str, query: str) -> str:
+    return f'Instruct: {task_description}\\nQuery: {query}'
+
+task = 'Given a web search query, retrieve relevant passages that answer the query'
+queries = [
+    get_detailed_instruct(task, 'how much protein should a female eat'),
+    get_detailed_instruct(task, load()),
+]
+```
+```python
+task = 'Given a web search query, retrieve relevant passages that answer the query'
+queries = [get_detailed_instruct(task, 'a'), get_detailed_instruct(task, 'b')]
+# No need to add instruction for retrieval documents
+passages = ["c", "d"]
+print(scores.tolist())
+# [[86.7, 36.6], [35.0, 82.1]]
+```"""
+    example = read_card(card)
+    assert example is not None
+    task = "Given a web search query, retrieve relevant passages that answer the query"
+    assert example.queries == [f"Instruct: {task}\nQuery: {text}" for text in "ab"]
+    assert (example.prefix, example.passages) == ("", ["c", "d"])
+    assert example.scores == [[86.7, 36.6], [35.0, 82.1]]
