@@ -50,6 +50,8 @@ class Family:
     """Behind a query."""
     example: str = ""
     """One of several before the prefix, of {instruction}, {query} and {response}."""
+    byte_level: bool = False
+    """Whether its models may have a tokenizer of bytes, with <s> and </s> as the others have."""
     markers: tuple[str, ...] = ()
     """Special tokens that templates write."""
     round_trip: bool = False
@@ -182,6 +184,7 @@ BIDIRECTIONAL_MEAN = Family(
     pooler="mean",
     left_out="nothing",
     keeps_eos=None,
+    byte_level=True,
     template=None,
     query="query: ",
     passage="passage: ",
@@ -194,6 +197,7 @@ NEMOTRON_3_EMBED = Family(
     pooler="mean",
     left_out="nothing",
     keeps_eos=None,
+    byte_level=True,
     template=None,
     query="query: ",
     passage="passage: ",

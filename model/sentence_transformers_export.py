@@ -123,7 +123,7 @@ def _write_config(source: Path, folder: Path, config: ModelConfig) -> None:
 
 
 def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
-    tokenizer = read_tokenizer(source)
+    tokenizer = read_tokenizer(source, byte_level=config.family.byte_level)
     tokenizer.post_processor = TemplateProcessing(
         single=f"<s> $A{_eos(config.family)}",
         pair=f"<s> $A{_eos(config.family)} <s>:1 $B:1{_eos(config.family, ':1')}",

@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.families import NV_EMBED, Family
 from model.prompts import NO_PROMPT, Marker, Parts, Prompt, joined
-from model.tokenizer_file import read_tokenizer
+from model.tokenizer_file import is_byte_level, read_tokenizer
 
 BOS_ID = 1
 EOS_ID = 2
@@ -36,12 +36,14 @@ _MARGIN_CHARS = 64 * 1024
 """Of a text without spaces so many characters more are tokenized than could be kept."""
 _FIRST_WORD_CHARS = 1024
 """Of the first word of a text whose end is kept so many characters at most stay, too."""
-MAX_PIECE_CHARS = 16
-"""No piece of the vocabulary stands for more characters than this (checked when loading)."""
+_PIECE_CHARS, _PIECE_BYTES = 16, 256
+"""No piece of Mistral's first vocabulary stands for more characters than this, and none of one of
+bytes for more bytes (checked when loading)."""
 _MAX_CHARACTER_IDS = 4
 """No character becomes more pieces than its bytes in UTF-8."""
-_CHARS_A_TOKEN = (4, 8, MAX_PIECE_CHARS)
-"""Of a long text so many characters for each token of the limit are tried, in turn."""
+_CHARS_A_TOKEN = (4, 8)
+"""Of a long text so many characters for each token of the limit are tried, in turn, and then as
+many as there can be."""
 
 
 def query_prefix(task: str) -> str:
@@ -73,11 +75,14 @@ class NVEmbedTokenizer:
         if len(set(vocabulary.values())) < len(vocabulary):
             raise CheckpointError("tokenizer.json gives two pieces one id")
         longest = max(map(len, vocabulary))
-        if longest > MAX_PIECE_CHARS:
+        most = _PIECE_BYTES if is_byte_level(tokenizer) else _PIECE_CHARS
+        if longest > most:
             raise CheckpointError(
                 f"tokenizer.json has a piece of {longest} characters; the length limit relies on "
-                f"at most {MAX_PIECE_CHARS}, as in NV-Embed's tokenizer"
+                f"at most {most}, as in NV-Embed's tokenizer"
             )
+        self.max_piece_chars = max(longest, _PIECE_CHARS)
+        """A text has no fewer ids than its characters divided by this."""
         if (vocabulary.get("<s>"), vocabulary.get("</s>")) != (BOS_ID, EOS_ID):
             raise CheckpointError("tokenizer.json does not give <s> id 1 and </s> id 2")
         special = {t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special}
@@ -98,8 +103,8 @@ class NVEmbedTokenizer:
         family: as in ModelConfig.from_dir. config: of the model that the tokenizer is for, where
         the folder's own is another.
         """
-        tokenizer = read_tokenizer(folder)
         config = config or ModelConfig.from_dir(folder, family)
+        tokenizer = read_tokenizer(folder, byte_level=config.family.byte_level)
         ours = cls(tokenizer, config.family)
         if ours.vocab_size > config.vocab_size:
             raise CheckpointError(
@@ -203,7 +208,7 @@ class NVEmbedTokenizer:
         prompt = self._prompt(instruction)
         frame = self._frame_of(prompt)
         lead, trail = frame.lead, "" if prompt.round_trip else frame.trail
-        longest = MAX_PIECE_CHARS * max_tokens
+        longest = self.max_piece_chars * max_tokens
         if len(lead) + max(map(len, texts), default=0) <= _CHARS_A_TOKEN[0] * max_tokens:
             return [  # nothing needs to be clipped, as nearly always
                 self._result(ids, _WHOLE, prompt, frame, max_tokens, truncate)
@@ -215,12 +220,14 @@ class NVEmbedTokenizer:
             if len(lead) + len(text) > longest
             and (truncate is Truncation.NONE or len(lead) > longest)
         }
-        for chars_a_token in _CHARS_A_TOKEN:
+        for chars_a_token in (*_CHARS_A_TOKEN, self.max_piece_chars):
             left = [index for index in range(len(texts)) if index not in results]
             most = chars_a_token * max_tokens
             if not left or len(lead) > most:
                 continue
-            clips = [_clip(texts[index], lead, most, truncate) for index in left]
+            clips = [
+                _clip(texts[index], lead, most, truncate, self.max_piece_chars) for index in left
+            ]
             encoded = self._ids([c.prompt + trail if c.is_whole else c.prompt for c in clips])
             for index, clip, ids in zip(left, clips, encoded, strict=True):
                 if clip.is_whole or most == longest or len(ids) >= max_tokens + clip.blurred_ids:
@@ -362,7 +369,9 @@ class _Clip(NamedTuple):
 _WHOLE = _Clip("", True, 0)
 
 
-def _clip(text: str, instruction: str, most: int, truncate: Truncation) -> _Clip:
+def _clip(
+    text: str, instruction: str, most: int, truncate: Truncation, max_piece_chars: int
+) -> _Clip:
     """What truncation keeps of a text, if that has `most` characters or fewer.
 
     A cut is made where a run of spaces begins, and no piece reaches across, so the ids that
@@ -374,7 +383,7 @@ def _clip(text: str, instruction: str, most: int, truncate: Truncation) -> _Clip
         return _Clip(instruction + text, True, 0)
     margin = min(most, _MARGIN_CHARS)
     wall = most + margin
-    blurred_ids = margin // MAX_PIECE_CHARS
+    blurred_ids = margin // max_piece_chars
     if truncate is not Truncation.START:
         prompt = instruction + text[: wall + 1]
         end = prompt.find(" ", most)

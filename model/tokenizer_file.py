@@ -1,4 +1,5 @@
-"""Reads tokenizer.json, and refuses what is not a tokenizer of NV-Embed's kind: Mistral's BPE.
+"""Reads tokenizer.json, and refuses what is not Mistral's BPE, of the first kind (pieces of
+characters, "▁" for a space) or, for families that have it, of the second (pieces of bytes).
 
 The file is a program of its own: its parts could multiply a text after its length was checked, or
 leave merges out at random. Knows nothing of NV-Embed's conventions around the ids.
@@ -24,8 +25,11 @@ _AFFIX = re.compile(r'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^
 _SPACE = "▁"
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """`folder/tokenizer.json`, neither truncating nor padding. Raises CheckpointError."""
+def read_tokenizer(folder: Path, *, byte_level: bool = False) -> Tokenizer:
+    """`folder/tokenizer.json`, neither truncating nor padding. Raises CheckpointError.
+
+    byte_level: whether pieces of bytes will do, too.
+    """
     path = folder / "tokenizer.json"
     try:
         text = read_text(path, _MOST_BYTES)
@@ -37,7 +41,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        _check(tokenizer)
+        _check(tokenizer, byte_level)
         tokenizer.encode("x")
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}, unlike NV-Embed's tokenizer") from None
@@ -48,7 +52,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _check(tokenizer: Tokenizer) -> None:
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its pieces are runs of bytes, each shown as a character."""
+    parts = _parts(tokenizer.pre_tokenizer, "pretokenizers")
+    return any(part["type"] == "ByteLevel" for part in parts)
+
+
+def _check(tokenizer: Tokenizer, byte_level: bool) -> None:
     """Raise CheckpointError for the part that is of another kind."""
     model = tokenizer.model
     if not isinstance(model, BPE):
@@ -68,11 +78,21 @@ def _check(tokenizer: Tokenizer) -> None:
                 pass
             case _:
                 raise CheckpointError(f"its normalizer has {shown(part)}")
+    in_bytes = byte_level and is_byte_level(tokenizer)
     for part in _parts(tokenizer.pre_tokenizer, "pretokenizers"):
-        if part["type"] != "Metaspace" or part["replacement"] != _SPACE:
+        match part:
+            case {"type": "Metaspace", "replacement": str(space)} if space == _SPACE:
+                fits = not in_bytes
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                fits = in_bytes
+            case {"type": "Split", "behavior": "Isolated", "invert": False}:
+                fits = in_bytes  # nothing is lost where it cuts
+            case _:
+                fits = False
+        if not fits:
             raise CheckpointError(f"its pre_tokenizer has {shown(part)}")
     for part in _parts(tokenizer.post_processor, "processors"):
-        if part["type"] != "TemplateProcessing":
+        if part["type"] != "TemplateProcessing" and not (in_bytes and part["type"] == "ByteLevel"):
             raise CheckpointError(f"its post_processor has {shown(part)}")
 
 

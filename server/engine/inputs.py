@@ -13,7 +13,6 @@ from model.prompts import Prompt, num_chars
 from model.tokenizer import (
     BOS_ID,
     EOS_ID,
-    MAX_PIECE_CHARS,
     NVEmbedTokenizer,
     Truncation,
 )
@@ -101,20 +100,20 @@ class InputTokenizer:
             first, chars = last + 1, 0
 
     def _refuse_if_hopeless(self, texts: Sequence[str], prompt: Prompt, max_tokens: int) -> None:
-        """Before tokenizing: nothing has fewer tokens than a sixteenth of its characters."""
-        chars = prompt.num_chars
+        """Before tokenizing: a piece has only so many characters."""
+        chars, longest = prompt.num_chars, self.tokenizer.max_piece_chars
         examples = num_chars(prompt.examples) if prompt.examples else 0
-        if examples > MAX_PIECE_CHARS * self.max_input_tokens:
+        if examples > longest * self.max_input_tokens:
             raise ContextLengthExceededError(
                 f"the examples alone have more than {self.max_input_tokens} tokens",
                 param="examples",
             )
-        if chars - examples > MAX_PIECE_CHARS * max_tokens:
+        if chars - examples > longest * max_tokens:
             raise ContextLengthExceededError(
                 f"the instruction alone has more than {max_tokens} tokens, the limit of one input",
                 param="prompt",
             )
-        least = (min((chars + len(text)) // MAX_PIECE_CHARS, max_tokens) for text in texts)
+        least = (min((chars + len(text)) // longest, max_tokens) for text in texts)
         if sum(least) > MAX_REQUEST_TOKENS:
             raise _too_many_tokens()
 
