@@ -297,10 +297,10 @@ def test_batch_equals_one_by_one(
 
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        NVEmbedTokenizer.from_dir(tmp_path)
+        NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        NVEmbedTokenizer.from_dir(tmp_path)
+        NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
     others = Tokenizer(BPE())
     others.add_tokens(["</s>", "<s>"])
     with pytest.raises(CheckpointError, match="id 1 and </s> id 2"):
@@ -404,7 +404,7 @@ def test_what_lies_in_place_of_a_tokenizer(tmp_path: Path) -> None:
     for content, message in [*IN_PLACE_OF_A_FILE, (b"[" * 20_000, ""), (b"[]", "")]:
         (tmp_path / "tokenizer.json").write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"tokenizer\.json cannot be read: .*{message}"):
-            NVEmbedTokenizer.from_dir(tmp_path)
+            NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
 
 
 def test_a_mark_truncation_and_padding_change_no_id(
@@ -441,7 +441,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(tmp_path: Path) 
     larger.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text(json.dumps(config_json()))
     with pytest.raises(CheckpointError, match="32001 pieces, the model embeds 32000"):
-        NVEmbedTokenizer.from_dir(tmp_path)
+        NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
 
 
 def test_an_instruction_that_cannot_fit_is_not_tokenized(tokenizer: NVEmbedTokenizer) -> None:
@@ -468,7 +468,7 @@ def test_a_normaliser_that_makes_much_of_little_is_refused(
     raw.normalizer = normalizer
     raw.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="its normalizer has"):
-        NVEmbedTokenizer.from_dir(tmp_path)
+        NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
 
 
 def test_refused_texts_are_not_kept(tokenizer: NVEmbedTokenizer) -> None:
