@@ -64,12 +64,12 @@ $(OTHER)/.installed: requirements-test.lock pyproject.toml
 	$(OTHER)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-# The current release, and the last one that runs with transformers 4; the rest is the lock's.
-ST_6 := sentence-transformers==6.2.0
-ST_5 := sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 test-families: $(VENV)/.installed-test ## gpu-check of each family's small checkpoint, on an emulated device
 	FAMILIES=full $(BIN)/pytest tests/model/test_gpu_check.py -k family $(ARGS)
 
+# The current release, and the last one that runs with transformers 4; the rest is the lock's.
+ST_6 := sentence-transformers==6.2.0
+ST_5 := sentence-transformers==5.7.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 test-sentence-transformers: build/st-6/.installed build/st-5/.installed ## load what `nv-embed export` writes in both
 	for release in 6 5; do PYTHONPATH=build/st-$$release $(BIN)/pytest \
 	    tests/model/test_sentence_transformers_export.py $(ARGS) || exit 1; done
