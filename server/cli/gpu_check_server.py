@@ -136,7 +136,7 @@ def _server(bench: Bench, max_input_tokens: int, ready_s: float) -> Iterator[str
     }
     device = "cuda:0" if job["device"] == "cuda" else job["device"]
     command = [sys.executable, "-P", "-m", "server.cli", "serve", "--model", job["path"]]
-    command += ["--family", job["family"]]
+    command += ["--family", bench.source.family]
     command += ["--devices", device, "--attention", job["attention"], "--port", "0"]
     command += ["--served-model-name", _SERVED_NAME]
     command += ["--cuda-graphs"] if bench.records(job["base"]) else []
