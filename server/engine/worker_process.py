@@ -6,6 +6,7 @@ Knows nothing of what is said over the socket (server/engine/worker_link.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import signal
 import socket
@@ -25,6 +26,10 @@ _DEADLY_BY_ITSELF = frozenset(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 )
 """Signals that a process earns by its own doing; others send it the rest."""
+
+
+_MOMENT_S = 0.2
+"""In which a killed process ends, but for one whose device holds it."""
 
 
 async def start(
@@ -64,9 +69,13 @@ async def reap(process: subprocess.Popen[bytes], patience: float, killed: float)
     that does not end it in time, which the kernel does when a device no longer answers."""
     try:
         await _exit_status(process, patience)
-    finally:  # also when nobody wants to wait any more
-        if process.returncode is None:
-            process.kill()
+    except asyncio.CancelledError:  # nobody wants to wait any more, and yet it must not be left
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_MOMENT_S)
+        raise
+    if process.returncode is None:
+        process.kill()
     return await _exit_status(process, killed)
 
 
