@@ -22,6 +22,7 @@ from typing import Any
 
 from model import user_files
 from model.errors import FileError, ModelError, did_you_mean
+from model.families import Side
 from model.files import without_repetition
 
 
@@ -41,6 +42,11 @@ class Example:
     negatives: tuple[str, ...] = ()
     task: str = ""
     symmetric: bool = False
+
+    @property
+    def passage_asked(self) -> tuple[Side, str]:
+        """The side of its positive and its negatives, and the task that they get described."""
+        return ("query", self.task) if self.symmetric else ("passage", "")
 
 
 HELD_OUT = 100

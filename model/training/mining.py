@@ -70,7 +70,7 @@ def query_of(example: Example) -> Asked:
 
 def passage_of(example: Example, text: str) -> Asked:
     """Its positive, or a negative, as it is asked in training."""
-    return (text, "query", example.task) if example.symmetric else (text, "passage", "")
+    return text, *example.passage_asked
 
 
 def embed_asked(asked: Sequence[Asked], embed: Embedder) -> NDArray[np.float32]:

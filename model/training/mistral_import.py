@@ -21,8 +21,6 @@ from model.weights.checkpoint import Checkpoint, check_shapes
 from model.weights.names import tensor_table
 
 logger = logging.getLogger("nv_embed.training")
-_DEFAULTS = {"num_key_value_heads": 8, "rms_norm_eps": 1e-6}
-"""What a config.json that leaves them out means by it: transformers' own defaults."""
 _OURS = "embedding_model."  # what NV-Embed's layout puts before the backbone's names
 
 
@@ -62,7 +60,7 @@ def mistral_config(
     }
     # Saved by an older transformers, it has a hub id or a path of another machine in it.
     name = f"{Path(str(raw.get('_name_or_path') or folder.resolve())).name}-embed"
-    parts: dict[str, Any] = {"text_config": _DEFAULTS | raw, "latent_attention_config": pooler}
+    parts: dict[str, Any] = {"text_config": raw, "latent_attention_config": pooler}
     try:
         config = ModelConfig.from_dict({"model_type": "nvembed", "_name_or_path": name} | parts)
     except CheckpointError as error:

@@ -60,16 +60,19 @@ class Draw:
     owners: list[int]  # whose negative each one is
     texts: list[str]  # for distillation alone
 
+    @property
+    def in_order(self) -> list[str]:
+        """Queries, positives, hard negatives, texts."""
+        queries = [e.query for e in self.examples]
+        return [*queries, *(e.positive for e in self.examples), *self.negatives, *self.texts]
+
     def prompted(self, family: Family) -> list[Prompted]:
-        """Queries, positives, hard negatives, texts, in this order, as the family asks them."""
-        queries: list[Prompted] = [(e.query, query_prompt(family, e)) for e in self.examples]
-        positives = [(e.positive, passage_prompt(family, e)) for e in self.examples]
-        negatives = [
-            (text, passage_prompt(family, self.examples[owner]))
-            for text, owner in zip(self.negatives, self.owners, strict=True)
-        ]
-        bare = family.prompt("passage")
-        return [*queries, *positives, *negatives, *((text, bare) for text in self.texts)]
+        """The same as the family asks them."""
+        around = [query_prompt(family, e) for e in self.examples]
+        passages = [passage_prompt(family, e) for e in self.examples]
+        around += [*passages, *(passages[owner] for owner in self.owners)]
+        around += [family.prompt("passage")] * len(self.texts)
+        return list(zip(self.in_order, around, strict=True))
 
 
 def query_prompt(family: Family, example: Example) -> Prompt:
@@ -79,7 +82,7 @@ def query_prompt(family: Family, example: Example) -> Prompt:
 
 def passage_prompt(family: Family, example: Example) -> Prompt:
     """Around its positive and its negatives."""
-    return query_prompt(family, example) if example.symmetric else family.prompt("passage")
+    return family.prompt(*example.passage_asked)
 
 
 class Trainer:
@@ -288,7 +291,7 @@ class Trainer:
         return [(recased(text, rng, share), instruction) for text, instruction in prompts]
 
     def _losses(self, draw: Draw, vectors: Tensor) -> dict[str, Tensor]:
-        """The losses, unweighted, of the vectors [N, D] of draw.prompted."""
+        """The losses, unweighted, of the vectors [N, D] of draw.in_order."""
         s, corpus = self.settings, self.corpus
         examples, negatives, owners = draw.examples, draw.negatives, draw.owners
         losses: dict[str, Tensor] = {}
@@ -313,7 +316,7 @@ class Trainer:
             # Not only the drawn texts: whatever else in the batch has a teacher's vector, too.
             known = [
                 (place, corpus.places[text])
-                for place, (text, _) in enumerate(draw.prompted(self.family))
+                for place, text in enumerate(draw.in_order)
                 if text in corpus.places
             ]
             if known:

@@ -15,7 +15,6 @@ from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.errors import CheckpointError
 from model.files import read_json
 from model.tokenizer import BOS_ID, EOS_ID, Truncation
-from model.verify.authors_models import AUTHORS_MODELS
 from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
 from model.verify.subject import SAMPLES, VECTOR_TOLERANCE, Loaded, Subject, prompt_of
 from model.weights.checkpoint import Checkpoint
@@ -42,7 +41,7 @@ def check_tensors(subject: Subject) -> Check:
 def check_example_ids(subject: Subject) -> Check:
     """Texts whose ids are known of the authors' code, and how many are left out of the pool."""
     name, family = "token ids", subject.config.family
-    authors = AUTHORS_MODELS[family.name]
+    authors = subject.authors
     if not authors.vocabulary and subject.tokenizer.vocab_size != MISTRAL_PIECES:
         return skipped(name, "the ids that are known are of Mistral's vocabulary")
     good, wrong, known = 0, "", authors.known
@@ -65,7 +64,7 @@ def check_example_ids(subject: Subject) -> Check:
 def check_eos(subject: Subject) -> Check:
     """Every encoding begins with BOS and ends with EOS where the family has it, also when it is cut
     where the family keeps it, and has them nowhere else."""
-    authors = AUTHORS_MODELS[subject.config.family.name]
+    authors = subject.authors
     inputs = [(side, text, 4096) for side, text in SAMPLES]
     inputs += [("passage", text, 4096) for text in ("a literal </s> in the text", "<s>")]
     inputs += [("passage", SAMPLES[4][1], 24)]

@@ -53,9 +53,17 @@ class AuthorsModel:
         return F.normalize(row.to(torch.float32), dim=0)
 
 
-_SIDES = (
-    KnownIds("query", "", _FERRIES, [1, 5709, 28747, 2079, 863, 272, 7724, 2040, 2115, 297, 8539]),
-    KnownIds("passage", "", _LIMIT, [1, 12280, 28747, *_LIMIT_IDS[1:]]),
+_BARE_PASSAGE = KnownIds("passage", "", _LIMIT, [*_LIMIT_IDS, 2])
+_OF_SIDES_ALONE = AuthorsModel(
+    pooler="mean",
+    eos=False,
+    vocabulary=False,
+    known=(
+        KnownIds(
+            "query", "", _FERRIES, [1, 5709, 28747, 2079, 863, 272, 7724, 2040, 2115, 297, 8539]
+        ),
+        KnownIds("passage", "", _LIMIT, [1, 12280, 28747, *_LIMIT_IDS[1:]]),
+    ),
 )
 AUTHORS_MODELS = {
     "nv-embed": AuthorsModel(
@@ -87,7 +95,7 @@ AUTHORS_MODELS = {
                     1038, 9984, 28804, 2,
                 ],
             ),
-            KnownIds("passage", "", _LIMIT, [*_LIMIT_IDS, 2]),
+            _BARE_PASSAGE,
         ),
     ),
     "gritlm": AuthorsModel(
@@ -130,10 +138,10 @@ AUTHORS_MODELS = {
                     1038, 9984, 28804, 13, 32002, 2,
                 ],
             ),
-            KnownIds("passage", "", _LIMIT, [*_LIMIT_IDS, 2]),
+            _BARE_PASSAGE,
         ),
     ),
-    "bidirectional-mean": AuthorsModel(pooler="mean", eos=False, vocabulary=False, known=_SIDES),
-    "nemotron-3-embed": AuthorsModel(pooler="mean", eos=False, vocabulary=False, known=_SIDES),
+    "bidirectional-mean": _OF_SIDES_ALONE,
+    "nemotron-3-embed": _OF_SIDES_ALONE,
 }  # fmt: skip
 """By the name of the family."""

@@ -182,11 +182,7 @@ def precision_of(variant: str) -> str:
 def _recording_of(subject: Subject, working: Loaded) -> Embed:
     cuda_graphs.check(subject.device, subject.kernel(subject.dtype)[0], subject.quantization)
     with torch.inference_mode():
-        recorded = cuda_graphs.GraphedForward(
-            lambda batch: working.model(batch, working.attend),
-            subject.device,
-            pooled=subject.config.family.pooled,
-        )
+        recorded = working.recorded()
 
     @torch.inference_mode()
     def embed(encodings: Sequence[Encoding]) -> NDArray[np.float32]:

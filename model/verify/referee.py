@@ -34,6 +34,7 @@ class Referee:
 
     def __init__(self, folder: Path, config: ModelConfig, device: torch.device) -> None:
         self._folder, self._config, self._device = folder, config, device
+        self._authors = AUTHORS_MODELS[config.family.name]
         self._known: dict[bytes, NDArray[np.float32]] = {}
 
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:
@@ -49,10 +50,9 @@ class Referee:
         checkpoint = Checkpoint(self._folder)
         checkpoint.check(self._config)
         hidden_states = self._hidden_states(checkpoint, encodings)
-        authors = AUTHORS_MODELS[self._config.family.name]
-        if authors.pooler != "latent":
+        if self._authors.pooler != "latent":
             each = zip(hidden_states, encodings, strict=True)
-            return torch.stack([authors.pooled(*one) for one in each]).cpu().numpy()
+            return torch.stack([self._authors.pooled(*one) for one in each]).cpu().numpy()
         batch = pack(encodings, self._device)
         pooler = load_plain_pooler(
             self._folder, self._config, device=self._device, dtype=torch.float32
@@ -63,7 +63,6 @@ class Referee:
     def _hidden_states(self, checkpoint: Checkpoint, encodings: Sequence[Encoding]) -> list[Tensor]:
         """[T, D] of each, the final norm applied."""
         names = self._config.family.prefix
-        causal = AUTHORS_MODELS[self._config.family.name].causal
         embeddings = checkpoint.rows(f"{names}embed_tokens.weight")
         states = [
             embeddings[torch.from_numpy(e.ids).long()].float().to(self._device) for e in encodings
@@ -73,7 +72,9 @@ class Referee:
         norm, theirs.norm = theirs.norm, nn.Identity()
         for index in range(self._config.num_hidden_layers):
             _fill(theirs.layers[0], checkpoint, f"{names}layers.{index}.", self._device)
-            states = [states_of(theirs, causal, inputs_embeds=x[None]) for x in states]
+            states = [
+                states_of(theirs, self._authors.causal, inputs_embeds=x[None]) for x in states
+            ]
         _fill(norm, checkpoint, f"{names}norm.", self._device)
         return [norm(x) for x in states]
 

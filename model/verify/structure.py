@@ -14,7 +14,6 @@ from model.attention.kernels import available_kernels, choose_kernel
 from model.batch import Encoding
 from model.errors import UnsupportedError
 from model.packing import pack
-from model.verify.authors_models import AUTHORS_MODELS
 from model.verify.outcome import Check, at_most, finite, skipped, status_of
 from model.verify.parts import load_backbone, load_plain_pooler
 from model.verify.referee import states_of, transformers_model
@@ -58,7 +57,7 @@ def check_mask(subject: Subject, working: Loaded) -> Check:
     moved = (after - before).norm(dim=-1) / before.norm(dim=-1)
     early = float(moved[1 : len(moved) // 2].median())
     note = "relative change of the early rows when the last word changes"
-    if AUTHORS_MODELS[subject.config.family.name].causal:
+    if subject.authors.causal:
         return at_most("attention sees nothing ahead", early, 1e-3, note)
     return Check(
         "attention sees ahead", status_of(early > 1e-3), finite(early), "> 0.001", note=note
@@ -77,7 +76,7 @@ def check_backbone(subject: Subject) -> Check:
     """The first layers, on the real weights, against transformers' MistralModel (float32)."""
     name = "backbone's first layers"
     config, window = subject.config, subject.config.sliding_window
-    authors = AUTHORS_MODELS[config.family.name]
+    authors = subject.authors
     if authors.causal:  # the samples are shorter than the window, and it has to be seen
         window = min(window or _NARROW, _NARROW)
         config = replace(config, sliding_window=window)
@@ -113,7 +112,7 @@ def check_backbone(subject: Subject) -> Check:
 
 def check_pooler(subject: Subject, working: Loaded) -> Check:
     """The pooler as it serves against the plain one, on real hidden states in the working dtype."""
-    authors = AUTHORS_MODELS[subject.config.family.name]
+    authors = subject.authors
     encodings = sample_encodings(subject)
     if authors.pooler != "latent":
         states = working.hidden_states(pack(encodings, subject.device, pooled="all"))
@@ -154,11 +153,7 @@ def check_graphs(subject: Subject, working: Loaded) -> Iterator[Check]:
         yield skipped(name, str(error))
         return
     with torch.inference_mode():
-        forward = cuda_graphs.GraphedForward(
-            lambda batch: working.model(batch, working.attend),
-            subject.device,
-            pooled=subject.config.family.pooled,
-        )
+        forward = working.recorded()
         samples = [e for e in sample_encodings(subject) if len(e) <= cuda_graphs.SIZES[-1]]
         short = sorted(samples, key=len)[:4]
         batches = [*([sample] for sample in samples), short]

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model import fused
+from model import cuda_graphs, fused
 from model.attention.kernels import AttentionKernel, choose_kernel
 from model.batch import Encoding
 from model.config import ModelConfig
@@ -30,6 +30,7 @@ from model.platform.products import Products
 from model.prompts import Prompt
 from model.runner import packer, resolve_device, resolve_dtype
 from model.tokenizer import NVEmbedTokenizer
+from model.verify.authors_models import AUTHORS_MODELS, AuthorsModel
 from model.verify.outcome import Check, at_least, at_most, difference, smallest_cosine
 from model.weights.loader import empty_model, load_model
 
@@ -64,6 +65,11 @@ class Subject:
     cpu_products: str = "auto"
     fused_kernels: str = "plain"
     measure_seconds: float = 3.0
+
+    @property
+    def authors(self) -> AuthorsModel:
+        """What the authors of its family compute."""
+        return AUTHORS_MODELS[self.config.family.name]
 
 
 def subject_of(
@@ -142,6 +148,14 @@ class Loaded:
         attend = attend or self.attend
         make = packer(self.model.config, self.device, self.layers.dtype, self.layers, attend)
         return make(encodings)
+
+    def recorded(self) -> cuda_graphs.GraphedForward:
+        """The forward as it is recorded. To be made and called in inference mode."""
+        return cuda_graphs.GraphedForward(
+            lambda batch: self.model(batch, self.attend),
+            self.device,
+            pooled=self.model.config.family.pooled,
+        )
 
     def hidden_states(self, batch: PackedBatch) -> Tensor:
         with torch.inference_mode():

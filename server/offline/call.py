@@ -202,4 +202,4 @@ def prompt_of(
         prompt = instructions.choose_prompt(defaults, asked)
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None
-    return defaults.prompt("passage") if prompt is None else prompt
+    return defaults.bare if prompt is None else prompt
