@@ -80,14 +80,18 @@ class CardExample:
 
 def read_card(card: str) -> CardExample | None:
     """Read the example out of a card's fenced Python, without running it: the assignments of
-    plain texts, and the scores in the comment after the last `print`."""
+    plain texts, the functions that make a text of theirs, and the scores in the comment after the
+    last `print`. Queries with a template are read where it is that of NV-Embed and e5-mistral."""
+    functions: dict[str, Any] = {}
     for block in re.findall(r"```python\s*\n(.*?)```", card, re.DOTALL):
         try:
             tree = ast.parse(block)
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # all of them are its own
             continue
-        values: dict[str, Any] = {}
+        values = dict(functions)
         for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                functions[node.name] = values[node.name] = node
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 try:
                     values[node.targets[0].id] = _plain_value(node.value, values)
@@ -106,7 +110,7 @@ def read_card(card: str) -> CardExample | None:
 
 
 def _plain_value(node: ast.expr, values: dict[str, Any]) -> Any:
-    """The value of a literal, a name met before, a sum or a subscript of these."""
+    """The value of a literal, a name met before, a sum, a subscript or a function of these."""
     match node:
         case ast.Name(id=name):
             return values[name]
@@ -117,15 +121,27 @@ def _plain_value(node: ast.expr, values: dict[str, Any]) -> Any:
             return total
         case ast.Subscript(value=value, slice=index):
             return _plain_value(value, values)[_plain_value(index, values)]
-        case ast.Call(func=ast.Name(id="get_detailed_instruct"), args=[task, query]):
-            # The one function that the cards of e5-mistral and its kin define.
-            told, asked = (_plain_value(part, values) for part in (task, query))
-            if isinstance(told, str) and isinstance(asked, str):
-                return f"Instruct: {told}\nQuery: {asked}"
-            raise ValueError("no texts")
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]):
+            return _returned(values[name], [_plain_value(each, values) for each in arguments])
+        case ast.JoinedStr(values=parts):
+            text = "".join(_plain_value(part, values) for part in parts)
+            if len(text) > _MOST_BYTES:
+                raise ValueError("a text that doubles itself")
+            return text
+        case ast.FormattedValue(value=value, conversion=-1, format_spec=None):
+            return _plain_value(value, values)
         case ast.List(elts=elements):
             return [_plain_value(element, values) for element in elements]
     return ast.literal_eval(node)
+
+
+def _returned(function: Any, arguments: list[Any]) -> Any:
+    """What a function of one `return` gives, of its parameters alone."""
+    match function:
+        case ast.FunctionDef(args=parameters, body=[ast.Return(value=ast.expr() as value)]):
+            names = [parameter.arg for parameter in parameters.args]
+            return _plain_value(value, dict(zip(names, arguments, strict=True)))
+    raise ValueError("no such function")
 
 
 def _scores(text: str) -> list[list[float]] | None:

@@ -45,7 +45,8 @@ _CHUNK = 16 << 20
 
 
 def export(source: ModelSource, folder: Path) -> list[str]:
-    """Write `folder`, whole or not at all. Returns what a user must know of it, in sentences.
+    """Write `folder`, whole or not at all; an empty one is filled. Returns what a user must know of
+    it, in sentences.
 
     Raises UnsupportedError for a family that needs code of its own, FileError where the folder is
     not empty or cannot be made, CheckpointError for a checkpoint that is none.
@@ -59,9 +60,8 @@ def export(source: ModelSource, folder: Path) -> list[str]:
         )
     NVEmbedTokenizer.from_dir(source.path, config=config)  # refused here rather than there
     with _new_folder(folder) as part:
-        _write_config(source.path, part, config)
+        write_settings(read_json(source.path / "config.json"), part, config)
         _write_tokenizer(source.path, part, config)
-        _write_modules(part, config)
         papers = [*licence_files(source.path), source.path / "README.md"]
         for paper in papers:
             if paper.is_file():
@@ -94,7 +94,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             folder.lstat()
             if not folder.is_dir() or any(folder.iterdir()):
                 raise FileError(f"{folder} is there, and no empty folder: name another")
-        part = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+        # One that is there may be a link, a mount, or where somebody stands: it stays itself.
+        fills = folder.is_dir()
+        part = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder if fills else folder.parent))
         umask = os.umask(0o077)
         os.umask(umask)
         part.chmod(0o777 & ~umask)  # it is 0700 till here
@@ -103,23 +105,29 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise FileError(f"{folder} cannot be made: {why}") from None
     try:
         yield part
-        part.rename(folder)
+        if fills:
+            for path in sorted(part.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(folder / path.name)  # without the last one it is no model
+            part.rmdir()
+        else:
+            part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_config(source: Path, folder: Path, config: ModelConfig) -> None:
-    """The source's own, without its code; the mask as transformers' own classes are told it."""
-    raw = read_json(source / "config.json")
-    raw.pop("auto_map", None)
+def write_settings(raw: dict[str, Any], folder: Path, config: ModelConfig) -> None:
+    """Into `folder`: what tells the family of a checkpoint whose config.json is `raw`, in the words
+    of transformers' and sentence-transformers' own files."""
+    raw = {key: value for key, value in raw.items() if key != "auto_map"}
     if config.family.mask == "full":
         raw |= {"is_causal": False, "sliding_window": config.sliding_window}
     _write(folder / "config.json", raw)
+    _write_modules(folder, config)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
@@ -166,8 +174,8 @@ def _write_modules(folder: Path, config: ModelConfig) -> None:
         for index, kind in enumerate(("Transformer", "Pooling", "Normalize"))
     ]
     _write(folder / "modules.json", modules)
-    (folder / "1_Pooling").mkdir()
-    (folder / "2_Normalize").mkdir()
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
     mode = _MODES[config.family.pooler]
     modes = {f"pooling_mode_{m}": m == mode for m in ("cls_token", "max_tokens", *_MODES.values())}
     _write(

@@ -187,6 +187,7 @@ TRAINING = [
     "synthesis_prompts",
     "synthesis",
     "answers",
+    "asking",
     "stages",
     "baseline",
     "metrics",

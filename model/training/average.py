@@ -22,13 +22,13 @@ from model.training.network import load_trained
 
 
 @torch.no_grad()
-def average(folders: Sequence[Path], out: Path) -> Path:
+def average(folders: Sequence[Path], out: Path, family: str = "auto") -> Path:
     """Write the mean, fp16, in the layout of the first. Raises CheckpointError."""
     device = torch.device("cpu")
-    first = load_trained(folders[0], device=device)
+    first = load_trained(folders[0], device=device, family=family)
     total = dict(first.named_parameters())
     for folder in folders[1:]:
-        other = load_trained(folder, device=device)
+        other = load_trained(folder, device=device, family=family)
         if other.config != first.config:
             raise CheckpointError(f"{folder} is of another size or name than {folders[0]}")
         for name, parameter in other.named_parameters():
@@ -44,8 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Average checkpoints.")
     parser.add_argument("out", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--family", default="auto", help="where their files do not tell it")
     arguments = parser.parse_args()
-    print(average(arguments.checkpoints, arguments.out))
+    print(average(arguments.checkpoints, arguments.out, arguments.family))
 
 
 if __name__ == "__main__":

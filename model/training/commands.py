@@ -10,7 +10,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,6 +24,7 @@ from model.families import Side
 from model.hub import packaged_checkpoint
 from model.tokenizer import Truncation
 from model.training import answers, bootstrap, evaluation, mteb_adapter, synthesis
+from model.training.asking import ask_all
 from model.training.case import CASES, changed
 from model.training.chat import ChatModel
 from model.training.embedders import Embedder, LocalEmbedder
@@ -114,7 +114,7 @@ def synthesize(arguments: argparse.Namespace) -> int:
         locked(out.with_name(f".{out.name}.lock"), out),
         answers.opened(kept, settings.to_json()) as store,
     ):
-        _ask_all(settings, chat, store, arguments.concurrency)
+        ask_all(settings, chat, store, arguments.concurrency)
         found = synthesis.found(settings, store.known)
         if not any(found.tasks.values()):
             raise DataError(
@@ -148,28 +148,6 @@ def synthesize(arguments: argparse.Namespace) -> int:
     }
     print(json.dumps({"out": str(out), "model": chat.name, **counts}))
     return 0
-
-
-def _ask_all(
-    settings: SynthesisSettings, chat: ChatModel, store: answers.Answers, at_once: int
-) -> None:
-    """Until nothing is missing. Whatever comes is kept, also while an error or Ctrl-C ends it."""
-
-    def ask(request: synthesis.Request) -> None:
-        store.add(request.id, chat(request.prompt))
-
-    while requests := synthesis.pending(settings, store.known):
-        bar = tqdm(total=len(requests), desc="Asking", unit=" answers", disable=None)
-        with bar, ThreadPoolExecutor(at_once) as pool:
-            asked = [pool.submit(ask, request) for request in requests]
-            try:
-                for future in as_completed(asked):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                chat.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
 
 
 def _listed(reasons: Counter[str]) -> str:

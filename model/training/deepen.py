@@ -21,7 +21,7 @@ from model import console
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
-from model.training.export import copy_beside, write_checkpoint
+from model.training.export import copy_beside, tell_family, write_checkpoint
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 _INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
@@ -45,8 +45,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, required=True, help="how many there shall be")
+    parser.add_argument("--family", default="auto", help="where its files do not tell it")
     arguments = parser.parse_args()
-    config = ModelConfig.from_dir(arguments.checkpoint)
+    config = ModelConfig.from_dir(arguments.checkpoint, arguments.family)
     before = config.num_hidden_layers
     if arguments.layers < before:
         raise CheckpointError(f"{arguments.checkpoint} has {before} layers already")
@@ -61,6 +62,7 @@ def main() -> None:
         arguments.checkpoint / "tokenizer.json",
     )
     copy_beside(arguments.checkpoint, arguments.out)
+    tell_family(arguments.out, config)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ LoRA's adapters are merged on the way. `write_papers` says whose weights these w
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from model.card import card_license, licence_files
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.files import read_json
+from model.sentence_transformers_export import write_settings
 from model.training.adapters import merged_weight
 from model.training.network import TrainedNVEmbed, sources
 from model.weights.checkpoint import Checkpoint
 
+logger = logging.getLogger("nv_embed.training")
 _BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -118,7 +121,25 @@ def export_like(
     tensors = {checkpoint.before + key: value for key, value in _tensors(model, dtype).items()}
     write_checkpoint(folder, tensors, raw, source / "tokenizer.json")
     copy_beside(source, folder)
+    tell_family(folder, model.config)
     return folder
+
+
+def tell_family(folder: Path, config: ModelConfig) -> None:
+    """Write down which family the checkpoint in `folder` is of, where what it is made of told that
+    by a name alone: its `_name_or_path`, or the option or setting `family`."""
+    if _is_told(folder, config):
+        return
+    write_settings(read_json(folder / "config.json"), folder, config)
+    if not _is_told(folder, config):
+        logger.warning("%s does not tell its family: serve it by --family", folder)
+
+
+def _is_told(folder: Path, config: ModelConfig) -> bool:
+    try:
+        return ModelConfig.from_dir(folder).family.name == config.family.name
+    except CheckpointError:
+        return False
 
 
 def copy_beside(source: Path, folder: Path) -> None:

@@ -1,13 +1,14 @@
 """Positive-aware hard negatives (paper, section 4.1.1; NV-Retriever): `nv-embed mine`.
 
 For each query the best-scoring passages whose score is below 0.95 × the positive's, by a
-teacher. Candidates are the positives of all examples, each text once. Knows no training.
+teacher. Candidates are the positives of all examples whose passages are asked alike (`symmetric`
+ones are queries with their task), each text once. Knows no training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,22 +47,50 @@ def mine(
 def _mine(
     examples: Sequence[Example], embed: Embedder, count: int, threshold: float
 ) -> Iterator[Example]:
-    passages = list(dict.fromkeys(example.positive for example in examples))
-    place = {passage: row for row, passage in enumerate(passages)}
-    never: dict[str, list[int]] = {}  # a query's own positives, and itself
+    never: dict[str, set[str]] = {}  # a query's own positives, and itself
     for example in examples:
-        never.setdefault(example.query, []).append(place[example.positive])
-    for query, rows in never.items():
-        rows += [place[query]] if query in place else []
-    matrix = embed(passages, "passage", "")
+        never.setdefault(example.query, {example.query}).add(example.positive)
+    pools = {
+        asked: _Pool.of([examples[row].positive for row in rows], asked, embed)
+        for asked, rows in _by_passages(examples).items()
+    }
     for start in range(0, len(examples), _BLOCK):
         block = examples[start : start + _BLOCK]
-        scores = embed_asked([query_of(example) for example in block], embed) @ matrix.T
-        for example, row in zip(block, scores, strict=True):
-            most = below(row[place[example.positive]], threshold)
-            row[never[example.query]] = -np.inf
-            chosen = hard_negatives(row, most, count)
-            yield replace(example, negatives=tuple(passages[i] for i in chosen))
+        queries = embed_asked([query_of(example) for example in block], embed)
+        mined: dict[int, Example] = {}
+        for asked, rows in _by_passages(block).items():
+            pool = pools[asked]
+            for row, scores in zip(rows, queries[rows] @ pool.matrix.T, strict=True):
+                example = block[row]
+                most = below(scores[pool.place[example.positive]], threshold)
+                known = [pool.place[text] for text in never[example.query] if text in pool.place]
+                scores[known] = -np.inf
+                chosen = tuple(pool.passages[i] for i in hard_negatives(scores, most, count))
+                mined[row] = replace(example, negatives=chosen)
+        yield from (mined[row] for row in range(len(block)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Candidates that are asked alike."""
+
+    passages: list[str]
+    place: dict[str, int]
+    matrix: NDArray[np.float32]  # [N, W]
+
+    @classmethod
+    def of(cls, texts: Sequence[str], asked: tuple[Side, str], embed: Embedder) -> _Pool:
+        passages = list(dict.fromkeys(texts))
+        place = {passage: row for row, passage in enumerate(passages)}
+        return cls(passages, place, embed(passages, *asked))
+
+
+def _by_passages(examples: Sequence[Example]) -> dict[tuple[Side, str], list[int]]:
+    """How their passages are asked -> the rows of those examples."""
+    groups: dict[tuple[Side, str], list[int]] = {}
+    for row, example in enumerate(examples):
+        groups.setdefault(example.passage_asked, []).append(row)
+    return groups
 
 
 def query_of(example: Example) -> Asked:

@@ -7,6 +7,7 @@ for bit (same machine, same number of threads).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from model.training.mistral_import import is_plain_mistral, load_mistral, mistra
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
+
+logger = logging.getLogger("nv_embed.training")
 
 
 class DivergedError(ModelError):
@@ -128,6 +131,12 @@ class Trainer:
         if self.anew:
             if not s.servable:
                 raise TrainingSettingsError("an ablation starts from an NV-Embed checkpoint")
+            if s.family == "auto":
+                logger.warning(
+                    "nothing in %s tells its family: it becomes an NV-Embed with a new pooler "
+                    "(the setting `family` names another)",
+                    self.start,
+                )
             config = mistral_config(self.start, **sizes)
             model = load_mistral(
                 self.start, config, seed=s.seed, device=self.device, projections=dtype

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from model.batch import Encoding
 from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.errors import CheckpointError
+from model.families import Side
 from model.files import read_json
 from model.tokenizer import BOS_ID, EOS_ID, Truncation
+from model.verify.authors_models import KnownIds
 from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
 from model.verify.subject import SAMPLES, VECTOR_TOLERANCE, Loaded, Subject, prompt_of
 from model.weights.checkpoint import Checkpoint
@@ -41,13 +44,7 @@ def check_tensors(subject: Subject) -> Check:
 def check_example_ids(subject: Subject) -> Check:
     """Texts whose ids are known of the authors' code, and how many are left out of the pool."""
     name, family = "token ids", subject.config.family
-    authors = subject.authors
-    if not authors.vocabulary and subject.tokenizer.vocab_size != MISTRAL_PIECES:
-        return skipped(name, "the ids that are known are of Mistral's vocabulary")
-    good, wrong, known = 0, "", authors.known
-    if not authors.vocabulary:  # and the sides' prefixes may be the folder's own
-        own = subject.config.prompts
-        known = tuple(k for k in known if own.get(k.side) in (None, f"{k.side}: "))
+    good, wrong, known = 0, "", _known_ids(subject)
     for example in known:
         prompt = family.prompt(example.side, example.task)
         encoding = subject.tokenizer.encode(example.text, prompt, max_tokens=4096)
@@ -56,9 +53,32 @@ def check_example_ids(subject: Subject) -> Check:
         else:
             found = f"ids {encoding.ids.tolist()}, {encoding.pool_start} left out"
             wrong = f"a {example.side} has {found}; ids {example.ids}, {example.left_out} left out"
-    if not known:
-        return skipped(name, "the folder has prompts of its own")
     return Check(name, status_of(good == len(known)), good, len(known), note=wrong or "texts")
+
+
+def _known_ids(subject: Subject) -> Sequence[KnownIds]:
+    """Those of the authors' code; with another vocabulary, or prefixes of the folder's own, what
+    the library makes of prefix and text as one, behind BOS."""
+    authors = subject.authors
+    if authors.vocabulary:
+        return authors.known
+    is_mistrals = subject.tokenizer.vocab_size == MISTRAL_PIECES
+    library = Tokenizer.from_file(str(subject.source.path / "tokenizer.json"))
+    found = []
+    for known in authors.known:
+        prefix = _prefix(subject, known.side)
+        if not is_mistrals or prefix != f"{known.side}: ":
+            ids = library.encode(prefix + known.text, add_special_tokens=False).ids
+            known = replace(known, ids=[BOS_ID, *ids])
+        found.append(known)
+    return found
+
+
+def _prefix(subject: Subject, side: Side) -> str:
+    """As the folder's own prompts name it, or as the authors of the family write it."""
+    names = ("query",) if side == "query" else ("passage", "document")
+    own = [subject.config.prompts[name] for name in names if name in subject.config.prompts]
+    return own[0] if own else f"{side}: "
 
 
 def check_eos(subject: Subject) -> Check:

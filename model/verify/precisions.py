@@ -46,9 +46,12 @@ def check_precisions(subject: Subject, measured: Measured) -> Iterator[Check]:
         ("int8-dynamic", sixteen, "int8-dynamic"),
         ("float8", sixteen, "float8"),
     ]
-    exact = measured.vectors["float32"]
+    exact = measured.vectors.get("float32")
     for variant, dtype, quantization in variants:
         name = f"{variant} and float32"
+        if exact is None:
+            yield skipped(name, "there are no float32 vectors to compare with")
+            continue
         if variant not in measured.vectors:
             if reason := no_room(subject, dtype, quantization):
                 yield skipped(name, reason)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from model.backbone import select_rows
 from model.batch import Encoding
 from model.config import ModelConfig
+from model.errors import UnsupportedError
 from model.files import read_json
 from model.packing import pack
 from model.verify.authors_models import AUTHORS_MODELS
@@ -99,7 +100,8 @@ def transformers_model(
     folder: Path, config: ModelConfig, layers: int, **changes: int | None
 ) -> Any:
     """transformers' MistralModel or Ministral3Model in float32 on the CPU, values not yet set. Its
-    settings are those of config.json itself, but for `changes`."""
+    settings are those of config.json itself, but for `changes`. Raises UnsupportedError where the
+    installed transformers has no such model."""
     import transformers
 
     raw = read_json(folder / "config.json")
@@ -109,7 +111,13 @@ def transformers_model(
     options = {key: value for key, value in text.items() if key not in ours}
     # None of them is in a test's vocabulary of one.
     options |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    of_kind = getattr(transformers, f"{kind}Model", None)
+    if of_kind is None:
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} has no {kind}Model to compare with: it came "
+            "with 5.0"
+        )
     options |= {"num_hidden_layers": layers, "attn_implementation": "sdpa", **changes}
     settings = getattr(transformers, f"{kind}Config")(**options)
-    theirs: torch.nn.Module = getattr(transformers, f"{kind}Model")(settings)
+    theirs: torch.nn.Module = of_kind(settings)
     return theirs.to(torch.float32).eval()

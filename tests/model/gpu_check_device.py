@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
-from model import fused
+from model import config, fused
 from model.batch import RunnerOptions
+from model.families import Family
 from model.runner import ModelRunner
 from tests.model import fused_stand_in
 from tests.model.emulated_cuda import EmulatedCuda, emulated
 
+CHANGES = "NV_EMBED_TEST_CHANGES"
 _MEMORY = 256_000_000
 _FOR_GOOD = contextlib.ExitStack()
 
@@ -21,6 +27,19 @@ def device() -> Iterator[EmulatedCuda]:
     """With torch's operations in place of Triton's kernels."""
     kernels = {"triton": (lambda: fused_stand_in.launch, lambda device: None)}
     with mock.patch.dict(fused.LAUNCHES, kernels), emulated(memory=_MEMORY) as gpu:
+        yield gpu
+
+
+@contextlib.contextmanager
+def of_another_family() -> Iterator[EmulatedCuda]:
+    """The same, where each family's row is changed as the environment says."""
+    changes = json.loads(os.environ[CHANGES])
+    right = config.recognise
+
+    def wrong(*args: Any) -> Family:
+        return replace(right(*args), **changes)
+
+    with mock.patch.object(config, "recognise", wrong), device() as gpu:
         yield gpu
 
 

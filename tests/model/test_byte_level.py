@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def raw() -> Tokenizer:
+@cache
+def byte_level_tokenizer() -> Tokenizer:
     """Trained here, with pieces of up to 64 bytes."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(1, 9))) for _ in range(300)]
@@ -53,6 +54,11 @@ def raw() -> Tokenizer:
     tokenizer.train_from_iterator(lines, trainer)
     assert max(map(len, tokenizer.get_vocab())) > 32
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def raw() -> Tokenizer:
+    return byte_level_tokenizer()
 
 
 @pytest.fixture(scope="module")

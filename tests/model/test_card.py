@@ -104,6 +104,38 @@ def test_the_scores_of_an_example(scores: str, expected: list[list[float]] | Non
     assert (example.queries, example.scores) == (["a", "b"], expected)
 
 
+OF_TEMPLATES = """```python
+def get_detailed_instruct(task_description: str, query: str) -> str:
+    return {returned}
+task = "T"
+queries = [get_detailed_instruct(task, "a"), get_detailed_instruct(task, "b")]
+documents = ["c", "d"]
+# [[86.7, 36.6], [35.0, 82.1]]
+```"""
+
+
+@pytest.mark.parametrize(
+    ("returned", "first"),
+    [
+        (r"f'Instruct: {task_description}\nQuery: {query}'", "Instruct: T\nQuery: a"),
+        ("'Instruct: ' + task_description + '\\nQuery: ' + query", "Instruct: T\nQuery: a"),
+        (r"f'Instruct: {query}\nQuery: {task_description}'", "Instruct: a\nQuery: T"),
+        (r"f'<instruct>{task_description}\n<query>{query}'", None),
+        (r"f'Instruct: {task_description!r}\nQuery: {query}'", None),
+        (r"f'Instruct: {task_description.strip()}\nQuery: {query}'", None),
+        (r"f'Instruct: {elsewhere}\nQuery: {query}'", None),
+        ("get_detailed_instruct(task_description, query)", None),
+    ],
+)
+def test_a_function_of_a_card_is_read_as_it_stands(returned: str, first: str | None) -> None:
+    """By any name; templates that are not those of NV-Embed and e5-mistral are left alone."""
+    for name in ("get_detailed_instruct", "with_task"):
+        card = OF_TEMPLATES.replace("{returned}", returned).replace("get_detailed_instruct", name)
+        example = read_card(card)
+        assert (example.queries[0] if example else None) == first
+    assert read_card(OF_TEMPLATES.replace("def get_detailed_instruct", "def another")) is None
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -114,6 +146,9 @@ def test_the_scores_of_an_example(scores: str, expected: list[list[float]] | Non
         "x = " + "+".join(["'a'"] * 20_000),
         "x = '\0'",
         "x = 'aaaaaaaa'\n" + "x = x + x\n" * 60,
+        "x = 'aaaaaaaa'\n" + "x = f'{x}{x}'\n" * 60,
+        "def f(x):\n    return f'{x}{x}'\nx = 'aaaaaaaa'\n" + "x = f(x)\n" * 60,
+        "def f():\n    return f()\nx = f()",
     ],
 )
 def test_code_that_is_no_example(line: str) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
+from model.config import ModelConfig
 from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.verify import gpu_check, plan
+from model.verify.conduct import conduct
 from model.verify.report import SCHEMA, SECTIONS
+from tests.model.gpu_check_device import CHANGES
 from tests.model.torches import HAS_VARLEN
 from tests.siblings import SIBLINGS, write_sibling
 
@@ -181,6 +184,48 @@ def test_every_step_is_right_for_each_family(
     wrong = [s for s in report["steps"] if s["status"] != "done" and s["name"] not in SKIPPED]
     assert not wrong, wrong
     assert status == 0
+
+
+CHECKS = ("parity.tokens", "parity.parts", "parity.backbone")
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_a_family_that_is_changed_fails(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mask, pooler, EOS, template: by those of its steps that compare the parts."""
+    if name != "e5-mistral" and os.environ.get("FAMILIES") != "full":
+        pytest.skip("a quarter of a minute each: make test-families runs it")
+    checkpoint = write_sibling(tmp_path / name, name)
+    family = ModelConfig.from_dir(checkpoint).family
+    causal, has_eos = family.mask == "causal", family.keeps_eos is not None
+    expected: list[tuple[dict[str, object], set[str]]] = [
+        ({}, set()),
+        ({"mask": "full" if causal else "causal"}, {"parity.parts", "parity.backbone"}),
+        ({"pooler": "mean" if family.pooler == "last" else "last"}, {"parity.parts"}),
+        ({"keeps_eos": None if has_eos else True}, {"parity.tokens"}),
+        (
+            {"query": "query:"} if family.template is None else {"template": "{task}: "},
+            {"parity.tokens"},
+        ),
+    ]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = {"model_id": name, "path": str(checkpoint), "family": "auto", "device": "cuda"}
+    job |= {"attention": "auto", "base": "bfloat16", "work": str(tmp_path)}
+    job |= {"within": f"{DEVICE}:of_another_family"}
+    steps = [
+        replace(step, process="one")
+        for step in plan.steps(BRIEF, "bfloat16", None)
+        if step.name in CHECKS
+    ]
+    assert len(steps) == len(CHECKS)
+    for changes, failing in expected:
+        monkeypatch.setenv(CHANGES, json.dumps(changes))
+        outcomes = {o.step.name: o for o in conduct(steps, job, tmp_path / "log")}
+        assert {n for n, o in outcomes.items() if o.status == "failed"} >= failing, outcomes
+        assert {o.status for o in outcomes.values()} <= {"done", "failed"}, outcomes
+        assert changes or {o.status for o in outcomes.values()} == {"done"}, outcomes
 
 
 def test_a_run_that_is_killed_leaves_what_it_had(golden_checkpoint: Path, tmp_path: Path) -> None:

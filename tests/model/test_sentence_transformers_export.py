@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from model import sentence_transformers_export
 from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import FileError, UnsupportedError
@@ -149,6 +151,40 @@ def test_what_cannot_be_exported(golden_checkpoint: Path, tmp_path: Path) -> Non
     export(source, tmp_path / "empty")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"e5", "empty"}
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a link, and where one stands: a mount, too, cannot be replaced."""
+    source = locate(str(write_sibling(tmp_path / "e5", "e5-mistral")))
+    export(source, tmp_path / "new")
+    expected = {path.name for path in (tmp_path / "new").iterdir()}
+    for name in ("here", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("linked")
+    monkeypatch.chdir(tmp_path / "here")
+    inode = (tmp_path / "here").stat().st_ino
+    for folder, named in ((tmp_path / "here", Path(".")), (tmp_path / "linked", tmp_path / "link")):
+        export(source, named)
+        assert {path.name for path in folder.iterdir()} == expected
+        assert ModelConfig.from_dir(folder).family.name == "e5-mistral"
+    assert (tmp_path / "here").stat().st_ino == inode
+    assert (tmp_path / "link").is_symlink()
+    for name in (".", str(tmp_path / "link"), str(tmp_path / "absent" / "out")):
+        with pytest.raises(FileError, match=re.escape(name)):
+            export(source, Path(name))
+
+
+def test_a_full_folder_that_fails_is_left_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = locate(str(write_sibling(tmp_path / "e5", "e5-mistral")))
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(sentence_transformers_export, "_link_weights", None)
+    for folder in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(TypeError):
+            export(source, folder)
+    assert not list((tmp_path / "out").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"e5", "out"}
 
 
 def test_the_command_says_the_licence_and_what_differs(

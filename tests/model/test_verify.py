@@ -21,15 +21,19 @@ from model import fused
 from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
 from model.card import read_card
+from model.errors import UnsupportedError
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.tokenizer_file import read_tokenizer
 from model.verify import command
+from model.verify.authors import check_example_ids
 from model.verify.outcome import Check
 from model.verify.referee import Referee
+from model.verify.structure import check_mask
 from model.verify.subject import Measured, Subject, load, sample_encodings
 from tests.checkpoints import GOLDEN_CASES, golden_cases
 from tests.model import fused_stand_in
+from tests.model.test_byte_level import byte_level_tokenizer
 from tests.siblings import SIBLINGS, write_sibling
 
 pytestmark = pytest.mark.whole
@@ -407,7 +411,8 @@ def test_the_referee_gives_the_vectors_that_serve(sibling: Path) -> None:
 def changed_family(judged: Subject, **changes: Any) -> Subject:
     """As if the family's row said so."""
     family = replace(judged.config.family, **changes)
-    tokenizer = NVEmbedTokenizer(read_tokenizer(judged.source.path), family)
+    raw = read_tokenizer(judged.source.path, byte_level=family.byte_level)
+    tokenizer = NVEmbedTokenizer(raw, family)
     return replace(judged, config=replace(judged.config, family=family), tokenizer=tokenizer)
 
 
@@ -457,6 +462,77 @@ def test_fails_when_a_family_has_another_template(sibling: Path) -> None:
     assert failures(wrong) == {"token ids"}
     if family.passage:
         assert failures(changed_family(judged, passage="")) == {"token ids"}
+
+
+@pytest.mark.parametrize("name", ["nemotron-3-embed", "bidirectional-mean"])
+def test_fails_on_bytes_when_a_template_is_changed(name: str, tmp_path: Path) -> None:
+    """The ids of another vocabulary are the library's, with the family's prefix in front."""
+    folder = write_sibling(tmp_path / name, name)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    judged = subject(folder)
+    assert check_example_ids(judged).status == "passed"
+    for change in ({"query": "wrong: "}, {"passage": ""}, {"left_out": "prefix"}):
+        assert check_example_ids(changed_family(judged, **change)).status == "failed", change
+
+
+@pytest.mark.parametrize("name", ["passage", "document"])
+@pytest.mark.parametrize("prefix", ["doc: ", ""])
+def test_prefixes_of_the_folder_are_what_is_compared(
+    name: str, prefix: str, tmp_path: Path
+) -> None:
+    folder = write_sibling(tmp_path / "mean", "bidirectional-mean")
+    prompts = {"query": "ask: ", name: prefix}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    judged = subject(folder)
+    check = check_example_ids(judged)
+    assert (check.status, check.got) == ("passed", 2)
+    for change in ({"query": "query: "}, {"passage": "passage: "}):
+        assert check_example_ids(changed_family(judged, **change)).status == "failed", change
+
+
+def test_the_mask_of_a_small_vocabulary(tmp_path: Path) -> None:
+    folder = write_sibling(tmp_path / "small", "nemotron-3-embed", {"vocab_size": 800})
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    judged = subject(folder)
+    working = load(judged, torch.float32, "none")
+    assert check_mask(judged, working).status == "passed"
+    causal = replace(
+        working, attend=lambda *args, **o: working.attend(*args, **o | {"causal": True})
+    )
+    assert check_mask(judged, causal).status == "failed"
+
+
+def test_without_transformers_own_layers_it_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with transformers 4, which has no Ministral3."""
+    folder = write_sibling(tmp_path / "nemotron", "nemotron-3-embed")
+    monkeypatch.setattr("transformers.Ministral3Model", None)
+    why = r"transformers 5.* has no Ministral3Model to compare with: it came with 5.0"
+    checks = outcome(subject(folder))
+    assert {check.status for check in checks.values()} == {"passed", "skipped"}
+    assert re.fullmatch(why, checks["backbone's first layers"].note)
+    with pytest.raises(UnsupportedError, match=why):
+        Referee(folder, subject(folder).config, torch.device("cpu")).embed(
+            sample_encodings(subject(folder))
+        )
+
+
+def test_without_room_nor_layers_of_transformers_nothing_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_sibling(tmp_path / "nemotron", "nemotron-3-embed")
+    monkeypatch.setattr("transformers.Ministral3Model", None)
+    whole = command.no_room
+    monkeypatch.setattr(
+        command,
+        "no_room",
+        lambda judged, dtype, kind: "no" if dtype == torch.float32 else whole(judged, dtype, kind),
+    )
+    checks = outcome(subject(folder, dtype="bfloat16"))
+    assert checks["float32 layer by layer"].status == "skipped"
+    assert checks["int8 and float32"].note == "there are no float32 vectors to compare with"
+    assert "failed" not in {check.status for check in checks.values()}
 
 
 def test_the_card_of_e5_mistral_and_its_kin_is_read() -> None:

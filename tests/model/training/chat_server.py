@@ -54,8 +54,9 @@ def answer_to(prompt: str) -> tuple[str, str]:
 
 
 class FakeChat(BaseHTTPRequestHandler):
-    """`served`: how often each prompt was answered."""
+    """`asked`, `served`: how often each prompt came, and was answered."""
 
+    asked: Counter[str]
     served: Counter[str]
     refused: set[str]
     lock: threading.Lock
@@ -81,6 +82,8 @@ class FakeChat(BaseHTTPRequestHandler):
             if first:
                 status = 429 if number_of(prompt) % 2 else 500
                 return self._answer({"error": {"message": "later"}}, status)
+        with self.lock:
+            self.asked[prompt] += 1
         time.sleep(self.pause_s)
         text, finish = answer_to(prompt)
         with self.lock:
@@ -114,7 +117,8 @@ class _Server(ThreadingHTTPServer):
 @contextmanager
 def serving(**kind: object) -> Iterator[tuple[str, type[FakeChat]]]:
     """A fresh server; its address, and its class with what it saw."""
-    state = {"served": Counter(), "refused": set(), "lock": threading.Lock(), **kind}
+    state = {"asked": Counter(), "served": Counter(), "refused": set()}
+    state |= {"lock": threading.Lock(), **kind}
     handler = type("Fake", (FakeChat,), state)
     with _Server(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import MistralModel
 
 from model.config import ModelConfig
 from model.encoder import Encoder
-from model.errors import CheckpointError
+from model.errors import CheckpointError, UntoldFamilyError
 from model.families import E5_MISTRAL
 from model.tokenizer import BOS_ID, EOS_ID
 from model.training.attention import grouped_products
 from model.training.average import average
 from model.training.deepen import main as deepen
+from model.training.export import export_like
+from model.training.mistral_import import is_plain_mistral
 from model.training.network import load_trained
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.trainer import Trainer
@@ -191,11 +194,79 @@ def test_the_family_may_be_named(
     """A Mistral of no family, trained as e5-mistral; an e5-mistral's trunk under a new pooler."""
     once = settings(tiny_mistral, pairs[True], family="e5-mistral", steps=1)
     folder = Trainer(once, tmp_path / "e5-run").run(progress=False)
-    assert Encoder(folder, family="e5-mistral", device="cpu").tokenizer.family is E5_MISTRAL
+    assert folder is not None
+    assert Encoder(folder, device="cpu").tokenizer.family is E5_MISTRAL
     source = write_sibling(tmp_path / "e5", "e5-mistral")
     anew = Trainer(settings(source, pairs[True], family="nv-embed"), tmp_path / "new")
     assert anew.model.config.num_latents == 8
     assert anew.family.name == "nv-embed"
+
+
+def without_words(folder: Path, name_or_path: str | None = None) -> Path:
+    """The checkpoint, its files telling no family; that of the hub's id, if any."""
+    shutil.rmtree(folder / "1_Pooling", ignore_errors=True)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    raw = json.loads((folder / "config.json").read_text())
+    for key in ("auto_map", "is_causal", "_name_or_path"):
+        raw.pop(key, None)
+    raw |= {"_name_or_path": name_or_path} if name_or_path else {}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.mark.parametrize("name", [*TRAINED[:3], "e5-mistral"])
+def test_a_family_that_only_a_name_told_is_written_down(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next training would make an NV-Embed of it without a word."""
+    family = SIBLINGS[name].family
+    source = without_words(write_sibling(tmp_path / name, name))
+    with pytest.raises(UntoldFamilyError):
+        ModelConfig.from_dir(source)
+    trained = load_trained(source, device=torch.device("cpu"), family=family)
+    folders = [export_like(source, trained, tmp_path / "trained", name="own/tuned")]
+    folders.append(average([source, source], tmp_path / "mean", family))
+    words = [str(source), str(tmp_path / "deep"), "--layers", "4", "--family", family]
+    monkeypatch.setattr(sys, "argv", ["deepen", *words])
+    save_file(
+        {k: v for shard in source.glob("*.safetensors") for k, v in load_file(shard).items()},
+        source / "model.safetensors",
+    )
+    for shard in (*source.glob("model-*"), *source.glob("*.index.json")):
+        shard.unlink()
+    deepen()
+    texts = TEXTS[:2]
+    before = Encoder(source, device="cpu", dtype="float32", family=family)
+    for folder in (*folders, tmp_path / "deep"):
+        assert not is_plain_mistral(folder)
+        served = Encoder(folder, device="cpu", dtype="float32")
+        assert served.tokenizer.family.name == family
+        for side in ("query", "passage"):
+            prompt = before.tokenizer.family.prompt(side)
+            assert served.tokenizer.family.prompt(side) == prompt
+            same = np.abs(served.encode(texts, prompt) - before.encode(texts, prompt)).max()
+            assert same < 2e-3  # in 16 bit
+
+
+def test_the_name_of_the_hub_may_go(tmp_path: Path) -> None:
+    source = write_sibling(tmp_path / "sfr", "sfr-embedding-2")
+    without_words(source, "Salesforce/SFR-Embedding-2_R")
+    trained = load_trained(source, device=torch.device("cpu"))
+    assert trained.config.family is E5_MISTRAL
+    folder = export_like(source, trained, tmp_path / "tuned", name="own/tuned")
+    assert ModelConfig.from_dir(folder).family is E5_MISTRAL
+    assert json.loads((folder / "config.json").read_text())["_name_or_path"] == "own/tuned"
+
+
+def test_what_becomes_an_nv_embed_is_said(
+    pairs: dict[bool, Path], tiny_mistral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(settings(tiny_mistral, pairs[True]), tmp_path / "run")
+    assert "tells its family: it becomes an NV-Embed with a new pooler" in caplog.text
+    caplog.clear()
+    Trainer(settings(tiny_mistral, pairs[True], family="nv-embed"), tmp_path / "named")
+    assert "becomes" not in caplog.text
 
 
 def test_averaged_and_deepened_it_stays_its_family(

@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,37 @@ def test_mining_gives_each_query_the_nearest_others() -> None:
     assert mined[0].negatives == ("near",)
     assert all(example.query not in example.negatives for example in mined)
     assert asked == [("passage", ""), ("query", "t")]
+
+
+def test_passages_are_asked_as_in_training() -> None:
+    """Symmetric ones as queries with their task, and only against others of their kind."""
+    asked: list[tuple[tuple[str, ...], Side, str]] = []
+
+    def embed(texts: Sequence[str], side: Side, task: str, /) -> NDArray[np.float32]:
+        asked.append((tuple(texts), side, task))
+        turned = {"passage": 0.0, "query": 0.1}[side] + len(task)
+        angles = [turned + 0.5 * int(text[1]) + 0.01 * (text[0] == "q") for text in texts]
+        return np.array([[np.cos(a), np.sin(a)] for a in angles], dtype=np.float32)
+
+    kinds = [("", False), ("sts", True), ("", False), ("clusters", True), ("sts", True)]
+    kinds += [("clusters", True), ("", False)]
+    examples = [
+        Example(f"q{n}", f"p{n}", task=task, symmetric=symmetric)
+        for n, (task, symmetric) in enumerate(kinds)
+    ]
+    examples += [Example("q1", "p0"), Example("q6", "p1", task="sts", symmetric=True)]
+    mined = list(mine(examples, embed, count=4))
+    assert [replace(example, negatives=()) for example in mined] == examples
+    assert [example.negatives for example in mined] == [
+        ("p2", "p6"), ("p4",), ("p0", "p6"), ("p5",), ("p1",), ("p3",), ("p2", "p0"),
+        ("p6",), ("p4",),
+    ]  # fmt: skip
+    passages = [call for call in asked if call[0][0][0] == "p"]
+    assert passages == [
+        (("p0", "p2", "p6"), "passage", ""),
+        (("p1", "p4"), "query", "sts"),
+        (("p3", "p5"), "query", "clusters"),
+    ]
 
 
 def test_the_command_stops_at_a_bad_line_and_says_how_many_were_mined(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,31 @@ def test_killed_at_random_and_resumed_nothing_is_lost_or_asked_twice(
     assert counts["answers"] == number
     queries = [synthesis.normalised(example.query) for example in read_examples(out)]
     assert len(set(queries)) == len(queries) == counts["examples"] > 50
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("patient", [True, False], ids=["once", "twice"])
+def test_ctrl_c_keeps_what_comes_and_does_not_wait_for_ever(tmp_path: Path, patient: bool) -> None:
+    """Once: what is on its way is waited for, and kept. Twice: nothing is."""
+    out = tmp_path / "out.jsonl"
+    with serving(pause_s=1.5 if patient else 60.0) as (url, seen):
+        command = [sys.executable, "-P", "-m", "server.cli", *call(out, url, "--tasks", "40")]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as running:
+            assert running.stderr is not None
+            while not seen.asked:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            running.send_signal(signal.SIGINT)
+            lines = iter(running.stderr.readline, "")
+            said = next(line for line in lines if "stopping" in line)
+            assert re.search(r"stopping: \d+ answers are on their way and get 30 s", said)
+            if not patient:
+                running.send_signal(signal.SIGINT)
+            assert running.wait(20) == 130
+            assert "Traceback" not in running.stderr.read()
+        assert kept(out).keys() == {number_of(prompt) for prompt in seen.served}
+        assert bool(seen.served) is patient
+        assert sum(seen.asked.values()) <= 10  # nothing was begun afterwards
 
 
 def test_what_is_counted_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
