@@ -85,6 +85,7 @@ SERVER = {  # by wing; "" are the files on top
         "byte_budget",
         "request_context",
         "openai_errors",
+        "vector_format",
         "schemas",
         "instructions",
         "names",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from model.tokenizer import Truncation
 from server.api.instructions import Defaults, choose_prompt
 from server.api.names import ServedNames
-from server.api.schemas import InstructedInput
+from server.api.schemas import EmbeddingsRequest, InstructedInput
+from server.api.vector_format import VectorFormat
 from server.engine.interface import EncodingOptions
 from server.errors import InvalidRequestError
 
@@ -25,5 +26,32 @@ def encoding_options(
                 "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
                 param="truncate_prompt_tokens",
             )
-        return EncodingOptions(prompt, Truncation.START, None if tokens < 0 else tokens, is_default)
-    return EncodingOptions(prompt, wire.truncate, is_default=is_default)
+        cut = _cut(wire, Truncation.START)
+        return EncodingOptions(prompt, cut, None if tokens < 0 else tokens, is_default)
+    return EncodingOptions(prompt, _cut(wire, wire.truncate), is_default=is_default)
+
+
+def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
+    """`asked`, at the side that `truncation_side` names."""
+    side = wire.truncation_side
+    if side is None:
+        return asked
+    if asked is None:
+        raise InvalidRequestError(
+            "truncation_side says where an input is cut, and nothing that it is: send "
+            "truncate: true, too",
+            param="truncation_side",
+        )
+    if asked is Truncation.NONE:
+        return asked
+    return Truncation.END if side == "right" else Truncation.START
+
+
+def vector_format(wire: EmbeddingsRequest) -> VectorFormat:
+    """How the answer holds its vectors."""
+    return VectorFormat(
+        wire.output_dtype or "float32",
+        wire.encoding_format == "base64",
+        wire.endianness == "big",
+        wire.dimensions,
+    )

@@ -14,13 +14,23 @@ from model.tasks import TASKS, find_task
 from server.api.schemas import InstructedInput
 from server.errors import InvalidRequestError
 
-INPUT_TYPES: dict[str, Side] = {
+INPUT_TYPES: dict[str, Side | None] = {
     "query": "query",
     "search_query": "query",
     "passage": "passage",
     "document": "passage",
     "search_document": "passage",
+    "classification": None,
+    "clustering": None,
 }
+"""None: every text is a query, and nothing describes its task."""
+_OTHER_TASKS = {
+    "retrieval.query": "query",
+    "retrieval.passage": "passage",
+    "classification": "classification",
+    "separation": "clustering",
+}
+"""Jina's names of tasks, as input types."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,10 @@ def _chosen(
 
 def _named(name: str, defaults: Defaults) -> Side | Prompt:
     """A side, or a prompt of the model's own files."""
-    side = INPUT_TYPES.get(name)
-    if side is not None:
-        return side
-    if name in defaults.prompts:
+    if name in defaults.prompts and name not in INPUT_TYPES:
         return _own(name, defaults)
+    if name.lower() in INPUT_TYPES:
+        return INPUT_TYPES[name.lower()] or defaults.family.prompt("query")
     known = ", ".join([*INPUT_TYPES, *defaults.prompts])
     raise InvalidRequestError(
         f"unknown input_type {_shown(name)}; known: {known}", param="input_type"
@@ -133,7 +142,10 @@ def _named(name: str, defaults: Defaults) -> Side | Prompt:
 def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Example]) -> Prompt:
     if name in defaults.prompts and not examples:
         return _own(name, defaults)
-    task = find_task(name)
+    if (input_type := _OTHER_TASKS.get(name)) is not None:
+        named = _named(input_type, defaults)
+        return named if isinstance(named, Prompt) else defaults.prompt(named, examples)
+    task = find_task("STS" if name == "text-matching" else name)
     if task is None:
         known = ", ".join([*defaults.prompts, *TASKS])
         raise InvalidRequestError(

@@ -31,6 +31,10 @@ class ServedNames:
         """What `/v1/models` shows: the names and their aliases."""
         return [alias for n in self.names for alias in (n, *(f"{n}-{side}" for side in _SIDES))]
 
+    def shown(self, model: str | None) -> str:
+        """The id in an answer: as it was asked for, or the first name."""
+        return self.names[0] if model is None else model
+
     def side(self, model: str) -> Side | None:
         """What the suffix of `model` says. Raises ModelNotFoundError for an unknown id."""
         try:

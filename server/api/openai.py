@@ -16,7 +16,7 @@ from server.api import parsing, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
-from server.api.encoding_options import encoding_options
+from server.api.encoding_options import encoding_options, vector_format
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
 from server.api.request_context import context_of
@@ -56,20 +56,19 @@ class _Endpoints:
         arrived = time.monotonic()
         wire, headers = await self._bodies.read(request, schemas.EmbeddingsRequest)
         job = self._job(wire, wire.model, arrived + patience(request))
-        dimensions = self._engine.dimensions
-        serialize.check_dimensions(wire.dimensions, dimensions, self._truncates_dimensions)
-        as_base64 = wire.encoding_format == "base64"
+        dimensions, how = self._engine.dimensions, vector_format(wire)
+        how.check(dimensions, self._truncates_dimensions)
         values = len(job.inputs) * dimensions
-        hold(request, values * (_BASE64_BYTES if as_base64 else _FLOAT_BYTES))
+        hold(request, values * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
         with cancelled_on_disconnect(request):
             result = await self._engine.embed(job)
+        how.check_vectors(result.vectors)
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
         pieces = serialize.embeddings_pieces(
             result.vectors,
-            model=wire.model,
+            model=self._names.shown(wire.model),
             tokens=result.tokens,
-            base64=as_base64,
-            dimensions=wire.dimensions,
+            how=how,
         )
         return await self._answers.response(request, pieces, values, headers)
 

@@ -6,8 +6,9 @@ import functools
 from typing import Any, TypeVar, cast
 
 from pydantic import AliasChoices, ValidationError
+from pydantic.fields import FieldInfo
 
-from server.api import json_fields
+from server.api import json_fields, schemas
 from server.api.json_text import JSONTextError, loads
 from server.api.schemas import EmbeddingsRequest, Wire
 from server.engine.interface import Input
@@ -49,14 +50,20 @@ def parse_fields(wire: type[WireT], fields: dict[str, Any]) -> WireT:
     name = "".join([str(first), *(f"[{x}]" if isinstance(x, int) else f".{x}" for x in inside)])
     if problem["type"] == "missing":
         raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
+    if problem["type"] == "literal_error" and (field := _field_of(wire, name)):
+        raise InvalidRequestError(f"{name}: {problem['msg']}. {field.description}", param=name)
     what = "an object is needed" if problem["type"] == "model_type" else problem["msg"]
     raise InvalidRequestError(f"{name}: {what}", param=name)
+
+
+def _field_of(wire: type[Wire], name: str) -> FieldInfo | None:
+    return wire.model_fields.get(wire.other_names().get(name, name))
 
 
 @functools.cache
 def known_fields(wire: type[Wire]) -> frozenset[str]:
     """All names that a body may have, aliases included."""
-    names: set[str] = set()
+    names = {*schemas.REFUSED, *schemas.UNFOLDED}
     for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
         alias = field.validation_alias
         names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
@@ -65,6 +72,8 @@ def known_fields(wire: type[Wire]) -> frozenset[str]:
 
 def parse_inputs(value: object) -> list[Input]:
     """The `input` of a request, in all its forms, as a list of inputs."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = [_text_of(item) for item in value]
     is_ids = isinstance(value, list) and set(map(type, value)) == {int}
     if isinstance(value, str) or is_ids:
         value = [value]
@@ -87,6 +96,13 @@ def parse_inputs(value: object) -> list[Input]:
             param = "input" if len(value) == 1 else f"input[{index}]"
             raise InvalidRequestError(f"{param} {problem}", param=param)
     return value
+
+
+def _text_of(item: object) -> object:
+    """Of Jina's form of an input; whatever else it is, as it is."""
+    if isinstance(item, dict) and item.keys() == {"text"} and isinstance(item["text"], str):
+        return item["text"]
+    return item
 
 
 def _item_problem(item: object) -> str | None:

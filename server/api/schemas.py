@@ -1,29 +1,44 @@
 """Wire types only: what comes in over HTTP, and what goes out, for the OpenAPI document.
 
 Answers are written by `serialize`; their models here document them. Null means absent in every
-optional field, and unknown fields are ignored: clients send many. (`/tokenize` knows those of
+optional field, and unknown fields are ignored: clients send many, but for those of REFUSED, which
+would change the numbers. (`/tokenize` knows those of
 `/v1/embeddings`, too, so that one body serves for both.)
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import functools
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from model.tokenizer import Truncation
+from server.api.vector_format import OutputDtype
+from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
 
+REFUSED = {
+    "messages": "chat messages are not embedded: send texts as `input`",
+    "images": "this model embeds texts: send them as `input`",
+    "image": "this model embeds texts: send them as `input`",
+}
+"""Fields that would change the numbers, and have no value that is right here; with the reason."""
+UNFOLDED = frozenset({"extra_body", "embedding_types"})
+"""Known, and read into other fields."""
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2}
 _INPUT_SCHEMA = {
     "description": "One text, or up to 2,048; or token ids of one input or of several, each from "
@@ -50,7 +65,41 @@ _INPUT_SCHEMA = {
 def _truncation(value: object) -> object:
     if isinstance(value, bool):
         return Truncation.END if value else Truncation.NONE
+    named = _lower(value)
+    return _SIDES_CUT.get(named, named) if isinstance(named, str) else named
+
+
+def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
+
+
+_SIDES_CUT = {"right": Truncation.END, "left": Truncation.START}
+_DTYPES = {"float": "float32"}
+
+
+def _dtype(value: object) -> object:
+    named = _lower(value)
+    return _DTYPES.get(named, named) if isinstance(named, str) else named
+
+
+def _zero_is_absent(value: object) -> object:
+    return None if value == 0 and type(value) is int else value
+
+
+def _must_be(right: bool) -> Any:
+    """A boolean that has one value here."""
+
+    def check(value: bool | None) -> bool | None:
+        if value is (not right):
+            raise PydanticCustomError(
+                "literal_error", "Input should be {right}", {"right": str(right).lower()}
+            )
+        return value
+
+    return (
+        AfterValidator(check),
+        WithJsonSchema({"anyOf": [{"const": right, "type": "boolean"}, {"type": "null"}]}),
+    )
 
 
 class Wire(BaseModel):
@@ -58,11 +107,34 @@ class Wire(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, body: object) -> object:
-        """Before names are matched: a null in one of a field's names must not hide another."""
-        if isinstance(body, dict):
-            return {name: value for name, value in body.items() if value is not None}
-        return body
+    def _one_value_each(cls, body: object) -> object:
+        """Before names are matched: a null in one of a field's names must not hide another, nor one
+        value another."""
+        if not isinstance(body, dict):
+            return body
+        found = {name: value for name, value in body.items() if value is not None}
+        twice: dict[str, str] = {}
+        for name in found:
+            field = cls.other_names().get(name)
+            if field is None:
+                continue
+            first = twice.setdefault(field, name)
+            if first != name and found[first] != found[name]:
+                raise InvalidRequestError(
+                    f"{name} and {first} are one field here, and their values differ", param=name
+                )
+        return found
+
+    @classmethod
+    @functools.cache
+    def other_names(cls) -> dict[str, str]:
+        """Of the fields that have several: name -> field."""
+        return {
+            str(choice): name
+            for name, field in cls.model_fields.items()
+            if isinstance(field.validation_alias, AliasChoices)
+            for choice in field.validation_alias.choices
+        }
 
 
 class FewShotExample(Wire):
@@ -104,7 +176,11 @@ class InstructedInput(Wire):
             {
                 "anyOf": [
                     {"type": "boolean"},
-                    {"type": "string", "enum": ["NONE", "END", "START", "none", "end", "start"]},
+                    {
+                        "type": "string",
+                        "pattern": "^([Nn][Oo][Nn][Ee]|[Ee][Nn][Dd]|[Ss][Tt][Aa][Rr][Tt]"
+                        "|[Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt])$",
+                    },
                     {"type": "null"},
                 ]
             }
@@ -112,8 +188,28 @@ class InstructedInput(Wire):
     ] = Field(
         None,
         validation_alias=AliasChoices("truncate", "truncation"),
-        description="Too long inputs: false/NONE refuses them, true/END keeps the first tokens, "
-        "START keeps the instruction and the last tokens.",
+        description="Too long inputs: false/NONE refuses them, true/END/RIGHT keeps the first "
+        "tokens, START/LEFT keeps the instruction and the last tokens.",
+    )
+    truncation_side: Annotated[
+        Literal["left", "right"] | None,
+        BeforeValidator(_lower),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {
+                        "type": "string",
+                        "pattern": "^([Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt])$",
+                    },
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = Field(
+        None,
+        validation_alias=AliasChoices("truncation_side", "truncation_direction"),
+        description="Where a too long input is cut, beside `truncate: true` or "
+        "`truncate_prompt_tokens`: right keeps the first tokens, left the last ones.",
     )
     truncate_prompt_tokens: Annotated[
         StrictInt | None,
@@ -126,6 +222,19 @@ class InstructedInput(Wire):
         description="Keep this many of the last tokens, -1 for as many as fit (vLLM's field).",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_refused(cls, body: object) -> object:
+        if isinstance(body, dict):
+            for name in REFUSED.keys() & body.keys():
+                if body[name] is not None:
+                    raise InvalidRequestError(f"{name}: {REFUSED[name]}", param=name)
+        return body
+
+    add_special_tokens: Annotated[StrictBool | None, *_must_be(True)] = Field(
+        None, description="BOS, and EOS where the model has it, are part of an input."
+    )
+
 
 EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 """Where an EmbeddingsRequest may be sent; the first is the documented one."""
@@ -134,17 +243,84 @@ EMBEDDINGS_PATHS = ("/v1/embeddings", "/embeddings")
 class EmbeddingsRequest(InstructedInput):
     """OpenAI's CreateEmbeddingRequest, and the optional fields above."""
 
-    model: StrictStr
+    model: StrictStr | None = Field(None, description="By default the one that is served.")
     encoding_format: Literal["float", "base64"] | None = Field(
-        None, description="float (the default) or base64: little-endian float32."
+        None, description="float (the default): a list of numbers; or base64 of their bytes."
     )
-    dimensions: StrictInt | None = Field(
+    output_dtype: Annotated[
+        OutputDtype | None,
+        BeforeValidator(_dtype),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string", "enum": ["float", *get_args(OutputDtype)]},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = Field(
+        None,
+        validation_alias=AliasChoices("output_dtype", "embed_dtype", "embedding_type"),
+        description="Of the numbers: float32 (or float; the default), float16, int8, uint8, "
+        "binary or ubinary (a bit a number, eight to a byte).",
+    )
+    endianness: Literal["native", "little", "big"] | None = Field(
+        None, description="Of float32 and float16 in base64: little (the default) or big."
+    )
+    dimensions: Annotated[
+        StrictInt | None,
+        BeforeValidator(_zero_is_absent),
+        WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]}),
+    ] = Field(
         None,
         ge=1,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
-        description="The model's own width; smaller ones need --allow-truncated-dimensions.",
+        description="The model's own width (also as 0); smaller ones need "
+        "--allow-truncated-dimensions.",
+    )
+    normalize: Annotated[StrictBool | None, *_must_be(True)] = Field(
+        None,
+        validation_alias=AliasChoices("normalize", "normalized", "use_activation", "activation"),
+        description="Vectors have length 1.",
+    )
+    late_chunking: Annotated[StrictBool | None, *_must_be(False)] = Field(
+        None,
+        validation_alias=AliasChoices("late_chunking", "return_multivector"),
+        description="An input has one vector.",
     )
     user: Any = Field(None, description="Ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_other_clients(cls, body: object) -> object:
+        """What some libraries send in a form of their own."""
+        if not isinstance(body, dict):
+            return body
+        if "extra_body" in body:
+            body = _unfolded(body)
+        if (types := body.get("embedding_types")) is not None:
+            if not isinstance(types, list) or len(types) != 1 or types[0] is None:
+                raise InvalidRequestError(
+                    "embedding_types: an answer has one type here: a list of one, or output_dtype",
+                    param="embedding_types",
+                )
+            body = {"embedding_type": types[0], **body}
+        if body.get("embedding_type") == "base64":  # Jina's name for encoding_format
+            body = {"encoding_format": "base64", **body}
+            del body["embedding_type"]
+        return body
+
+
+def _unfolded(body: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of a nested `extra_body`, which LiteLLM sends as it got it."""
+    rest = dict(body)
+    extra = rest.pop("extra_body")
+    if not isinstance(extra, dict | None):
+        raise InvalidRequestError("extra_body must be an object", param="extra_body")
+    for name, value in (extra or {}).items():
+        if rest.setdefault(name, value) != value:
+            raise InvalidRequestError(f"{name} is another in extra_body", param=name)
+    return rest
 
 
 class TokenizeRequest(InstructedInput):

@@ -1,4 +1,4 @@
-"""Vectors and ids to response bytes: dimensions, float or base64. Written once, without pydantic.
+"""Vectors and ids to response bytes. Written once, without pydantic.
 
 Large answers are made in pieces; when each is made and sent is for `routes` to say.
 """
@@ -9,74 +9,32 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import orjson
-import pybase64
 from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.prompts import Prompt, written
-from server.errors import InvalidRequestError
+from server.api.vector_format import VectorFormat
 
 PIECE_VALUES = 32 * 1024
 
 
-def cut(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:
-    """The first `dimensions` values, of length 1 again."""
-    if dimensions is None or dimensions == len(vector):
-        return vector
-    head = vector[:dimensions]
-    norm = float(np.linalg.norm(head))
-    return (head / norm).astype(np.float32) if norm else head
-
-
-def check_dimensions(dimensions: int | None, width: int, allow_fewer: bool) -> None:
-    """Raises InvalidRequestError for dimensions that a model of `width` cannot be cut to."""
-    if dimensions is None or dimensions == width or (dimensions < width and allow_fewer):
-        return
-    hint = (
-        ""
-        if dimensions > width
-        else " (the server was started without --allow-truncated-dimensions)"
-    )
-    raise InvalidRequestError(
-        f"This model has {width} dimensions, {dimensions} cannot be had{hint}", param="dimensions"
-    )
-
-
 def embeddings_body(
-    vectors: Sequence[NDArray[np.float32]],
-    *,
-    model: str,
-    tokens: int,
-    base64: bool,
-    dimensions: int | None = None,
+    vectors: Sequence[NDArray[np.float32]], *, model: str, tokens: int, how: VectorFormat
 ) -> bytes:
-    """The body of an answer of /v1/embeddings. base64: little-endian float32, padded."""
-    return b"".join(
-        embeddings_pieces(vectors, model=model, tokens=tokens, base64=base64, dimensions=dimensions)
-    )
+    """The body of an answer of /v1/embeddings."""
+    return b"".join(embeddings_pieces(vectors, model=model, tokens=tokens, how=how))
 
 
 def embeddings_pieces(
-    vectors: Sequence[NDArray[np.float32]],
-    *,
-    model: str,
-    tokens: int,
-    base64: bool,
-    dimensions: int | None = None,
+    vectors: Sequence[NDArray[np.float32]], *, model: str, tokens: int, how: VectorFormat
 ) -> Iterator[bytes]:
     """The same in pieces, each of about PIECE_VALUES values: a millisecond or two of work."""
     yield b'{"object":"list","data":['
     step = max(1, PIECE_VALUES // len(vectors[0]))
     for first in range(0, len(vectors), step):
-        # base64 needs no escaping, so an encoder that looks at each of its characters is spared.
-        rows = (
-            np.ascontiguousarray(cut(vector, dimensions), dtype="<f4")
-            for vector in vectors[first : first + step]
-        )
         data = b",".join(
-            b'{"object":"embedding","index":%d,"embedding":%b}'
-            % (index, _base64(row) if base64 else _floats(row))
-            for index, row in enumerate(rows, first)
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, how.written(vector))
+            for index, vector in enumerate(vectors[first : first + step], first)
         )
         yield b"," + data if first else data
     yield b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
@@ -110,11 +68,3 @@ def tokens_pieces(
             items, values = [], 0
     yield b",".join(items)
     yield b'],"max_input_tokens":%d}' % max_tokens
-
-
-def _base64(row: NDArray[np.float32]) -> bytes:
-    return b'"%b"' % pybase64.b64encode(row.data)
-
-
-def _floats(row: NDArray[np.float32]) -> bytes:
-    return orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model.batch import Encoding
 from model.errors import did_you_mean
 from server.api import parsing, schemas, serialize
-from server.api.encoding_options import encoding_options
+from server.api.encoding_options import encoding_options, vector_format
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
@@ -109,7 +109,8 @@ class BatchAnswers:
             options = encoding_options(wire, wire.model, self.names, self.defaults)
             inputs = parsing.parse_inputs(wire.input)
             width = self.encoder.runner.info.width
-            serialize.check_dimensions(wire.dimensions, width, self.truncated_dimensions)
+            vector_format(wire).check(width, self.truncated_dimensions)
+            wire.model = self.names.shown(wire.model)
             return wire, self.tokenizer.tokenize(inputs, options)
         except ServerError as error:
             return error
@@ -146,7 +147,7 @@ class _Answers:
                 wire, encodings = request
                 rows = range(start, start + len(encodings))
                 start += len(encodings)
-                error = self._fault(encodings, rows, vectors)
+                error = self._fault(wire, encodings, rows, vectors)
             else:
                 error = request
             if error is not None:
@@ -166,7 +167,11 @@ class _Answers:
             file.write(orjson.dumps(answer) + b"\n")
 
     def _fault(
-        self, encodings: Sequence[Encoding], rows: range, vectors: NDArray[np.float32]
+        self,
+        wire: schemas.EmbeddingsRequest,
+        encodings: Sequence[Encoding],
+        rows: range,
+        vectors: NDArray[np.float32],
     ) -> ServerError | None:
         """What is wrong with a request's vectors."""
         for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
@@ -174,16 +179,18 @@ class _Answers:
                 return DeviceMemoryError.of(place, len(encoding))
             if not np.isfinite(vectors[row]).all():
                 return NonFiniteVectorError.of(place)
+        try:
+            vector_format(wire).check_vectors(list(vectors[rows.start : rows.stop]))
+        except ServerError as error:
+            return error
         return None
 
 
 def _answer(
     wire: schemas.EmbeddingsRequest, encodings: Sequence[Encoding], vectors: NDArray[np.float32]
 ) -> bytes:
+    assert wire.model is not None  # BatchAnswers has put it
+    tokens = sum(map(len, encodings))
     return serialize.embeddings_body(
-        list(vectors),
-        model=wire.model,
-        tokens=sum(map(len, encodings)),
-        base64=wire.encoding_format == "base64",
-        dimensions=wire.dimensions,
+        list(vectors), model=wire.model, tokens=tokens, how=vector_format(wire)
     )

@@ -18,6 +18,7 @@ from model.batch import Encoding
 from model.prompts import Prompt
 from model.tokenizer import NVEmbedTokenizer
 from server.api.serialize import PIECE_VALUES, embeddings_body, embeddings_pieces, tokens_pieces
+from server.api.vector_format import VectorFormat
 from tests.checkpoints import claim_width
 from tests.server.processes import ServerProcess, serving
 from tests.server.runners import vector_of
@@ -115,7 +116,7 @@ def test_a_drain_waits_for_an_answer_in_pieces(golden_checkpoint: Path, tmp_path
 def test_pieces_are_small_and_the_same_answer() -> None:
     vectors = list(np.random.default_rng(3).standard_normal((70, 4096)).astype(np.float32))
     for packed in (False, True):
-        how: dict[str, Any] = {"model": "m", "tokens": 5, "base64": packed}
+        how: dict[str, Any] = {"model": "m", "tokens": 5, "how": VectorFormat(base64=packed)}
         pieces = list(embeddings_pieces(vectors, **how))
         assert max(map(len, pieces)) < 20 * PIECE_VALUES
         assert b"".join(pieces) == embeddings_body(vectors, **how)

@@ -17,6 +17,7 @@ from server.api import parsing, schemas, serialize
 from server.api.instructions import Defaults, PromptFields, choose_prompt
 from server.api.names import ServedNames
 from server.api.openai_errors import error_body
+from server.api.vector_format import VectorFormat, cut
 from server.engine import wire
 from server.engine.wire import Fault
 from server.errors import (
@@ -134,10 +135,10 @@ def test_truncate(name: str, value: object, expected: str) -> None:
         (b"{", None, "not valid JSON"),
         (b"", None, "not valid JSON"),
         (b"[]", None, "must be a JSON object"),
-        (b'{"input": "x"}', "model", "you must provide the field 'model'"),
         (b'{"model": "m"}', "input", "you must provide the field 'input'"),
         (b'{"model": 5, "input": "x"}', "model", "valid string"),
-        (b'{"model": "m", "input": "x", "dimensions": 0}', "dimensions", "greater than"),
+        (b'{"model": "m", "input": "x", "dimensions": -1}', "dimensions", "greater than"),
+        (b'{"input": "x", "normalize": false}', "normalize", "should be true. Vectors have length"),
         (b'{"model": "m", "input": "x", "dimensions": true}', "dimensions", "valid integer"),
         (b'{"model": "m", "input": "x", "encoding_format": "hex"}', "encoding_format", "'float'"),
         (b'{"model": "m", "input": "x", "truncate": "middle"}', "truncate", "'none', 'end'"),
@@ -368,8 +369,10 @@ def test_the_prompts_of_a_models_own_files() -> None:
 
 def test_an_answers_body() -> None:
     rows = [np.array([0.6, 0.8, 0.0], dtype=np.float32), np.array([0, 0, 1], dtype=np.float32)]
-    floats = json.loads(serialize.embeddings_body(rows, model="m", tokens=7, base64=False))
-    encoded = json.loads(serialize.embeddings_body(rows, model="m", tokens=7, base64=True))
+    floats, encoded = (
+        json.loads(serialize.embeddings_body(rows, model="m", tokens=7, how=how))
+        for how in (VectorFormat(), VectorFormat(base64=True))
+    )
     assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
     assert [item["index"] for item in floats["data"]] == [0, 1]
     for row, item, text in zip(rows, floats["data"], encoded["data"], strict=True):
@@ -379,9 +382,9 @@ def test_an_answers_body() -> None:
 
 
 def test_cut_vectors_have_length_one() -> None:
-    cut = serialize.cut(np.array([0.6, 0.0, 0.8], dtype=np.float32), 2)
-    np.testing.assert_array_equal(cut, [1, 0])
-    assert serialize.cut(np.array([0, 1], dtype=np.float32), 1).tolist() == [0]
+    half = cut(np.array([0.6, 0.0, 0.8], dtype=np.float32), 2)
+    np.testing.assert_array_equal(half, [1, 0])
+    assert cut(np.array([0, 1], dtype=np.float32), 1).tolist() == [0]
 
 
 def all_errors(base: type[ServerError]) -> list[type[ServerError]]:
@@ -401,3 +404,23 @@ def test_retry_after_is_between_1_and_60_seconds(seconds: float, shown: str) -> 
     headers = OverloadedError("full", retry_after=seconds).headers()
     assert headers["retry-after"] == shown
     assert 1000 <= int(headers["retry-after-ms"]) <= 60_000
+
+
+def test_int8_refuses_a_vector_that_it_cannot_hold() -> None:
+    """Two numbers beyond the largest are cut to the same: another direction."""
+    tall = np.zeros(4096, dtype=np.float32)
+    tall[:2] = np.sqrt([0.9, 0.1])
+    usual = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
+    usual /= np.linalg.norm(usual)
+    one = np.eye(4096, dtype=np.float32)[0]
+    for dtype in ("int8", "uint8"):
+        VectorFormat(dtype).check_vectors([usual, one])
+        with pytest.raises(InvalidRequestError, match=r"input\[1\] .* cannot hold \(cosine 0.8"):
+            VectorFormat(dtype).check_vectors([usual, tall])
+    VectorFormat("float16").check_vectors([tall])
+
+
+def test_bits_fill_bytes() -> None:
+    with pytest.raises(InvalidRequestError, match="12 dimensions do not fill bytes"):
+        VectorFormat("binary", dimensions=12).check(64, allow_fewer=True)
+    VectorFormat("ubinary", dimensions=16).check(64, allow_fewer=True)

@@ -68,20 +68,34 @@ def is_input(value: Any) -> bool:
 
 
 def is_truncation(value: Any) -> bool:
-    named = is_text(value) and value.lower() in ("none", "end", "start")
+    named = is_text(value) and value.lower() in ("none", "end", "start", "left", "right")
     return isinstance(value, bool) or named
 
 
 def is_task(value: Any) -> bool:
-    return is_text(value) and (not value or value.lower() in {name.lower() for name in TASKS})
+    known = {*(name.lower() for name in TASKS), *OTHER_TASKS}
+    return is_text(value) and (not value or value.lower() in known)
 
 
 def is_input_type(value: Any) -> bool:
-    return is_text(value) and (not value or value in INPUT_TYPES)
+    return is_text(value) and (not value or value.lower() in INPUT_TYPES)
 
 
 def is_dimensions(value: Any) -> bool:
-    return is_int(value) and value == WIDTH
+    return is_int(value) and value in (WIDTH, 0)
+
+
+def is_dtype(value: Any) -> bool:
+    return is_text(value) and value.lower() in DTYPES
+
+
+def only(legal: bool) -> Callable[[Any], bool]:
+    return absent_or(lambda value: value is legal)
+
+
+DTYPES = ("float", "float32", "float16", "int8", "uint8", "binary", "ubinary")
+OTHER_TASKS = ("retrieval.query", "retrieval.passage", "text-matching", "classification")
+OTHER_TASKS += ("separation",)
 
 
 def is_kept_tokens(value: Any) -> bool:
@@ -92,8 +106,18 @@ def one_of(*values: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(values)
 
 
+def is_empty_or_of_a_user(value: Any) -> bool:
+    """Or of other fields that nobody knows."""
+    return isinstance(value, dict) and not value.keys() & FIELDS.keys() - {"user", "surprise"}
+
+
+ONLY_FALSE = ("late_chunking", "return_multivector")
+ONLY_TRUE = ("normalize", "normalized", "use_activation", "activation")
 FIELDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bool]]] = {
-    "model": (one_of(*NAMES, "gpt-4"), lambda value: is_text(value) and value.lower() in NAMES),
+    "model": (
+        one_of(*NAMES, "gpt-4"),
+        absent_or(lambda value: is_text(value) and value.lower() in {n.lower() for n in NAMES}),
+    ),
     "input": (inputs, is_input),
     "encoding_format": (
         one_of("float", "base64", "FLOAT", "int8"),
@@ -110,10 +134,35 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], bool]]] = {
     "truncate": (one_of("NONE", "End", "start", "middle"), absent_or(is_truncation)),
     "truncation": (one_of(True, False, "left"), absent_or(is_truncation)),
     "truncate_prompt_tokens": (st.integers(-3, 5), absent_or(is_kept_tokens)),
+    "truncation_side": (one_of("left", "right", "Left"), absent_or(lambda _: False)),
+    "add_special_tokens": (one_of(True, False), only(True)),
+    "output_dtype": (one_of(*DTYPES, "FLOAT16", "bfloat16"), absent_or(is_dtype)),
+    "embed_dtype": (one_of(*DTYPES, "fp8"), absent_or(is_dtype)),
+    "embedding_type": (
+        one_of(*DTYPES, "base64"),
+        absent_or(lambda value: is_dtype(value) or value == "base64"),
+    ),
+    "endianness": (
+        one_of("native", "little", "big", "middle"),
+        absent_or(lambda value: value in ("native", "little", "big")),
+    ),
+    **{name: (one_of(True, False), only(True)) for name in ONLY_TRUE},
+    **{name: (one_of(True, False), only(False)) for name in ONLY_FALSE},
+    **{name: (scalars, absent_or(lambda _: False)) for name in ("messages", "images", "image")},
+    "extra_body": (one_of({}, {"user": "a"}), absent_or(is_empty_or_of_a_user)),
+    "embedding_types": (
+        one_of(["float"], ["int8"], ["float", "int8"]),
+        absent_or(lambda value: isinstance(value, list) and len(value) == 1 and is_dtype(value[0])),
+    ),
     "surprise": (scalars, lambda _: True),
 }
 
-ALIASES = {"output_dimension": "dimensions", "prompt_name": "input_type", "truncation": "truncate"}
+ALIASES = {
+    "output_dimension": "dimensions",
+    "prompt_name": "input_type",
+    "truncation": "truncate",
+    "embedding_types": "embedding_type",
+}
 """A refusal may name the field by either."""
 
 

@@ -69,7 +69,7 @@ def error_of(answer: httpx.Response) -> dict:
         ("DELETE", "/v1/models", b"", {}, 405, "method_not_allowed"),
         ("POST", "/v1/embeddings", b"input=x", {"content-type": "text/plain"}, 415, UNSUPPORTED),
         ("POST", "/v1/embeddings", b"{", {}, 400, None),
-        ("POST", "/v1/embeddings", b'{"input": "x"}', {}, 400, None),
+        ("POST", "/v1/embeddings", b'{"model": "golden-embed"}', {}, 400, None),
         ("POST", "/v1/embeddings", b'{"model": "x", "input": "y"}', {}, 404, "model_not_found"),
         ("POST", "/v1/embeddings", b" " * (LIMIT + 1), {}, 413, "body_too_large"),
         ("GET", "/v1/models/unknown", b"", {}, 404, "model_not_found"),

@@ -1,0 +1,1 @@
+"""What clients of other makers send, and what they make of the answers."""
