@@ -28,10 +28,12 @@ class Encoding:
 
     ids: int32 [n], BOS and (unless truncated) EOS included.
     pool_start: how many leading positions stay out of the pool (BOS and instruction).
+    is_cut: whether there was more of it.
     """
 
     ids: NDArray[np.int32]
     pool_start: int = 0
+    is_cut: bool = False
 
     def __post_init__(self) -> None:
         assert self.ids.dtype == np.int32, self.ids.dtype

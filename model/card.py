@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import codecs
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class CardExample:
     queries: list[str]
     passages: list[str]
     scores: list[list[float]] | None  # queries × passages, times 100
+    passage_prefix: str = ""
 
 
 def read_card(card: str) -> CardExample | None:
@@ -92,27 +94,48 @@ def read_card(card: str) -> CardExample | None:
         for node in tree.body:
             if isinstance(node, ast.FunctionDef):
                 functions[node.name] = values[node.name] = node
+                continue
+            found = None
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                try:
-                    values[node.targets[0].id] = _plain_value(node.value, values)
-                except (ValueError, LookupError, TypeError, RecursionError):
-                    continue  # a call or an import: not a plain value
+                # Else it is a call or an import: not a plain value.
+                with suppress(ValueError, LookupError, TypeError, RecursionError):
+                    found = _plain_value(node.value, values)
+            for name in _assigned(node):
+                values.pop(name, None)  # what it was before it is no more
+            if found is not None:
+                values[node.targets[0].id] = found
         queries = _texts(values.get("queries"))
         passages = _texts(values.get("passages", values.get("documents")))
         prefix = values.get("query_prefix")
         if prefix is None and all(map(_INSTRUCTED.match, queries or ())):
             prefix = ""  # in the queries already
         if isinstance(prefix, str) and queries and passages:
-            found = re.findall(r"^\s*#\s*(\[\[[-+\d.eE,\s\[\]]*\]\])", block, re.MULTILINE)
-            scores = _scores(found[-1]) if found else None
-            return CardExample(prefix, queries, passages, scores)
+            tables = re.findall(r"^\s*#\s*(\[\[[-+\d.eE,\s\[\]]*\]\])", block, re.MULTILINE)
+            scores = _scores(tables[-1]) if tables else None
+            return CardExample(prefix, queries, passages, scores, _passage_prefix(values))
     return None
+
+
+def _assigned(node: ast.stmt) -> list[str]:
+    """The names that a statement gives values."""
+    try:
+        names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    except RecursionError:
+        return []
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+
+
+def _passage_prefix(values: dict[str, Any]) -> str:
+    prefix = values.get("passage_prefix", values.get("document_prefix", ""))
+    return prefix if isinstance(prefix, str) else ""
 
 
 def _plain_value(node: ast.expr, values: dict[str, Any]) -> Any:
     """The value of a literal, a name met before, a sum, a subscript or a function of these."""
     match node:
         case ast.Name(id=name):
+            if isinstance(values[name], ast.FunctionDef):
+                raise ValueError("a function is called, and given to nobody")
             return values[name]
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             total = _plain_value(left, values) + _plain_value(right, values)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.errors import CheckpointError
+from model.families import Family
 from model.files import open_regular
 from model.weights.headers import INDEX, WeightFile, weight_files
 
@@ -62,6 +63,25 @@ def _places(weights: WeightFile) -> Iterator[tuple[int, int]]:
         room = max(0, tensor.stop - tensor.start - _SAMPLE_BYTES)
         for start in sorted({tensor.start + room * i // (_SAMPLES - 1) for i in range(_SAMPLES)}):
             yield start, min(_SAMPLE_BYTES, tensor.stop - start)
+
+
+def kind_of_vectors(dtype: str, quantization: str) -> str:
+    """What they were computed in."""
+    return f"{dtype} {quantization}"
+
+
+def of_vectors(checkpoint: str, family: Family, dimensions: int, kind: str) -> str:
+    """Sixteen hex digits that are equal for vectors that may be compared with one another.
+
+    checkpoint: its fingerprint; kind: see kind_of_vectors; several have a comma between. Queries
+    and passages of one model have the same: what is written around them is the family's.
+    """
+    written = (family.template, family.query, family.passage, family.suffix)
+    pooled = (family.mask, family.pooler, family.left_out, str(family.keeps_eos))
+    digest = hashlib.sha256()
+    _add(digest, checkpoint, *(repr(part).encode() for part in (family.name, *written, *pooled)))
+    _add(digest, kind, str(dimensions).encode())
+    return digest.hexdigest()[:16]
 
 
 def require(folder: Path, expected: str) -> None:

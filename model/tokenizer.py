@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from model import families
 from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
@@ -91,6 +92,12 @@ class NVEmbedTokenizer:
                 f"tokenizer.json has no special token {', '.join(missing)}, which a {family.name} "
                 "model's template writes"
             )
+        for other in families.FAMILIES:
+            if not family.markers and other.markers and special.issuperset(other.markers):
+                raise CheckpointError(
+                    f"tokenizer.json has the markers of {other.name}, and this is taken for "
+                    f"{family.name}: name its --family"
+                )
         self._marker_ids = {marker: vocabulary[marker] for marker in family.markers}
         self._frame = lru_cache(maxsize=1024)(self._framed)
 
@@ -252,7 +259,7 @@ class NVEmbedTokenizer:
             trail = len(frame.trail_ids) if clip.is_whole else 0
             tail = frame.tail[trail:]
             whole = [BOS_ID, *frame.head, *ids, *tail]
-            return self._cut(whole, frame, max_tokens, truncate)
+            return self._cut(whole, frame, max_tokens, truncate, is_cut=not clip.is_whole)
         except (InputTooLongError, EmptyPoolError) as error:
             # Its traceback holds this frame, which holds it: the texts would stay until the next
             # collection of cycles.
@@ -266,7 +273,12 @@ class NVEmbedTokenizer:
         return self._cut(without_eos, self._frame_of(NO_PROMPT), max_tokens, truncate)
 
     def _cut(
-        self, ids: list[int], frame: _Frame, max_tokens: int, truncate: Truncation
+        self,
+        ids: list[int],
+        frame: _Frame,
+        max_tokens: int,
+        truncate: Truncation,
+        is_cut: bool = False,
     ) -> Encoding:
         """Ids from BOS to the tail, without EOS, as an Encoding of at most `max_tokens`."""
         max_tokens += frame.uncounted
@@ -276,6 +288,7 @@ class NVEmbedTokenizer:
         if num_tokens > max_tokens:
             if truncate is Truncation.NONE:
                 raise InputTooLongError(num_tokens, max_tokens)
+            is_cut = True
             if truncate is Truncation.END and not keeps_eos:
                 eos = []
             most = max_tokens - len(eos)
@@ -288,7 +301,7 @@ class NVEmbedTokenizer:
         ids = ids + eos
         if frame.pool_start >= len(ids):
             raise EmptyPoolError(frame.pool_start, max_tokens)
-        return Encoding(np.array(ids, dtype=np.int32), frame.pool_start)
+        return Encoding(np.array(ids, dtype=np.int32), frame.pool_start, is_cut)
 
     def _round_trip(
         self, ids: list[int], prompt: Prompt, max_tokens: int, truncate: Truncation
@@ -304,7 +317,8 @@ class NVEmbedTokenizer:
         parts.append([*self._ids_of([segments[-1]._replace(text="")]), *ids])
         total = sum(map(len, parts))
         most = max_tokens - 2 - len(self._ids_of(behind))  # BOS and EOS
-        if total > most and truncate is Truncation.NONE:
+        is_cut = total > most
+        if is_cut and truncate is Truncation.NONE:
             raise InputTooLongError(total + max_tokens - most, max_tokens)
         if total > most and truncate is Truncation.START:
             markers = len(parts[-1]) - len(ids)
@@ -323,7 +337,7 @@ class NVEmbedTokenizer:
         again[-1] = again[-1]._replace(text=again[-1].text + behind[0].text)
         examples = _segments(prompt.examples)
         whole = [*self._ids_of(examples), *self._ids_of(again), *self._ids_of(behind[1:])]
-        return Encoding(np.array([BOS_ID, *whole, EOS_ID], dtype=np.int32))
+        return Encoding(np.array([BOS_ID, *whole, EOS_ID], dtype=np.int32), is_cut=is_cut)
 
 
 class _Segment(NamedTuple):

@@ -11,6 +11,7 @@ ServerError                        500 server_error
 │   └── ModelNotFoundError             model_not_found
 ├── MethodNotAllowedError          405
 ├── RequestTimeoutError            408
+├── OtherVectorsError              409 not_these_vectors; not worth a retry
 ├── BodyTooLargeError              413
 ├── UnsupportedMediaTypeError      415
 ├── OverloadedError                429 with Retry-After
@@ -112,6 +113,13 @@ class MethodNotAllowedError(InvalidRequestError):
 class RequestTimeoutError(InvalidRequestError):
     status = 408
     code = "request_timeout"
+
+
+class OtherVectorsError(ServerError):
+    status = 409
+    type = "invalid_request_error"
+    code = "not_these_vectors"
+    retry = False
 
 
 class BodyTooLargeError(InvalidRequestError):

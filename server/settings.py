@@ -213,6 +213,11 @@ class EncodeSettings(ModelSettings):
     default_input_type: Literal["none", "query", "passage"] = Field(
         "none", description="what inputs are when nothing else says it"
     )
+    detect_instructions: bool = Field(
+        True,
+        description="take a request's text that begins as the model's family writes an instruction "
+        "(Instruct: …, then Query: …) for that instruction and a query",
+    )
     allow_truncated_dimensions: bool = Field(
         False,
         description="serve `dimensions` below the model's: cut and renormalise. The model was not "

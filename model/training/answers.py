@@ -27,8 +27,8 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 class Answers:
     """id -> Answer, all on disk. May be added to by several threads at a time."""
 
-    def __init__(self, file: FileIO, known: dict[str, Answer]) -> None:
-        self._file, self._known = file, known
+    def __init__(self, path: Path, file: FileIO, known: dict[str, Answer]) -> None:
+        self._path, self._file, self._known = path, file, known
         self._lock = threading.Lock()
 
     @property
@@ -39,7 +39,10 @@ class Answers:
         """Raises OSError, after which the file is as it was."""
         line = json.dumps({"id": name, **asdict(answer)}).encode() + b"\n"
         with self._lock:
-            _append(self._file, line)
+            try:
+                _append(self._file, line)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from None
             self._known[name] = answer
 
 
@@ -67,7 +70,7 @@ def opened(path: Path, settings: Mapping[str, Any]) -> Iterator[Answers]:
             _append(file, header)
             _keep_name(path)
         known = dict(_read(path, lines))
-        yield Answers(file, known)
+        yield Answers(path, file, known)
 
 
 def _compare(path: Path, now: dict[str, Any], header: bytes) -> None:

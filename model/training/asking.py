@@ -62,17 +62,17 @@ def _ask(
             if error := ended.get():
                 raise error
             answered()
-    except BaseException:
+    except BaseException as error:
         chat.stop()
-        _wait_for(threads)
+        _wait_for(threads, "" if isinstance(error, KeyboardInterrupt) else f"{error}; ")
         raise
 
 
-def _wait_for(threads: Sequence[Thread]) -> None:
+def _wait_for(threads: Sequence[Thread], why: str) -> None:
     """Those that only have to see that it is over end at once."""
     if flying := _alive_after(threads, 0.2):
         _say(
-            f"stopping: {flying} answers are on their way and get {_LAST_ANSWERS_S:g} s "
+            f"{why}stopping: {flying} answers are on their way and get {_LAST_ANSWERS_S:g} s "
             "(Ctrl-C: none)"
         )
         if lost := _alive_after(threads, _LAST_ANSWERS_S):

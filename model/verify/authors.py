@@ -64,6 +64,8 @@ def _known_ids(subject: Subject) -> Sequence[KnownIds]:
         return authors.known
     is_mistrals = subject.tokenizer.vocab_size == MISTRAL_PIECES
     library = Tokenizer.from_file(str(subject.source.path / "tokenizer.json"))
+    library.no_truncation()
+    library.no_padding()
     found = []
     for known in authors.known:
         prefix = _prefix(subject, known.side)
@@ -173,7 +175,7 @@ def card_example(subject: Subject) -> CardExample | str:
     encode = subject.tokenizer.encode
     return CardExample(
         [encode(query, example.prefix, max_tokens=32768) for query in example.queries],
-        [encode(passage, max_tokens=32768) for passage in example.passages],
+        [encode(p, example.passage_prefix, max_tokens=32768) for p in example.passages],
         expected,
     )
 

@@ -84,7 +84,11 @@ def referee(bench: Bench) -> dict[str, Any]:
     example = authors.card_example(subject)
     if not isinstance(example, str):
         wanted += [*example.queries, *example.passages]
-    judge.embed(wanted)  # in one pass
+    try:
+        judge.embed(wanted)  # in one pass
+    except UnsupportedError as error:  # for the steps that would compare with them
+        (bench.work / "float32.unsupported").write_text(str(error))
+        raise
     np.save(bench.work / "float32.npy", judge.embed(sample_encodings(subject)))
     return {**_checks(authors.check_card(subject, judge.embed)), **bench.memory()}
 
@@ -116,6 +120,8 @@ def cosine(bench: Bench, variant: str) -> dict[str, Any]:
 
 def _left(bench: Bench, name: str) -> NDArray[np.float32]:
     path = bench.work / f"{name}.npy"
+    if (bench.work / f"{name}.unsupported").exists():
+        raise UnsupportedError((bench.work / f"{name}.unsupported").read_text())
     if not path.exists():
         raise FileNotFoundError(f"there are no vectors in {name}: their step failed")
     rows: NDArray[np.float32] = np.load(path)

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from model.families import Side
 from model.tokenizer import Truncation
+from server.api import parsing
+from server.api.detection import WrittenPrompts
 from server.api.instructions import Defaults, choose_prompt
 from server.api.names import ServedNames
 from server.api.schemas import EmbeddingsRequest, InstructedInput
 from server.api.vector_format import VectorFormat
-from server.engine.interface import EncodingOptions
+from server.engine.interface import EncodingOptions, Input
 from server.errors import InvalidRequestError
 
 
 def encoding_options(
-    wire: InstructedInput, model: str | None, names: ServedNames, defaults: Defaults
+    wire: InstructedInput,
+    model: str | None,
+    names: ServedNames,
+    defaults: Defaults,
+    path_side: Side | None = None,
 ) -> EncodingOptions:
     """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
-    side = names.side(model) if model is not None else None
-    prompt = choose_prompt(defaults, wire, side)
+    model_side = names.side(model) if model is not None else None
+    prompt, side = choose_prompt(defaults, wire, model_side, path_side)
     is_default = prompt is None
     if prompt is None:  # a model that writes something around passages takes nothing else bare
         prompt = defaults.bare
@@ -27,8 +36,8 @@ def encoding_options(
                 param="truncate_prompt_tokens",
             )
         cut = _cut(wire, Truncation.START)
-        return EncodingOptions(prompt, cut, None if tokens < 0 else tokens, is_default)
-    return EncodingOptions(prompt, _cut(wire, wire.truncate), is_default=is_default)
+        return EncodingOptions(prompt, cut, None if tokens < 0 else tokens, is_default, side)
+    return EncodingOptions(prompt, _cut(wire, wire.truncate), None, is_default, side)
 
 
 def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
@@ -45,6 +54,18 @@ def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
     if asked is Truncation.NONE:
         return asked
     return Truncation.END if side == "right" else Truncation.START
+
+
+def inputs_of(
+    wire: InstructedInput, side: Side | None, written: WrittenPrompts | None
+) -> Sequence[Input]:
+    """Its `input`; a text with a prompt `written` before it as such, where the request itself does
+    not say what stands around its texts. Raises InvalidRequestError."""
+    inputs = parsing.parse_inputs(wire.input)
+    asked = (wire.prompt, wire.suffix, wire.instruction, wire.task, wire.examples)
+    if written is None or side == "passage" or any(field is not None for field in asked):
+        return inputs
+    return written.split(inputs)
 
 
 def vector_format(wire: EmbeddingsRequest) -> VectorFormat:

@@ -82,69 +82,87 @@ class PromptFields(NamedTuple):
     examples: Sequence[Example] = ()
 
 
-def choose_prompt(
-    defaults: Defaults, asked: InstructedInput | PromptFields, model_side: Side | None = None
-) -> Prompt | None:
-    """What stands around a request's texts; None when no field says, and the side neither.
+class Chosen(NamedTuple):
+    """What stands around a request's texts (None when nobody says), and which side they are."""
 
-    The first that is given decides: prompt and suffix (verbatim), instruction, task, input_type,
-    the model's name (`model_side`), the server's default. "" in one of them means explicitly none.
-    Raises InvalidRequestError for unknown names, listing the known ones, and for what this model
-    has no place for.
+    prompt: Prompt | None
+    side: Side | None = None
+
+
+def choose_prompt(
+    defaults: Defaults,
+    asked: InstructedInput | PromptFields,
+    model_side: Side | None = None,
+    path_side: Side | None = None,
+) -> Chosen:
+    """What stands around a request's texts.
+
+    The first that is given decides: prompt and suffix (verbatim), instruction, task, the path
+    (`path_side`), input_type, the model's name (`model_side`), the server's default. "" in one of
+    them means explicitly none. Raises InvalidRequestError for unknown names, listing the known
+    ones, and for what this model has no place for.
     """
     try:
-        return _chosen(defaults, asked, model_side)
+        return _chosen(defaults, asked, model_side, path_side)
     except PromptError as error:
         raise InvalidRequestError(f"{error}", param=error.field) from None
 
 
 def _chosen(
-    defaults: Defaults, asked: InstructedInput | PromptFields, model_side: Side | None
-) -> Prompt | None:
+    defaults: Defaults,
+    asked: InstructedInput | PromptFields,
+    model_side: Side | None,
+    path_side: Side | None,
+) -> Chosen:
     family = defaults.family
     examples: list[Example] = []
     if asked.examples:
         examples = [Example(e.instruction, e.query, e.response) for e in asked.examples]
-    named = _named(asked.input_type, defaults) if asked.input_type else None
+    input_type = asked.input_type if path_side is None else path_side
+    named = _named(input_type, defaults) if input_type else None
+    side = model_side if named is None else named.side
     if asked.prompt is not None or asked.suffix is not None:
         if examples:
             raise PromptError("examples", "examples and a verbatim prompt: write them into it")
-        return family.verbatim(asked.prompt or "", asked.suffix or "")
-    if isinstance(named, Prompt):
+        return Chosen(family.verbatim(asked.prompt or "", asked.suffix or ""), side)
+    if named is not None and named.prompt is not None:
         return named
-    side = named or model_side
     if asked.instruction is not None:
-        return family.prompt(side or "query", asked.instruction, examples)
+        side = side or "query"
+        return Chosen(family.prompt(side, asked.instruction, examples), side)
     if asked.task:
         return _of_task(asked.task, side or "query", defaults, examples)
-    if asked.task is not None or asked.input_type == "":
+    if asked.task is not None or input_type == "":
         if examples:
             raise PromptError("examples", "examples, and nothing around the texts: which is it?")
-        return NO_PROMPT
-    side = side or defaults.input_type
-    if examples:
-        return defaults.prompt(side or "query", examples)
-    return None if side is None else defaults.prompt(side)
+        return Chosen(NO_PROMPT)
+    side = side or defaults.input_type or ("query" if examples else None)
+    return Chosen(None if side is None else defaults.prompt(side, examples), side)
 
 
-def _named(name: str, defaults: Defaults) -> Side | Prompt:
-    """A side, or a prompt of the model's own files."""
+def _named(name: str, defaults: Defaults) -> Chosen:
+    """A side, or a prompt: of the model's own files, or of a query without a description."""
     if name in defaults.prompts and name not in INPUT_TYPES:
-        return _own(name, defaults)
+        return Chosen(_own(name, defaults))
     if name.lower() in INPUT_TYPES:
-        return INPUT_TYPES[name.lower()] or defaults.family.prompt("query")
+        side = INPUT_TYPES[name.lower()]
+        if side is None:
+            return Chosen(defaults.family.prompt("query"), "query")
+        return Chosen(None, side)
     known = ", ".join([*INPUT_TYPES, *defaults.prompts])
     raise InvalidRequestError(
         f"unknown input_type {_shown(name)}; known: {known}", param="input_type"
     )
 
 
-def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Example]) -> Prompt:
+def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Example]) -> Chosen:
     if name in defaults.prompts and not examples:
-        return _own(name, defaults)
+        return Chosen(_own(name, defaults))
     if (input_type := _OTHER_TASKS.get(name)) is not None:
         named = _named(input_type, defaults)
-        return named if isinstance(named, Prompt) else defaults.prompt(named, examples)
+        if named.prompt is not None or named.side is None:
+            return named
+        return Chosen(defaults.prompt(named.side, examples), named.side)
     task = find_task("STS" if name == "text-matching" else name)
     if task is None:
         known = ", ".join([*defaults.prompts, *TASKS])
@@ -153,7 +171,8 @@ def _of_task(name: str, side: Side, defaults: Defaults, examples: Sequence[Examp
         )
     if defaults.family.template is None:
         raise defaults.family.only_takes_a_side("task")
-    return defaults.family.prompt(side, task.query if side == "query" else task.passage, examples)
+    described = task.query if side == "query" else task.passage
+    return Chosen(defaults.family.prompt(side, described, examples), side)
 
 
 def _own(name: str, defaults: Defaults) -> Prompt:

@@ -12,70 +12,46 @@ from fastapi import APIRouter, Request, Response
 
 from model.prompts import written
 from model.tasks import TASKS
-from server.api import parsing, schemas, serialize
+from server.api import schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
-from server.api.encoding_options import encoding_options, vector_format
-from server.api.instructions import Defaults
-from server.api.names import ServedNames
+from server.api.embedding import SIDE_HEADER, Embedding, side_of
+from server.api.encoding_options import vector_format
 from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, json_response
-from server.engine.interface import EmbedJob, Engine
+from server.engine.interface import Engine
 from server.settings import Settings
 
-_BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
-_FLOAT_BYTES = 4 + 13
-_ID_BYTES = 4 + 6
+_ID_BYTES = 4 + 6  # in memory, and in the answer
 
 
 class _Endpoints:
     """The endpoints over one engine."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
-        self._truncates_dimensions = settings.allow_truncated_dimensions
-        self._names = ServedNames(engine.source.model_id, settings.served_model_name)
-        self._defaults = Defaults.of(
-            settings.query_instruction,
-            settings.default_input_type,
-            engine.family,
-            engine.prompts,
-        )
+    def __init__(self, embedding: Embedding, settings: Settings) -> None:
+        self._embedding, self._engine = embedding, embedding.engine
+        self._names, self._defaults = embedding.names, embedding.defaults
         self._created = int(time.time())
         self._bodies, self._answers = BodyReader(settings.max_body_bytes), AnswerWriter()
-
-    def _job(
-        self, wire: schemas.InstructedInput, model: str | None, deadline: float = float("inf")
-    ) -> EmbedJob:
-        options = encoding_options(wire, model, self._names, self._defaults)
-        return EmbedJob(parsing.parse_inputs(wire.input), options, deadline)
 
     async def create_embeddings(self, request: Request) -> Response:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
         arrived = time.monotonic()
         wire, headers = await self._bodies.read(request, schemas.EmbeddingsRequest)
-        job = self._job(wire, wire.model, arrived + patience(request))
-        dimensions, how = self._engine.dimensions, vector_format(wire)
-        how.check(dimensions, self._truncates_dimensions)
-        values = len(job.inputs) * dimensions
-        hold(request, values * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
-        with cancelled_on_disconnect(request):
-            result = await self._engine.embed(job)
-        how.check_vectors(result.vectors)
-        context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
+        job = self._embedding.job(request, wire, wire.model, arrived + patience(request))
+        how = vector_format(wire)
+        result, said = await self._embedding.embed(request, job, how)
         pieces = serialize.embeddings_pieces(
-            result.vectors,
-            model=self._names.shown(wire.model),
-            tokens=result.tokens,
-            how=how,
+            result.vectors, model=self._names.shown(wire.model), tokens=result.tokens, how=how
         )
-        return await self._answers.response(request, pieces, values, headers)
+        values = len(job.inputs) * self._engine.dimensions
+        return await self._answers.response(request, pieces, values, headers | said)
 
     async def tokenize(self, request: Request) -> Response:
         """The ids that would run for the same inputs and fields, and what the prefix adds."""
         wire, headers = await self._bodies.read(request, schemas.TokenizeRequest)
-        job = self._job(wire, wire.model)
+        job = self._embedding.job(request, wire, wire.model)
         with cancelled_on_disconnect(request):
             encodings = await self._engine.tokenize(job)
         tokens = sum(map(len, encodings))
@@ -83,6 +59,7 @@ class _Endpoints:
         hold(request, tokens * _ID_BYTES)
         limit = self._engine.limits.max_input_tokens
         pieces = serialize.tokens_pieces(encodings, job.options.prompt, limit)
+        headers[SIDE_HEADER] = side_of(job)
         return await self._answers.response(request, pieces, tokens, headers)
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -121,7 +98,7 @@ class _Endpoints:
 def create_router(engine: Engine, settings: Settings) -> APIRouter:
     """The dialect's routes over one engine."""
     router = APIRouter(route_class=RequestRoute)
-    endpoints = _Endpoints(engine, settings)
+    endpoints = _Endpoints(Embedding(engine, settings), settings)
     for path in schemas.EMBEDDINGS_PATHS:
         documented = path == schemas.EMBEDDINGS_PATHS[0]
         router.add_api_route(
@@ -143,7 +120,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
         openapi_extra=body_schema("TokenizeRequest"),
         responses={
             200: {"model": schemas.TokenizeResponse},
-            **{status: ERRORS[status] for status in ERRORS if status != 504},
+            **{status: ERRORS[status] for status in ERRORS if status not in (409, 504)},
         },
     )
     for prefix in ("/v1", ""):

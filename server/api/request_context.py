@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from model.families import Side
 from server.api.byte_budget import Reservation
 
 _KEY = "nv_embed.context"
@@ -28,6 +29,8 @@ class RequestContext:
     """The path without the prefix that a proxy may have left in front."""
     memory: Reservation
     """The bytes that the request holds until it is answered."""
+    side: Side | None = None
+    """Which side its path asks for, in front of the route's own."""
     log: dict[str, Any] = field(default_factory=dict)
     """What its log line says besides."""
 

@@ -26,6 +26,7 @@ ERRORS: Responses = {
         404: "Unknown model or route.",
         405: "Wrong method.",
         408: "The request did not arrive in time.",
+        409: "These are other vectors than x-nv-embed-fingerprint asks for.",
         413: "The body is too large.",
         415: "The body is not application/json.",
         429: "The queue is full; `Retry-After` says when to come back.",

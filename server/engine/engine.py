@@ -46,7 +46,7 @@ class EmbeddingEngine:
         resources.return_freed_memory()
         self.source = source
         # First: what changes on disk from here on is another checkpoint, to the workers as well.
-        identity = fingerprint(source.path)
+        self.fingerprint = fingerprint(source.path)
         self.config = source.config()
         tokenizer = NVEmbedTokenizer.from_dir(source.path, self.config.family.name)
         self.metrics = Metrics()
@@ -59,7 +59,7 @@ class EmbeddingEngine:
             self.metrics, hang_timeout=settings.hang_timeout, cache_bytes=settings.cache_bytes
         )
         self.worker_options = worker_options(
-            self._runner_options(settings, identity),
+            self._runner_options(settings),
             choose(settings.devices, child_environment()),
             resources.usable_cores(),
             settings.max_batch_tokens,
@@ -79,12 +79,12 @@ class EmbeddingEngine:
         self._idle.set()
         self._show_gauges()
 
-    def _runner_options(self, settings: Settings, identity: str) -> RunnerOptions:
+    def _runner_options(self, settings: Settings) -> RunnerOptions:
         """What all workers are told; each has its own device, threads and batch size."""
         return RunnerOptions(
             path=str(self.source.path),
             family=self.config.family.name,
-            fingerprint=identity,
+            fingerprint=self.fingerprint,
             dtype=settings.dtype,
             quantization=settings.quantization,
             attention=settings.attention,
@@ -205,7 +205,10 @@ class EmbeddingEngine:
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            return EmbedResult(await self._run(encodings, job.deadline), tokens)
+            vectors = await self._run(encodings, job.deadline)
+            cut = tuple(index for index, encoding in enumerate(encodings) if encoding.is_cut)
+            self.metrics.count_inputs(job, len(cut))
+            return EmbedResult(vectors, tokens, cut)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].

@@ -16,7 +16,7 @@ from model.tokenizer import (
     NVEmbedTokenizer,
     Truncation,
 )
-from server.engine.interface import EncodingOptions, Input
+from server.engine.interface import EncodingOptions, Input, PromptedText
 from server.errors import ContextLengthExceededError, InvalidRequestError
 from server.settings import MAX_REQUEST_TOKENS
 
@@ -41,7 +41,14 @@ class InputTokenizer:
     def num_chars(inputs: Sequence[Input], options: EncodingOptions) -> int:
         """What there is to tokenize, prefixes included."""
         around = options.prompt.num_chars
-        return sum(around + len(text) for text in inputs if isinstance(text, str))
+        return sum(
+            around + len(item)
+            if isinstance(item, str)
+            else item.prompt.num_chars + len(item.text)
+            if isinstance(item, PromptedText)
+            else 0
+            for item in inputs
+        )
 
     def tokenize(
         self,
@@ -57,12 +64,15 @@ class InputTokenizer:
         max_tokens = min(options.max_tokens or self.max_input_tokens, self.max_input_tokens)
         prompt = options.prompt
         texts = [text for text in inputs if isinstance(text, str)]
-        if prompt and not options.is_default and len(texts) < len(inputs):
+        prompted = [item for item in inputs if isinstance(item, PromptedText)]
+        if prompt and not options.is_default and len(texts) + len(prompted) < len(inputs):
             raise InvalidRequestError(
                 'an instruction cannot be put before token ids: send text, or prompt: ""',
                 param="input",
             )
         self._refuse_if_hopeless(texts, prompt, max_tokens)
+        for own in prompted:
+            self._refuse_if_hopeless([own.text], own.prompt, max_tokens)
         encoded = self._encoded(texts, prompt, max_tokens, truncate, abandoned)
         encodings = []
         total = 0
@@ -70,6 +80,11 @@ class InputTokenizer:
             param = "input" if len(inputs) == 1 else f"input[{index}]"
             if isinstance(item, str):
                 encodings.append(self._checked(next(encoded), param))
+            elif isinstance(item, PromptedText):
+                (alone,) = self.tokenizer.encode_batch(
+                    [item.text], item.prompt, max_tokens=max_tokens, truncate=truncate
+                )
+                encodings.append(self._checked(alone, param))
             else:
                 encodings.append(self._from_ids(item, param, max_tokens, truncate))
             total += len(encodings[-1])

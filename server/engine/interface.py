@@ -14,12 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding, RunnerInfo
-from model.families import Family
+from model.families import Family, Side
 from model.hub import ModelSource
 from model.prompts import NO_PROMPT, Prompt
 from model.tokenizer import Truncation
 
-Input = str | list[int]
+
+@dataclass(frozen=True, slots=True)
+class PromptedText:
+    """A text that came with its prompt written before it."""
+
+    prompt: Prompt
+    text: str
+
+
+Input = str | PromptedText | list[int]
 """A text, or token ids that are used verbatim."""
 
 
@@ -31,6 +40,7 @@ class EncodingOptions:
     truncate: Truncation | None = None  # None: the server's default
     max_tokens: int | None = None  # a request's own, lower limit
     is_default: bool = False  # whether nobody asked for `prompt`: token ids go without it
+    side: Side | None = None  # which was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,8 @@ class EmbedResult:
     """One [D] for each input, of length one."""
     tokens: int
     """Ids that ran: BOS, EOS and prefix counted, after truncation."""
+    cut: tuple[int, ...] = ()
+    """Which inputs were truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,10 @@ class Engine(Protocol):
     @property
     def dimensions(self) -> int:
         """D, the numbers of a vector."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint's files."""
 
     @property
     def limits(self) -> EngineLimits: ...

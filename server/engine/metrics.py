@@ -15,11 +15,15 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from model.families import Side
+from server.engine.interface import EmbedJob, PromptedText
+
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SIDES: tuple[Side | None, ...] = ("query", "passage", None)
 ROUTES = ("embeddings", "tokenize", "models", "instructions", "info", "health", "metrics", "other")
-STATUSES = (200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 499, 500, 503, 504)
+STATUSES = (200, 400, 401, 404, 405, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
 
 
 class Metrics:
@@ -43,6 +47,13 @@ class Metrics:
         )
         self.inputs = self._counter("nv_embed_inputs", "Inputs embedded")
         self.tokens = self._counter("nv_embed_tokens", "Tokens embedded")
+        self._sides = self._counter(
+            "nv_embed_answered_inputs", "Inputs answered, by the side asked for", ("input_type",)
+        )
+        self._of_side = {side: self._sides.labels(side or "none") for side in _SIDES}
+        self._truncated = self._counter(
+            "nv_embed_truncated_inputs", "Inputs answered of which only a part was embedded"
+        )
         self.queue_seconds = self._histogram(
             "nv_embed_queue_wait_seconds",
             "From admission to the batch that takes an input",
@@ -76,6 +87,15 @@ class Metrics:
         self.worker_deaths = self._counter(
             "nv_embed_worker_deaths", "Engine workers that died and were replaced"
         )
+
+    def count_inputs(self, job: EmbedJob, truncated: int) -> None:
+        """Those of an answered request."""
+        queries = sum(isinstance(item, PromptedText) for item in job.inputs)
+        if queries:
+            self._of_side["query"].inc(queries)
+        self._of_side[job.options.side].inc(len(job.inputs) - queries)
+        if truncated:
+            self._truncated.inc(truncated)
 
     def count_refusal(self, status: int) -> None:
         """A request that was refused before it had a route."""

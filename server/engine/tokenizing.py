@@ -57,7 +57,7 @@ class Tokenizing:
     def expected_work(self, job: EmbedJob) -> Work:
         """How many tokens there will be, rather too many than too few."""
         chars = self._tokenizer.num_chars(job.inputs, job.options)
-        ids = sum(len(item) for item in job.inputs if not isinstance(item, str))
+        ids = sum(len(item) for item in job.inputs if isinstance(item, list))
         expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
         return Work(chars, ids, min(expected, MAX_REQUEST_TOKENS))
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from server.api import admin, openai
 from server.api.body import IGNORED_HEADER
 from server.api.byte_budget import ByteBudget
+from server.api.embedding import HEADERS
 from server.api.openapi import OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
@@ -72,7 +73,7 @@ def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metri
             allow_origins=settings.cors_origin,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", IGNORED_HEADER],
+            expose_headers=["x-request-id", IGNORED_HEADER, *HEADERS],
         )
     budget = ByteBudget(settings.max_inflight_bytes)
     metrics.gauge(

@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model.families import Side
 from server.api.byte_budget import ByteBudget
 from server.api.openapi import OPEN_PATHS
 from server.api.request_context import RequestContext, put_context
@@ -23,6 +24,7 @@ logger = logging.getLogger("nv_embed.access")
 
 CLIENT_CLOSED_REQUEST = 499
 _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the system takes 10 us)
+_SIDES: tuple[Side, ...] = ("query", "passage")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
     **dict.fromkeys(EMBEDDINGS_PATHS, "embeddings"),
@@ -70,8 +72,9 @@ class RequestRecord:
                 message["headers"] = added
             await send(message)
 
+        path, side = _side_of(scope)
         with self._budget.reservation() as memory:
-            context = RequestContext(request_id, headers, _route_path(scope), memory)
+            context = RequestContext(request_id, headers, path, memory, side)
             put_context(scope, context)
             try:
                 await self._app(scope, receive, send_with_id)
@@ -105,6 +108,18 @@ def _route_path(scope: Scope) -> str:
     if prefix and path.startswith(f"{prefix}/"):
         return path[len(prefix) :]
     return path
+
+
+def _side_of(scope: Scope) -> tuple[str, Side | None]:
+    """The route's path, and the side in front of it, which the scope's path loses: a base URL is
+    what every client lets its user set."""
+    path = _route_path(scope)
+    for side in _SIDES:
+        if path.startswith(f"/{side}/"):
+            before = len(scope["path"]) - len(path)
+            scope["path"] = scope["path"][:before] + path[len(side) + 1 :]
+            return path[len(side) + 1 :], side
+    return path, None
 
 
 def _request_id(given: bytes) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.errors import did_you_mean
+from model.fingerprint import kind_of_vectors, of_vectors
 from server.api import parsing, schemas, serialize
-from server.api.encoding_options import encoding_options, vector_format
+from server.api.detection import WrittenPrompts
+from server.api.encoding_options import encoding_options, inputs_of, vector_format
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
@@ -93,12 +95,19 @@ class BatchAnswers:
     names: ServedNames
     defaults: Defaults
     truncated_dimensions: bool
+    checkpoint: str  # its fingerprint
+    written: WrittenPrompts | None = None
     _said: set[str] = field(default_factory=set)  # of ignored fields, each once
 
     def tokenize(self, lines: Sequence[BatchLine], first: int) -> _Answers:
         requests = [self._read(line) for line in lines]
         encodings = [e for request in requests if isinstance(request, tuple) for e in request[1]]
-        return _Answers(encodings, lines, requests, first, {})
+        return _Answers(encodings, lines, requests, first, {}, self._fingerprint)
+
+    def _fingerprint(self, wire: schemas.EmbeddingsRequest) -> str:
+        info, family = self.encoder.runner.info, self.tokenizer.tokenizer.family
+        kind = kind_of_vectors(info.dtype, info.quantization)
+        return of_vectors(self.checkpoint, family, wire.dimensions or info.width, kind)
 
     def _read(
         self, line: BatchLine
@@ -107,7 +116,7 @@ class BatchAnswers:
             wire, unknown = parsing.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
             options = encoding_options(wire, wire.model, self.names, self.defaults)
-            inputs = parsing.parse_inputs(wire.input)
+            inputs = inputs_of(wire, options.side, self.written)
             width = self.encoder.runner.info.width
             vector_format(wire).check(width, self.truncated_dimensions)
             wire.model = self.names.shown(wire.model)
@@ -134,6 +143,7 @@ class _Answers:
     requests: Sequence[tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError]
     first: int
     lost: dict[int, None]  # indices of encodings that did not fit into memory
+    fingerprint: Callable[[schemas.EmbeddingsRequest], str]
 
     def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
         self.lost.update(dict.fromkeys(lost))  # the others do not suffer
@@ -154,6 +164,11 @@ class _Answers:
                 status, body = error.status, orjson.dumps(error_body(error))
             else:
                 status, body = 200, _answer(wire, encodings, vectors[rows.start : rows.stop])
+            facts: dict[str, Any] = {}
+            if error is None:
+                facts["fingerprint"] = self.fingerprint(wire)
+                if cut := [index for index, e in enumerate(encodings) if e.is_cut]:
+                    facts["truncated"] = cut
             answer = {
                 "id": f"batch_req_{index}",
                 "custom_id": line.custom_id,
@@ -161,6 +176,7 @@ class _Answers:
                     "status_code": status,
                     "request_id": f"req_{index}",
                     "body": orjson.Fragment(body),
+                    **facts,
                 },
                 "error": None,
             }

@@ -204,8 +204,12 @@ class Run(Generic[Row]):
                     self._parts.clear()
             raise
 
-    def begin(self, info: RunnerInfo) -> None:
-        """With the model ready, and how it runs settled: the first thing that is written."""
+    def begin(self, info: RunnerInfo, vectors: str) -> None:
+        """With the model ready, and how it runs settled: the first thing that is written.
+
+        vectors: their fingerprint.
+        """
+        self._vectors = vectors
         self._manifest["model"] |= {
             "dtype": info.dtype,
             "quantization": info.quantization,
@@ -335,5 +339,5 @@ class Run(Generic[Row]):
 
     def _write_manifest(self, more: Mapping[str, Any]) -> None:
         with self._parts.replacing(self._job.manifest) as file:
-            document = {**self._manifest, **more}
+            document = {**self._manifest, "vectors": self._vectors, **more}
             file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")

@@ -199,7 +199,7 @@ def prompt_of(
         examples=examples,
     )
     try:
-        prompt = instructions.choose_prompt(defaults, asked)
+        prompt = instructions.choose_prompt(defaults, asked).prompt
     except InvalidRequestError as error:
         raise SettingsError(error.message) from None
     return defaults.bare if prompt is None else prompt

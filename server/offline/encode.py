@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from model.batch import BatchLimits, RunnerOptions
 from model.errors import UnsupportedError
+from model.fingerprint import fingerprint, kind_of_vectors, of_vectors
 from model.fitting import is_out_of_memory
 from model.hub import ModelSource, locate
 from model.platform import resources
 from model.prompts import Example
 from model.tokenizer import NVEmbedTokenizer
+from server.api.detection import WrittenPrompts
 from server.api.names import ServedNames
 from server.engine.inputs import InputTokenizer
 from server.engine.worker import load_factory
@@ -136,7 +138,8 @@ def _run(
     asked = {name: getattr(arguments, name) for name in ("dtype", "quantization", "attention")}
     deciding = ["max_input_tokens"]
     if arguments.openai_batch:
-        deciding += ["query_instruction", "default_input_type", "allow_truncated_dimensions"]
+        deciding += ["query_instruction", "default_input_type", "detect_instructions"]
+        deciding += ["allow_truncated_dimensions"]
     defaults = {name: getattr(arguments, name) for name in deciding}
     config = model.config()
     prompt = call.prompt_of(arguments, config, examples)
@@ -150,7 +153,9 @@ def _run(
             todo.refuse_settled(error)
         if arguments.max_input_tokens:
             encoder.max_tokens = min(config.most_input_tokens, arguments.max_input_tokens)
-        todo.begin(encoder.runner.info)
+        checkpoint, info = fingerprint(model.path), encoder.runner.info
+        kind = kind_of_vectors(info.dtype, info.quantization)
+        todo.begin(info, of_vectors(checkpoint, config.family, info.width, kind))
         tokenize: Tokenize[Any] = texts(job, source, encoder, prompt)
         if arguments.openai_batch:
             tokenize = BatchAnswers(
@@ -159,6 +164,8 @@ def _run(
                 ServedNames(model.model_id),
                 call.defaults_of(arguments, config),
                 arguments.allow_truncated_dimensions,
+                checkpoint,
+                WrittenPrompts(config.family) if arguments.detect_instructions else None,
             ).tokenize
         todo.finish(encoder, tokenize, every=bulk.KEEP_EVERY_S)
     return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,34 @@ def test_a_function_of_a_card_is_read_as_it_stands(returned: str, first: str | N
         example = read_card(card)
         assert (example.queries[0] if example else None) == first
     assert read_card(OF_TEMPLATES.replace("def get_detailed_instruct", "def another")) is None
+
+
+def test_what_is_assigned_anew_is_no_longer_what_it_was() -> None:
+    for line in (
+        'passages = [f"passage: {p}" for p in passages]',
+        "passages += ['c']",
+        "passages, other = load()",
+        "for passages in load(): pass",
+    ):
+        changed = EXAMPLE.replace("print", f"{line}\nprint", 1)
+        assert read_card(changed) is None, line
+
+
+def test_the_prefix_of_passages() -> None:
+    for name in ("passage_prefix", "document_prefix"):
+        example = read_card(EXAMPLE.replace("queries", f'{name} = "passage: "\nqueries', 1))
+        assert example is not None
+        assert example.passage_prefix == "passage: "
+
+
+def test_functions_of_functions_end_soon() -> None:
+    """Each level would double the work."""
+    lines = ["def f0(x):\n    return f'{x}{x}'"]
+    lines += [f"def f{n}(g, x):\n    return g(x) + g(x)" for n in range(1, 40)]
+    calls = "x = " + "f1(f0, " * 30 + "''" + ")" * 30
+    started = time.monotonic()
+    assert read_card(EXAMPLE.replace("query_prefix", "\n".join([*lines, calls, "query_prefix"]), 1))
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

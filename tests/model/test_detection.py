@@ -170,6 +170,15 @@ def test_the_tokenizers_settings_do_not_matter(
     assert ids.count(1) == ids.count(2) == 1
 
 
+def test_a_tokenizer_with_anothers_markers_is_refused(tmp_path: Path) -> None:
+    """A vocabulary that was rounded up does not tell bge-en-icl from e5-mistral; its markers do."""
+    folder = write_sibling(tmp_path / "bge", "bge-en-icl", {"vocab_size": 32064})
+    assert ModelConfig.from_dir(folder).family.name == "e5-mistral"
+    with pytest.raises(CheckpointError, match=r"the markers of bge-en-icl, .* name its --family"):
+        NVEmbedTokenizer.from_dir(folder)
+    assert NVEmbedTokenizer.from_dir(folder, "bge-en-icl").family.name == "bge-en-icl"
+
+
 def test_a_tokenizer_without_the_markers_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 
 from model.batch import Encoding, RunnerInfo
 from model.families import NV_EMBED
+from model.fingerprint import fingerprint
 from model.hub import locate
 from model.tokenizer import NVEmbedTokenizer
 from server import logs
@@ -43,6 +44,7 @@ class FakeEngine:
         self.family = NV_EMBED
         self.prompts: dict[str, str] = {}
         self.dimensions = dimensions
+        self.fingerprint = fingerprint(model)
         most = settings.max_input_tokens or 32_768
         self.limits = EngineLimits(most, settings.max_queued_tokens, (1024,))
         self.runners = [RunnerInfo("cpu", "fake", "float32", "none", "fake", dimensions)]
@@ -65,7 +67,8 @@ class FakeEngine:
         rows = [vector_of(encoding.ids) for encoding in encodings]
         times = self.dimensions // WIDTH
         vectors = [np.tile(row, times) / np.float32(np.sqrt(times)) for row in rows]
-        return EmbedResult(vectors, sum(map(len, encodings)))
+        cut = tuple(index for index, encoding in enumerate(encodings) if encoding.is_cut)
+        return EmbedResult(vectors, sum(map(len, encodings)), cut)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         self.jobs.append(job)

@@ -199,7 +199,7 @@ QUORA = prefix_of(TASKS["QuoraRetrieval"].passage)
 
 
 def prefix(defaults: Defaults, *, model_side: Side | None = None, **fields: str) -> str | None:
-    chosen = choose_prompt(defaults, PromptFields(**fields), model_side)
+    chosen = choose_prompt(defaults, PromptFields(**fields), model_side).prompt
     assert chosen is None or not chosen.suffix
     return None if chosen is None else written(chosen.prefix)
 
@@ -291,19 +291,19 @@ IN_EACH_FAMILY: list[tuple[Family, dict[str, Any], str, str]] = [
 def test_a_field_means_the_same_in_each_family(
     family: Family, fields: dict[str, Any], before: str, behind: str
 ) -> None:
-    chosen = choose_prompt(Defaults("Find answers", family=family), PromptFields(**fields))
+    chosen = choose_prompt(Defaults("Find answers", family=family), PromptFields(**fields)).prompt
     assert chosen is not None
     assert (written(chosen.prefix), written(chosen.suffix)) == (before, behind)
 
 
 def test_markers_of_a_template_are_none_in_a_users_text() -> None:
     fields = PromptFields(instruction="a <query> tag", examples=[EXAMPLE])
-    chosen = choose_prompt(Defaults("", family=BGE_EN_ICL), fields)
+    chosen = choose_prompt(Defaults("", family=BGE_EN_ICL), fields).prompt
     assert chosen is not None
     assert chosen.prefix == (Marker("<instruct>"), "a <query> tag\n", Marker("<query>"))
     assert chosen.examples[-2:] == (Marker("<response>"), "<query> there\n\n")
     verbatim = choose_prompt(Defaults("", family=BGE_EN_ICL), PromptFields(prompt="<query>"))
-    assert verbatim == Prompt((Marker("<query>"),))
+    assert verbatim.prompt == Prompt((Marker("<query>"),))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

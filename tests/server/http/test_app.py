@@ -267,7 +267,7 @@ def test_openapi_yaml_is_the_apps(server: AppInProcess) -> None:
 def test_openapi_documents_every_status_of_the_embeddings_route() -> None:
     operation = openapi_document()["paths"]["/v1/embeddings"]["post"]
     assert {int(status) for status in operation["responses"]} == {
-        *(200, 400, 401, 404, 405, 408, 413, 415, 429, 431, 500, 503, 504)
+        *(200, 400, 401, 404, 405, 408, 409, 413, 415, 429, 431, 500, 503, 504)
     }
 
 

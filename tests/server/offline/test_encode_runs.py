@@ -516,9 +516,9 @@ def test_an_input_that_changes_between_its_readings_is_refused(
     }
     begin = bulk.Run.begin
 
-    def change_and_begin(self: bulk.Run[Any], info: Any) -> None:
+    def change_and_begin(self: bulk.Run[Any], info: Any, vectors: str) -> None:
         file.write_text(contents[changed])
-        begin(self, info)
+        begin(self, info, vectors)
 
     monkeypatch.setattr(bulk.Run, "begin", change_and_begin)
     assert encode("a.txt", "--shard-size", "3") == 1

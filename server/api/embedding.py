@@ -1,0 +1,118 @@
+"""The one way from a dialect's body to vectors, and what every answer says of them.
+
+A dialect reads its fields and writes its answer; here they become a job, and the job a result. The
+headers tell which side it was, which inputs were cut, and which vectors these are. Knows no body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from fastapi import Request
+
+from model.fingerprint import kind_of_vectors, of_vectors
+from server.api.body import hold
+from server.api.detection import WrittenPrompts
+from server.api.disconnects import cancelled_on_disconnect
+from server.api.encoding_options import encoding_options, inputs_of
+from server.api.instructions import Defaults
+from server.api.names import ServedNames
+from server.api.request_context import context_of
+from server.api.schemas import InstructedInput
+from server.api.vector_format import VectorFormat
+from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
+from server.errors import OtherVectorsError
+from server.settings import Settings
+
+SIDE_HEADER = "x-nv-embed-input-type"
+CUT_HEADER = "x-nv-embed-truncated"
+FINGERPRINT_HEADER = "x-nv-embed-fingerprint"
+HEADERS = (SIDE_HEADER, CUT_HEADER, FINGERPRINT_HEADER)
+_BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
+_FLOAT_BYTES = 4 + 13
+
+
+class Embedding:
+    """Of one engine, for all its dialects."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.names = ServedNames(engine.source.model_id, settings.served_model_name)
+        self.defaults = Defaults.of(
+            settings.query_instruction,
+            settings.default_input_type,
+            engine.family,
+            engine.prompts,
+        )
+        self._truncates_dimensions = settings.allow_truncated_dimensions
+        self._written = WrittenPrompts(engine.family) if settings.detect_instructions else None
+        self._fingerprints: dict[tuple[int, str], str] = {}  # by dimensions and kind
+
+    def job(
+        self,
+        request: Request,
+        wire: InstructedInput,
+        model: str | None = None,
+        deadline: float = float("inf"),
+    ) -> EmbedJob:
+        """Raises InvalidRequestError, ModelNotFoundError."""
+        path_side = context_of(request.scope).side
+        options = encoding_options(wire, model, self.names, self.defaults, path_side)
+        return EmbedJob(inputs_of(wire, options.side, self._written), options, deadline)
+
+    async def embed(
+        self, request: Request, job: EmbedJob, how: VectorFormat
+    ) -> tuple[EmbedResult, dict[str, str]]:
+        """The vectors, and headers for their answer. Raises ServerErrors, ClientDisconnect."""
+        width = self.engine.dimensions
+        how.check(width, self._truncates_dimensions)
+        fingerprint = self.fingerprint(how.dimensions or width)
+        self._refuse_others(request, fingerprint)
+        hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
+        with cancelled_on_disconnect(request):
+            result = await self.engine.embed(job)
+        how.check_vectors(result.vectors)
+        context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
+        headers = {SIDE_HEADER: side_of(job), FINGERPRINT_HEADER: fingerprint}
+        if result.cut:
+            headers[CUT_HEADER] = ranges(result.cut)
+        return result, headers
+
+    def fingerprint(self, dimensions: int) -> str:
+        """Of vectors cut to so many dimensions; "" while no worker says how it computes."""
+        runners = self.engine.runners
+        kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
+        if not kinds:
+            return ""
+        key = dimensions, ", ".join(sorted(kinds))
+        if key not in self._fingerprints:
+            engine = self.engine
+            self._fingerprints[key] = of_vectors(engine.fingerprint, engine.family, *key)
+        return self._fingerprints[key]
+
+    def _refuse_others(self, request: Request, fingerprint: str) -> None:
+        wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
+        if wanted is not None and wanted.decode("latin-1") != fingerprint:
+            raise OtherVectorsError(
+                f"{FINGERPRINT_HEADER} asks for other vectors than this server's {fingerprint}: "
+                "another model, precision or number of dimensions made yours"
+            )
+
+
+def side_of(job: EmbedJob) -> str:
+    """query, passage or none; mixed where only some of the texts bring an instruction."""
+    asked = job.options.side or "none"
+    kinds = {"query" if isinstance(item, PromptedText) else asked for item in job.inputs}
+    return kinds.pop() if len(kinds) == 1 else "mixed"
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """0,1,2,5 as 0-2,5."""
+    return ",".join(_runs(indices))
+
+
+def _runs(indices: Sequence[int]) -> Iterator[str]:
+    for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        run = [index for _, index in group]
+        yield f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}"
