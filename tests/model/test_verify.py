@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from model.errors import UnsupportedError
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.tokenizer_file import read_tokenizer
-from model.verify import command
+from model.verify import command, parity
 from model.verify.authors import check_example_ids
+from model.verify.bench import Bench
 from model.verify.outcome import Check
 from model.verify.referee import Referee
 from model.verify.structure import check_mask
@@ -520,6 +522,23 @@ def test_without_transformers_own_layers_it_is_skipped(
         Referee(folder, subject(folder).config, torch.device("cpu")).embed(
             sample_encodings(subject(folder))
         )
+
+
+def test_gpu_checks_steps_skip_what_was_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as if a step had failed."""
+    folder = write_sibling(tmp_path / "nemotron", "nemotron-3-embed")
+    monkeypatch.setattr("transformers.Ministral3Model", None)
+    job = {"model_id": "x", "path": str(folder), "device": "cpu", "attention": "auto"}
+    bench = Bench(job | {"base": "bfloat16", "work": str(tmp_path)}, 0.0)
+    steps: list[Callable[[], object]] = [
+        lambda: parity.referee(bench),
+        lambda: parity.cosine(bench, "bfloat16"),
+    ]
+    for step in steps:
+        with pytest.raises(UnsupportedError, match="has no Ministral3Model"):
+            step()
 
 
 def test_without_room_nor_layers_of_transformers_nothing_is_compared(

@@ -62,6 +62,7 @@ class FakeChat(BaseHTTPRequestHandler):
     lock: threading.Lock
     key: str | None = None
     pause_s = 0.0
+    refuses_after = 10**9
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
@@ -84,6 +85,8 @@ class FakeChat(BaseHTTPRequestHandler):
                 return self._answer({"error": {"message": "later"}}, status)
         with self.lock:
             self.asked[prompt] += 1
+        if sum(self.asked.values()) > self.refuses_after:
+            return self._answer({"error": {"message": "Incorrect API key"}}, 401)
         time.sleep(self.pause_s)
         text, finish = answer_to(prompt)
         with self.lock:

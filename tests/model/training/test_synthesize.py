@@ -122,6 +122,20 @@ def test_ctrl_c_keeps_what_comes_and_does_not_wait_for_ever(tmp_path: Path, pati
         assert sum(seen.asked.values()) <= 10  # nothing was begun afterwards
 
 
+@pytest.mark.process
+def test_what_went_wrong_is_said_before_the_others_are_waited_for(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with serving(pause_s=2.0, refuses_after=3) as (url, seen):
+        command = [sys.executable, "-P", "-m", "server.cli", *call(out, url, "--tasks", "80")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    first, _, last = done.stderr.partition("stopping: ")
+    assert "wants a valid key" in first.splitlines()[-1]
+    assert "wants a valid key" in last
+    assert kept(out).keys() == {number_of(prompt) for prompt in seen.served}
+    assert 0 < len(seen.served) <= 3
+
+
 def test_what_is_counted_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     with serving() as (url, seen):
