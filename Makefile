@@ -126,8 +126,8 @@ build/audit/bin/pip-audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.7,<3'
 
-bench: $(VENV)/.installed-test ## measure forward, front, serve, load and busy (RESULTS=folder; minutes)
-	for name in forward front serve load busy; do \
+bench: $(VENV)/.installed-test ## measure forward, front, large, serve, load and busy (RESULTS=folder; minutes)
+	for name in forward front large serve load busy; do \
 	    $(BIN)/python -m tests.bench.$$name --results $(RESULTS) $(ARGS) || exit 1; done
 
 bench-peers: $(VENV)/.installed-test ## install other embedding servers, each by itself, and run the same texts

@@ -99,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         for name, (target, pid) in targets.items():
                             script = Path(folder) / "wrk.lua"
                             script.write_text(_SCRIPT.replace("{key}", KEY).replace("{body}", body))
-                            before = _cpu_ns(pid)
+                            before = cpu_ns(pid)
                             run = _wrk(target, script, connections, options.seconds, cores[1])
-                            run["front_cpu_us"] = (_cpu_ns(pid) - before) / run["requests"] / 1000
+                            run["front_cpu_us"] = (cpu_ns(pid) - before) / run["requests"] / 1000
                             runs[name].append(run)
                     _report(out, inputs, encoding, connections, runs)
     out.finish(
@@ -130,22 +130,27 @@ def _report(
     out.raw[workload] = runs
 
 
-@contextmanager
-def _nv_embed(folder: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """A server with the null runner: its address and its process id."""
+def checkpoint(folder: Path) -> Path:
+    """Config and tokenizer of an official model, for a runner that reads no weights."""
     model = folder / "front"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**OFFICIAL, "_name_or_path": "front"}))
     official_tokenizer().save(str(model / "tokenizer.json"))
-    nothing = {"nothing": np.zeros(1, np.float32)}  # the runner reads no weights
-    save_file(nothing, model / "model.safetensors")
+    save_file({"nothing": np.zeros(1, np.float32)}, model / "model.safetensors")
+    return model
+
+
+@contextmanager
+def _nv_embed(folder: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """A server with the null runner: its address and its process id."""
+    model = checkpoint(folder)
     runner = ("--runner", "tests.bench.runners:Null")
     server = ServerProcess(model, *runner, "--api-key", KEY, log=folder / "log")
     try:
         server.wait_ready()
-        _pin(server.process.pid, cores[0])
+        pin(server.process.pid, cores[0])
         for pid in server.worker_pids():
-            _pin(pid, cores[1])
+            pin(pid, cores[1])
         yield server.url, server.process.pid
     finally:
         server.stop()
@@ -162,7 +167,7 @@ def _bare(cores: Sequence[int]) -> Iterator[tuple[str, int]]:
         transport = httpx.HTTPTransport(retries=8)
         with httpx.Client(transport=transport) as client:
             assert client.get(f"{url}/").status_code == 404
-        _pin(process.pid, cores[0])
+        pin(process.pid, cores[0])
         yield url, process.pid
     finally:
         process.terminate()
@@ -178,13 +183,13 @@ def _free_port() -> int:
         return port
 
 
-def _pin(pid: int, core: int) -> None:
+def pin(pid: int, core: int) -> None:
     """All threads of a process to one core."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         os.sched_setaffinity(int(task.name), {core})
 
 
-def _cpu_ns(pid: int) -> int:
+def cpu_ns(pid: int) -> int:
     """Processor time that all threads of a process have had."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import busy, forward, front, load, report, serve
+from tests.bench import busy, forward, front, large, load, report, serve
 
 
 def report_of(
@@ -93,6 +93,15 @@ def test_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("encode", "default"),
     ]
     assert all(row["times"] > 0 for row in summary["rows"])
+
+
+def test_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--rounds", "1", "--seconds", "1", "--clients", "2", "--inputs", "70"]
+    kinds = ("nothing", *large.KINDS)
+    summary = report_of(large.main, [*options, "--size", "200000"], tmp_path, capsys)
+    assert [row["load"] for row in summary["rows"]] == list(kinds)
+    assert all(row["requests"] > 0 for row in summary["rows"][1:])
+    assert all(row["query_p50_ms"] > 0 for row in summary["rows"])
 
 
 def test_percentiles() -> None:
