@@ -56,7 +56,7 @@ MODEL = [
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
-    "": ["errors", "logs", "api_keys", "settings", "configuration"],
+    "": ["errors", "turns", "logs", "api_keys", "settings", "configuration"],
     "engine": [
         "pace",
         "interface",

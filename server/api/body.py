@@ -19,6 +19,7 @@ from server.api.disconnects import cancelled_on_disconnect
 from server.api.hints import ignored_names
 from server.api.request_context import context_of
 from server.errors import BodyTooLargeError, OverloadedError, UnsupportedMediaTypeError
+from server.turns import Turns
 
 IGNORED_HEADER = "x-ignored-fields"
 """Names the fields of a body that nobody knows; most of them are a misspelt one."""
@@ -44,7 +45,7 @@ class BodyReader:
         if len(body) <= json_fields.STEP:
             fields, unknown = parsing.read_body(wire, body)
         else:
-            work = partial(parsing.read_body, wire, body)
+            work = partial(parsing.read_body, wire, body, Turns().wait)
             with cancelled_on_disconnect(request):
                 loop = asyncio.get_running_loop()
                 fields, unknown = await loop.run_in_executor(self._thread, work)

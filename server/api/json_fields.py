@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from server.api.json_text import JSONTextError, loads
@@ -45,19 +45,30 @@ _CLOSING = {ord("["): ord("]"), ord("{"): ord("}")}
 
 
 def read_fields(
-    body: bytes | bytearray, wanted: Collection[str], step: int = STEP
+    body: bytes | bytearray,
+    wanted: Collection[str],
+    step: int = STEP,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], list[str]]:
     """-> (the wanted fields, the names of the others). step: see STEP; no number may be longer.
+    between: called after each so many bytes.
 
     Raises JSONTextError, or InvalidRequestError naming a field that is too large.
     """
-    return _Reader(body, step).read(wanted)
+    return _Reader(body, step, between).read(wanted)
 
 
 class _Reader:
-    def __init__(self, body: bytes | bytearray, step: int) -> None:
-        self._body, self._end, self._step = body, len(body), step
+    def __init__(self, body: bytes | bytearray, step: int, between: Callable[[], None]) -> None:
+        self._body, self._end, self._step, self._between = body, len(body), step, between
         self._at = 3 if body.startswith(b"\xef\xbb\xbf") else 0
+        self._stopped_at = 0
+
+    def _stop(self) -> None:
+        """Let others go on, if a step is done; in each loop over values or over their bytes."""
+        if self._at - self._stopped_at >= self._step:
+            self._stopped_at = self._at
+            self._between()
 
     def read(self, wanted: Collection[str]) -> tuple[dict[str, Any], list[str]]:
         fields: dict[str, Any] = {}
@@ -147,6 +158,7 @@ class _Reader:
         items: list[Any] = []
         after_comma = False
         while True:
+            self._stop()
             begin = self._at
             match = _NUMBERS.match(self._body, begin, begin + self._step)
             assert match is not None
@@ -180,6 +192,7 @@ class _Reader:
         num_head = num_tail = 0
         self._at += 1
         while True:
+            self._stop()
             piece = self._piece()
             if piece is None:
                 break
@@ -231,6 +244,7 @@ class _Reader:
         open_brackets = bytearray()
         passed = 0
         while True:
+            self._stop()
             match = _NO_BRACKET.match(self._body, self._at, self._at + self._step)
             assert match is not None
             self._at = match.end()
@@ -258,6 +272,7 @@ class _Reader:
     def _pass_string(self) -> None:
         self._at += 1
         while True:
+            self._stop()
             match = _CHARACTERS.match(self._body, self._at, self._at + self._step)
             assert match is not None
             if match.end() == self._at:
@@ -272,6 +287,7 @@ class _Reader:
     def _peek(self) -> int | None:
         """The next byte that is no space."""
         while True:
+            self._stop()
             match = _SPACE.match(self._body, self._at, self._at + self._step)
             assert match is not None
             stopped = match.end() < self._at + self._step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from pydantic import AliasChoices, ValidationError
@@ -20,8 +21,11 @@ _UNUSED = frozenset({"user"})
 """Known, and ignored whatever they are."""
 
 
-def read_body(wire: type[WireT], body: bytes | bytearray) -> tuple[WireT, list[str]]:
-    """JSON bytes as `wire`, and the names of the fields that nobody knows.
+def read_body(
+    wire: type[WireT], body: bytes | bytearray, between: Callable[[], None] = lambda: None
+) -> tuple[WireT, list[str]]:
+    """JSON bytes as `wire`, and the names of the fields that nobody knows. between: called after
+    each so many bytes of a large body.
 
     Raises InvalidRequestError.
     """
@@ -33,7 +37,7 @@ def read_body(wire: type[WireT], body: bytes | bytearray) -> tuple[WireT, list[s
                 raise InvalidRequestError("The body must be a JSON object")
             unknown = [] if known.issuperset(fields) else [n for n in fields if n not in known]
         else:
-            fields, others = json_fields.read_fields(body, known - _UNUSED)
+            fields, others = json_fields.read_fields(body, known - _UNUSED, between=between)
             unknown = [name for name in others if name not in known]
     except JSONTextError as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}") from None

@@ -18,6 +18,7 @@ from model.batch import Encoding
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob
 from server.settings import MAX_REQUEST_TOKENS
+from server.turns import Turns
 
 _INLINE_CHARS = 1024
 """Up to this many characters and ids are tokenized on the event loop (about 1.6 ms at most)."""
@@ -75,11 +76,14 @@ class Tokenizing:
         return encodings
 
     async def _on_thread(self, job: EmbedJob, work: Work) -> list[Encoding]:
-        abandoned = threading.Event()
+        abandoned, turns = threading.Event(), Turns()
         threads = self._long_threads if work.chars + work.ids > _LONG_CHARS else self._threads
-        call = partial(
-            self._tokenizer.tokenize, job.inputs, job.options, abandoned=abandoned.is_set
-        )
+
+        def is_abandoned() -> bool:
+            turns.wait()
+            return abandoned.is_set()
+
+        call = partial(self._tokenizer.tokenize, job.inputs, job.options, abandoned=is_abandoned)
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, call)
         except asyncio.CancelledError:

@@ -11,6 +11,7 @@ import gc
 import logging
 import signal
 import ssl
+import sys
 from collections.abc import Iterator
 from types import FrameType
 
@@ -30,6 +31,9 @@ from server.settings import Settings
 
 logger = logging.getLogger("nv_embed")
 
+_SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter when the event loop wants it; Python's own 5 ms are as
+long as many answers take (D113)."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -50,6 +54,7 @@ def run(settings: Settings, source: ModelSource) -> int:
 
     Raises SettingsError or CheckpointError before anything listens.
     """
+    sys.setswitchinterval(_SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, source))
 

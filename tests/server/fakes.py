@@ -89,16 +89,16 @@ class AppInProcess(Asking):
     def __init__(
         self, app: FastAPI, engine: FakeEngine, loop: asyncio.AbstractEventLoop, log: io.StringIO
     ) -> None:
-        self.app, self.engine, self._loop, self._log = app, engine, loop, log
+        self.app, self.engine, self.loop, self._log = app, engine, loop, log
         self.url = "http://in-process"
         self.client = self.new_client()
 
     def new_client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(transport=_InLoop(self.app, self._loop), base_url=self.url, **options)
+        return httpx.Client(transport=_InLoop(self.app, self.loop), base_url=self.url, **options)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call it on the loop, where the engine's events live."""
-        self._loop.call_soon_threadsafe(function)
+        self.loop.call_soon_threadsafe(function)
 
     @property
     def log(self) -> str:

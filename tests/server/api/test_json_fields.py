@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.json_fields import KEPT_CHARS, read_fields
+from server.api.json_fields import KEPT_CHARS, STEP, read_fields
 from server.api.json_text import JSONTextError, loads
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS
@@ -146,3 +146,30 @@ def test_of_a_very_long_text_both_ends_are_kept() -> None:
 def test_it_must_be_an_object(body: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="must be a JSON object"):
         read_fields(body, WANTED)
+
+
+SIZE = 4_000_000
+LARGE = {
+    "texts": b'{"input": [%b]}' % b",".join([b'"%b"' % (b"word " * 500)] * (SIZE // 2500)),
+    "ids": b'{"input": [%b]}' % b",".join([b"[%b1]" % (b"12345678901234, " * 125)] * 2000),
+    "one text": b'{"input": "%b"}' % (b"word " * (SIZE // 5)),
+    "escapes": b'{"input": "%b"}' % (b"\\u00e4" * (SIZE // 6)),
+    "nobody wants": b'{"x": [%b]}'
+    % b",".join([b'{"a": "%b"}' % (b"word " * 500)] * (SIZE // 2500)),
+    "a long name": b'{"%b": 1}' % (b"word " * (SIZE // 5)),
+    "spaces": b'{"input":%b"a"}' % (b" " * SIZE),
+}
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_others_may_go_on_after_each_step(shape: str) -> None:
+    """Whatever a body is made of: no part of it is read in one go."""
+    body, stops = LARGE[shape], 0
+
+    def between() -> None:
+        nonlocal stops
+        stops += 1
+
+    read_fields(body, WANTED, between=between)
+    assert stops >= len(body) // (2 * STEP) - 1
+    assert stops <= len(body) // STEP
