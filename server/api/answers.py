@@ -9,10 +9,9 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from server.api import serialize
 from server.api.request_context import disconnect_of
 
-_SHORT_ANSWER = serialize.PIECE_VALUES
+_SHORT_ANSWER = 32 * 1024
 """Values of an answer that is written at once."""
 _WHOLE_ANSWER = 256 * 1024
 """Values of an answer that is sent at once, with its length in front: larger ones are sent as they
