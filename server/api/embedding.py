@@ -11,6 +11,7 @@ from itertools import groupby
 
 from fastapi import Request
 
+from model.batch import RunnerInfo
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.body import hold
 from server.api.detection import WrittenPrompts
@@ -21,7 +22,7 @@ from server.api.names import ServedNames
 from server.api.request_context import context_of
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
+from server.engine.interface import EmbedJob, EmbedResult, Engine
 from server.errors import OtherVectorsError
 from server.settings import Settings
 
@@ -47,7 +48,8 @@ class Embedding:
         )
         self._truncates_dimensions = settings.allow_truncated_dimensions
         self._written = WrittenPrompts(engine.family) if settings.detect_instructions else None
-        self._fingerprints: dict[tuple[int, str], str] = {}  # by dimensions and kind
+        self._runners: list[RunnerInfo] = []
+        self._fingerprints: dict[int, str] = {}  # of those runners, by dimensions
 
     def job(
         self,
@@ -59,7 +61,8 @@ class Embedding:
         """Raises InvalidRequestError, ModelNotFoundError."""
         path_side = context_of(request.scope).side
         options = encoding_options(wire, model, self.names, self.defaults, path_side)
-        return EmbedJob(inputs_of(wire, options.side, self._written), options, deadline)
+        inputs, prompted = inputs_of(wire, options.side, self._written)
+        return EmbedJob(inputs, options, deadline, prompted)
 
     async def embed(
         self, request: Request, job: EmbedJob, how: VectorFormat
@@ -81,15 +84,15 @@ class Embedding:
 
     def fingerprint(self, dimensions: int) -> str:
         """Of vectors cut to so many dimensions; "" while no worker says how it computes."""
-        runners = self.engine.runners
-        kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
-        if not kinds:
-            return ""
-        key = dimensions, ", ".join(sorted(kinds))
-        if key not in self._fingerprints:
-            engine = self.engine
-            self._fingerprints[key] = of_vectors(engine.fingerprint, engine.family, *key)
-        return self._fingerprints[key]
+        engine, runners = self.engine, self.engine.runners
+        if runners != self._runners:
+            self._runners, self._fingerprints = runners, {}
+        if dimensions not in self._fingerprints and runners:
+            kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
+            kind = ", ".join(sorted(kinds))
+            found = of_vectors(engine.fingerprint, engine.family, dimensions, kind)
+            self._fingerprints[dimensions] = found
+        return self._fingerprints.get(dimensions, "")
 
     def _refuse_others(self, request: Request, fingerprint: str) -> None:
         wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
@@ -103,8 +106,9 @@ class Embedding:
 def side_of(job: EmbedJob) -> str:
     """query, passage or none; mixed where only some of the texts bring an instruction."""
     asked = job.options.side or "none"
-    kinds = {"query" if isinstance(item, PromptedText) else asked for item in job.inputs}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+    if not job.prompted or asked == "query":
+        return asked
+    return "query" if job.prompted == len(job.inputs) else "mixed"
 
 
 def ranges(indices: Sequence[int]) -> str:
