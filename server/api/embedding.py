@@ -12,6 +12,7 @@ from itertools import groupby
 from fastapi import Request
 
 from model.batch import RunnerInfo
+from model.families import Side
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.body import hold
 from server.api.detection import WrittenPrompts
@@ -22,7 +23,7 @@ from server.api.names import ServedNames
 from server.api.request_context import context_of
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.engine.interface import EmbedJob, EmbedResult, Engine
+from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
 from server.errors import OtherVectorsError
 from server.settings import Settings
 
@@ -57,19 +58,42 @@ class Embedding:
         wire: InstructedInput,
         model: str | None = None,
         deadline: float = float("inf"),
+        side: Side | None = None,
+        name: str = "input",
     ) -> EmbedJob:
-        """Raises InvalidRequestError, ModelNotFoundError."""
-        path_side = context_of(request.scope).side
+        """side: whatever the request says. name: of the field that the inputs came in.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        path_side = side or context_of(request.scope).side
         options = encoding_options(wire, model, self.names, self.defaults, path_side)
-        inputs, prompted = inputs_of(wire, options.side, self._written)
+        inputs, prompted = inputs_of(wire, options.side, self._written, name)
         return EmbedJob(inputs, options, deadline, prompted)
+
+    def pairs_job(
+        self,
+        wire: InstructedInput,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        model: str | None,
+        deadline: float,
+    ) -> EmbedJob:
+        """Queries, then passages, in one job; `wire` describes the queries' task.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        of_query = encoding_options(wire, model, self.names, self.defaults, "query")
+        bare = wire.model_copy(update={"instruction": None, "task": None})
+        options = encoding_options(bare, model, self.names, self.defaults, "passage")
+        asked = [PromptedText(of_query.prompt, text) for text in queries]
+        return EmbedJob([*asked, *passages], options, deadline, len(asked))
 
     async def embed(
         self, request: Request, job: EmbedJob, how: VectorFormat
     ) -> tuple[EmbedResult, dict[str, str]]:
         """The vectors, and headers for their answer. Raises ServerErrors, ClientDisconnect."""
         width = self.engine.dimensions
-        how.check(width, self._truncates_dimensions)
+        self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
         hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
@@ -81,6 +105,10 @@ class Embedding:
         if result.cut:
             headers[CUT_HEADER] = ranges(result.cut)
         return result, headers
+
+    def check(self, how: VectorFormat) -> None:
+        """Raises InvalidRequestError for what this model cannot give."""
+        how.check(self.engine.dimensions, self._truncates_dimensions)
 
     def fingerprint(self, dimensions: int) -> str:
         """Of vectors cut to so many dimensions; "" while no worker says how it computes."""

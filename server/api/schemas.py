@@ -62,14 +62,14 @@ _INPUT_SCHEMA = {
 }
 
 
-def _truncation(value: object) -> object:
+def truncation(value: object) -> object:
     if isinstance(value, bool):
         return Truncation.END if value else Truncation.NONE
-    named = _lower(value)
+    named = lower(value)
     return _SIDES_CUT.get(named, named) if isinstance(named, str) else named
 
 
-def _lower(value: object) -> object:
+def lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
@@ -78,7 +78,7 @@ _DTYPES = {"float": "float32"}
 
 
 def _dtype(value: object) -> object:
-    named = _lower(value)
+    named = lower(value)
     return _DTYPES.get(named, named) if isinstance(named, str) else named
 
 
@@ -86,7 +86,7 @@ def _zero_is_absent(value: object) -> object:
     return None if value == 0 and type(value) is int else value
 
 
-def _must_be(right: bool) -> Any:
+def must_be(right: bool) -> Any:
     """A boolean that has one value here."""
 
     def check(value: bool | None) -> bool | None:
@@ -177,7 +177,7 @@ class InstructedInput(Wire):
     )
     truncate: Annotated[
         Truncation | None,
-        BeforeValidator(_truncation),
+        BeforeValidator(truncation),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -199,7 +199,7 @@ class InstructedInput(Wire):
     )
     truncation_side: Annotated[
         Literal["left", "right"] | None,
-        BeforeValidator(_lower),
+        BeforeValidator(lower),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -235,7 +235,7 @@ class InstructedInput(Wire):
                 raise InvalidRequestError(f"{name}: {why}", param=name)
         return body
 
-    add_special_tokens: Annotated[StrictBool | None, *_must_be(True)] = Field(
+    add_special_tokens: Annotated[StrictBool | None, *must_be(True)] = Field(
         None, description="BOS, and EOS where the model has it, are part of an input."
     )
 
@@ -282,12 +282,12 @@ class EmbeddingsRequest(InstructedInput):
         description="The model's own width (also as 0); smaller ones need "
         "--allow-truncated-dimensions.",
     )
-    normalize: Annotated[StrictBool | None, *_must_be(True)] = Field(
+    normalize: Annotated[StrictBool | None, *must_be(True)] = Field(
         None,
         validation_alias=AliasChoices("normalize", "normalized", "use_activation", "activation"),
         description="Vectors have length 1.",
     )
-    late_chunking: Annotated[StrictBool | None, *_must_be(False)] = Field(
+    late_chunking: Annotated[StrictBool | None, *must_be(False)] = Field(
         None,
         validation_alias=AliasChoices("late_chunking", "return_multivector"),
         description="An input has one vector.",
@@ -434,6 +434,18 @@ class Info(BaseModel):
     template: str | None
     truncated_inputs: Literal["keep EOS", "lose EOS", "have none"]
     dimensions: int
+    model_id: str
+    model_sha: str
+    sha: str
+    model_dtype: str
+    model_type: dict[str, dict[str, str]]
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int
+    max_client_batch_size: int
+    max_concurrent_requests: int
+    auto_truncate: bool
+    tokenization_workers: int
     devices: list[Device]
     limits: Limits
 
