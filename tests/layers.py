@@ -87,6 +87,7 @@ SERVER = {  # by wing; "" are the files on top
         "openai_errors",
         "vector_format",
         "detection",
+        "token_ids",
         "schemas",
         "instructions",
         "names",

@@ -41,8 +41,8 @@ UNFOLDED = frozenset({"extra_body", "embedding_types"})
 """Known, and read into other fields."""
 _TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2}
 _INPUT_SCHEMA = {
-    "description": "One text, or up to 2,048; or token ids of one input or of several, each from "
-    "BOS (1) to EOS (2), used verbatim.",
+    "description": "One text, or up to 2,048; or token ids of one input or of several (see "
+    "`token_ids`); this model's go from BOS (1) to EOS (2).",
     "oneOf": [
         {"type": "string", "minLength": 1},
         {
@@ -235,6 +235,11 @@ class InstructedInput(Wire):
                 raise InvalidRequestError(f"{name}: {why}", param=name)
         return body
 
+    token_ids: Literal["reject", "model", "cl100k"] | None = Field(
+        None,
+        description="Whose ids `input` holds: this model's, used verbatim, or OpenAI's cl100k_base "
+        "(where the server reads them); by default as --token-ids says.",
+    )
     add_special_tokens: Annotated[StrictBool | None, *must_be(True)] = Field(
         None, description="BOS, and EOS where the model has it, are part of an input."
     )

@@ -122,10 +122,10 @@ def _side_of(scope: Scope) -> tuple[str, Side | None]:
     what every client lets its user set."""
     path = _route_path(scope)
     for side in _SIDES:
-        if path.startswith(f"/{side}/"):
-            before = len(scope["path"]) - len(path)
-            scope["path"] = scope["path"][:before] + path[len(side) + 1 :]
-            return path[len(side) + 1 :], side
+        if path.startswith(f"/{side}/") or path == f"/{side}":
+            before, rest = len(scope["path"]) - len(path), path[len(side) + 1 :] or "/"
+            scope["path"] = scope["path"][:before] + rest
+            return rest, side
     return path, None
 
 

@@ -39,6 +39,8 @@ class ServerProcess(Asking):
         command += ["--port", "0", "--dtype", "float32"]
         command += [] if "--devices" in options else ["--devices", "cpu"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
+        if "--token-ids" not in options:
+            command += ["--token-ids", "model"]  # most tests know inputs by their ids
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         with log.open("wb") as file:
