@@ -332,6 +332,15 @@ def _with_extra_body(body: dict[str, Any]) -> dict[str, Any]:
 class TokenizeRequest(InstructedInput):
     model: StrictStr | None = None
 
+    @classmethod
+    def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """TEI's `inputs`, and vLLM's `prompt` where it stands alone."""
+        for name in ("inputs", "prompt"):
+            if "input" not in body and name in body:
+                body = {**body, "input": body[name]}
+                del body[name]
+        return super()._unfolded(body)
+
 
 class Embedding(BaseModel):
     object: Literal["embedding"]
@@ -468,3 +477,4 @@ class ErrorDetail(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: ErrorDetail
+    detail: str = Field(description="error.message once more.")
