@@ -172,7 +172,7 @@ def only(monkeypatch: pytest.MonkeyPatch, **layers: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize(
     ("float32", "bfloat16", "expected"),
-    [(3.0, 30.0, torch.float32), (30.0, 3.0, torch.bfloat16), (20.0, 20.0, torch.float32)],
+    [(1.0, 10.0, torch.float32), (10.0, 1.0, torch.bfloat16), (7.0, 7.0, torch.float32)],
 )
 def test_auto_takes_bfloat16_where_it_is_clearly_faster(
     float32: float, bfloat16: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -187,7 +187,7 @@ def test_int8_that_is_slower_than_float32_is_refused(
 ) -> None:
     class SlowInt8(PlainInt8Linear):
         def forward(self, x: Tensor) -> Tensor:
-            time.sleep(0.02)
+            time.sleep(0.01)
             return super().forward(x)
 
     only(monkeypatch, float32=nn.Linear, int8=SlowInt8)
@@ -199,7 +199,7 @@ def test_int8_that_is_slower_than_float32_is_refused(
     assert choose(CPU, dtype, "int8-dynamic", SHAPE, "allow-slow").eight_bit is SlowInt8
     monkeypatch.undo()
     products._probe.cache_clear()
-    only(monkeypatch, float32=paced(30), int8=PlainInt8Linear)
+    only(monkeypatch, float32=paced(10), int8=PlainInt8Linear)
     assert choose(CPU, dtype, "int8-dynamic", SHAPE).eight_bit is PlainInt8Linear
 
 
