@@ -43,11 +43,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is loaded here stays: the garbage collector need not look through it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
-    # What is loaded by now stays: the collector need not look through it again and again. torch's
-    # 70 loggers do not pass on what they are told, so pytest puts its handlers on each for a test.
-    gc.collect()
-    gc.freeze()
+    # torch's 70 loggers do not pass on what they are told: pytest puts its handlers on each of
+    # them, six times for each test.
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("torch.") and isinstance(logger, logging.Logger):
             logger.propagate = True

@@ -172,8 +172,8 @@ def test_on_an_emulated_gpu(name: str, encoder: Any, tmp_path: Path) -> None:
                     str(folder),
                     device="cuda",
                     cuda_graphs=graphs,
-                    max_batch_tokens=512,
-                    max_input_tokens=512,
+                    max_batch_tokens=256,
+                    max_input_tokens=256,
                 )
             )
             runner.warm_up()
