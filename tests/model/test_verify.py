@@ -6,8 +6,10 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from model import fused
@@ -25,13 +28,13 @@ from model.errors import UnsupportedError
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.tokenizer_file import read_tokenizer
-from model.verify import command
+from model.verify import authors, command
 from model.verify.authors import check_example_ids
 from model.verify.outcome import Check
 from model.verify.referee import Referee
 from model.verify.structure import check_mask
 from model.verify.subject import Measured, Subject, load, sample_encodings
-from tests.checkpoints import GOLDEN_CASES, golden_cases
+from tests.checkpoints import GOLDEN_CASES, golden_cases, tokenizer_of
 from tests.model import fused_stand_in
 from tests.model.test_byte_level import byte_level_tokenizer
 from tests.siblings import SIBLINGS, write_sibling
@@ -95,6 +98,16 @@ def folder(tmp_path: Path, golden_checkpoint: Path) -> Path:
     (folder / "README.md").write_text(golden_card())
     shutil.copy(GOLDEN_CASES, folder / "golden.json")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vocabularies_are_parsed_once_here_too() -> Iterator[None]:
+    def of_file(path: str) -> Tokenizer:
+        return tokenizer_of(Path(path).read_text(encoding="utf-8"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authors, "Tokenizer", SimpleNamespace(from_file=of_file))
+        yield
 
 
 def arguments(folder: Path, **changes: object) -> argparse.Namespace:
