@@ -31,6 +31,7 @@ from server import cli
 from tests.checkpoints import small_tokenizer_json
 from tests.siblings import SIBLINGS, write_sibling
 
+pytestmark = pytest.mark.whole
 TASK = "Given a question, retrieve passages that answer the question"
 TEXTS = [
     "x",

@@ -155,6 +155,7 @@ def test_in_low_precision(
     assert (alone * together).sum(axis=1).min() > 0.9995
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_on_an_emulated_gpu(name: str, encoder: Any, tmp_path: Path) -> None:
