@@ -51,8 +51,8 @@ def test_answers_are_as_documented(case: schemathesis.Case, server: ServerProces
 @DOCUMENT.include(method="POST").parametrize()
 @BOUNDED
 def test_answers_of_the_served_model_are(case: schemathesis.Case, server: ServerProcess) -> None:
-    """A model's name made up by chance is a 404, whatever else a request holds; and so are the names
-    of tasks, sides and widths a 400."""
+    """A model's name made up by chance is a 404, whatever else a request holds; and names of tasks,
+    sides and widths are a 400."""
     if isinstance(case.body, dict):
         case.body["model"] = "golden-embed"
         for name in UNSAID:
