@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,17 @@ def results(module: str, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 env=environment(module),
                 cwd=ROOT,
                 text=True,
+                start_new_session=True,
             )
         assert process.stdin is not None
-        assert process.stdout is not None
         with process.stdin as stdin:
             json.dump({**job, "clients": waiting, "module": module}, stdin)
-        for line in lines(process):
-            yield json.loads(line)
-            waiting.pop(0)
+        try:
+            for line in lines(process):
+                yield json.loads(line)
+                waiting.pop(0)
+        finally:
+            end(process)
         if waiting:
             gone = waiting.pop(0)
             why = f"its process ended ({process.returncode}); see build/clients/{module}.log"
@@ -89,7 +94,7 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
     """What it prints, for as long as each line comes in time."""
     assert process.stdout is not None
     while True:
-        timer = threading.Timer(CLIENT_S, process.kill)
+        timer = threading.Timer(CLIENT_S, end, (process,))
         timer.start()
         try:
             line = process.stdout.readline()
@@ -99,3 +104,9 @@ def lines(process: subprocess.Popen[str]) -> Iterator[str]:
             process.wait()
             return
         yield line
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """It, and what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -142,7 +142,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="clients with this word in name or environment")
     parser.add_argument("--results", type=Path, default=BUILD / "results.json")
     options = parser.parse_args(arguments)
-    clients = [c for c in CLIENTS if options.only in c.name or options.only == c.module]
+    modules = {client.module for client in CLIENTS}
+    clients = [
+        client
+        for client in CLIENTS
+        if (
+            options.only == client.module
+            if options.only in modules
+            else options.only in client.name
+        )
+    ]
     for log in BUILD.glob("*.log"):
         log.unlink()
     started = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import socket
@@ -20,11 +19,13 @@ from openai import OpenAI
 from tests.clients.adapters.ways import At, Ways
 
 READY_S = 100
+KEY = "sk-7f3a9c52e1d84b06a95f"
+"""The proxy's own, which it wants to be long."""
 
 
 @cache
 def started(at: At) -> str:
-    """Its URL. Each model behind it is one name; what it does not know it sends on."""
+    """Its URL. It goes with this process's group."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -35,13 +36,11 @@ def started(at: At) -> str:
         for name in names
     ]
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.yaml").write_text(json.dumps({"model_list": models}))
+    (folder / "config.yaml").write_text(json.dumps({"model_list": models, "general_settings": {"master_key": KEY}}))
     program = Path(sys.executable).with_name("litellm")
     command = [sys.executable, str(program), "--config", str(folder / "config.yaml")]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=2, env=dict(os.environ))
-    atexit.register(process.kill)
-    RUNNING.append(process)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
@@ -54,14 +53,11 @@ def started(at: At) -> str:
     raise RuntimeError("LiteLLM's proxy did not start")
 
 
-RUNNING: list[subprocess.Popen[Any]] = []
-
-
 def proxy(at: At) -> Ways:
     plain = At(at.url, at.key, at.model.removesuffix("-query"))
     if plain.model == "no-such-model":
         plain = At(at.url, at.key, "nv-embed-small")
-    client = OpenAI(base_url=started(plain), api_key="none", max_retries=0)
+    client = OpenAI(base_url=started(plain), api_key=KEY, max_retries=0)
 
     def ask(texts: list[str]) -> list[Any]:
         answer = client.embeddings.create(model=at.model, input=texts)
