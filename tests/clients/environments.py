@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ CLIENT_S = 120
 
 
 def command(module: str) -> list[str]:
-    if module == "node":
+    if module == "node":  # an import is looked for beside the file that has it
+        for file in (HERE / "node").glob("*.mjs"):
+            shutil.copy(file, BUILD / "node")
         return ["node", str(BUILD / "node" / "harness.mjs")]
     python = sys.executable if module == "borrowed" else str(python_of(module))
     return [python, "-m", "tests.clients.adapters.harness"]

@@ -70,6 +70,9 @@ def faults(client: Client, shown: Shown) -> list[str]:
         if shown.passages:
             return [f"it works now, and its row still waits for {client.not_yet}: {shown}"]
         return []
+    if client.refused:
+        right = not shown.passages and client.refused in shown.why
+        return [] if right else [f"it was to be told {client.refused!r}: {shown}"]
     if not shown.passages:
         return [f"passages: {shown.why}"]
     return [

@@ -93,7 +93,7 @@ def job(clients: list[Client], servers: Servers) -> dict[str, Any]:
                 "adapter": client.adapter,
                 "argument": client.argument,
                 "server": client.server,
-                "give_up": bool(client.not_yet),
+                "give_up": bool(client.not_yet or client.refused),
             }
             for client in clients
         ],
@@ -109,6 +109,7 @@ def row_of(client: Client, shown: Shown, found: dict[str, Any]) -> dict[str, Any
         "side": shown.side,
         "silent": shown.silent,
         "told": list(shown.told),
+        "refused": client.refused,
         "not_yet": client.not_yet,
         "note": client.note,
         "why": shown.why,

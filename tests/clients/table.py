@@ -31,7 +31,8 @@ class Client:
     side: how its users get a query's vector: "Q" its own method or field says it, "q" the model's
     name with `-query`, "u" a base URL with `/query`, "-" not at all. silent: its own method for
     questions gives the passage's vector, without an error. told: the mistakes of which our own
-    words reach the user. not_yet: what it waits for; it is expected to fail until then.
+    words reach the user. refused: it cannot work so, and these words reach its user.
+    not_yet: what it waits for; it is expected to fail until then.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Client:
     side: str = "q"
     silent: bool = False
     told: tuple[str, ...] = ALL_TOLD
+    refused: str = ""
     not_yet: str = ""
     server: str = "keys"
     note: str = ""
@@ -77,6 +79,13 @@ def sdks() -> Iterator[Client]:
     yield row("baseten-performance-client", "baseten-performance-client", "baseten")
     yield row("llm", "llm", "llm")
     yield row("pydantic-ai Embedder", "pydantic-ai-slim", "pydantic_ai", silent=True)
+    yield row(
+        "agno",
+        "agno",
+        "agno",
+        refused="This model has 256 dimensions, 1536 cannot be had",
+        note="asks for 1,536 dimensions by default: set `dimensions`",
+    )
     yield row("agno, dimensions=", "agno", "agno", argument="256")
     yield row("chromadb OpenAI", "chromadb", "chroma", silent=True)
     yield row("chromadb HuggingFaceServer", "chromadb", "chroma_hugging_face", not_yet=TEI)
@@ -102,7 +111,15 @@ def langchain() -> Iterator[Client]:
         silent=True,
     )
     yield row(
-        "langchain-openai, defaults",
+        "langchain-openai",
+        "langchain-openai",
+        "openai",
+        argument="defaults",
+        refused="check_embedding_ctx_length=False",
+        note="sends another tokenizer's ids by default",
+    )
+    yield row(
+        "langchain-openai, server with --token-ids cl100k",
         "langchain-openai",
         "openai",
         argument="defaults",
@@ -126,7 +143,22 @@ def langchain() -> Iterator[Client]:
     )
     yield row("langchain-community Voyage", community, "community_voyage", side="Q")
     yield row(
-        "langchain-community OpenAI",
+        "langchain-community LocalAI",
+        community,
+        "community_localai",
+        refused="module 'openai' has no attribute",
+        note="fails before it sends anything",
+    )
+    yield row(
+        "langchain-community Llamafile",
+        community,
+        "community_llamafile",
+        server="open",
+        refused="404",
+        note="asks `/embedding`, llama.cpp's own route",
+    )
+    yield row(
+        "langchain-community OpenAI, server with --token-ids cl100k",
         community,
         "community_openai",
         server="cl100k",
@@ -135,6 +167,20 @@ def langchain() -> Iterator[Client]:
     yield row("langchain-community Ollama", community, "community_ollama", not_yet=OLLAMA)
     yield row("langchain-cohere", "langchain-cohere", "cohere", not_yet=COHERE)
     yield row("langchain-ollama", "langchain-ollama", "ollama", not_yet=OLLAMA)
+    yield row(
+        "langchain-voyageai",
+        "langchain-voyageai",
+        "voyage",
+        refused="offline",
+        note="loads a tokenizer from the hub first, whatever it talks to; not tried further",
+    )
+    yield row(
+        "langchain-huggingface HuggingFaceEndpointEmbeddings",
+        "langchain-huggingface",
+        "hugging_face",
+        refused="URL",
+        note="refuses every URL itself",
+    )
 
 
 def llama_index() -> Iterator[Client]:
@@ -143,6 +189,15 @@ def llama_index() -> Iterator[Client]:
         return Client(package, package, "llama_index", adapter, **rest)  # type: ignore[arg-type]
 
     yield row("openai", "openai", silent=True)
+    yield Client(
+        "llama-index-embeddings-openai, its default model",
+        "llama-index-embeddings-openai",
+        "llama_index",
+        "openai",
+        server="ada",
+        silent=True,
+        note="`--served-model-name text-embedding-ada-002`",
+    )
     yield row("openai-like", "openai_like", silent=True)
     yield row("azure-openai", "azure", not_yet=AZURE)
     yield row("nvidia", "nvidia", side="u", silent=True)

@@ -122,3 +122,11 @@ def voyage(at: At) -> Ways:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     return both(VoyageAIEmbeddings(model=at.model, base_url=at.v1, api_key=at.key, batch_size=8))
+
+
+def hugging_face(at: At) -> Ways:
+    from langchain_huggingface import HuggingFaceEndpointEmbeddings
+
+    return both(
+        HuggingFaceEndpointEmbeddings(model=at.url, huggingfacehub_api_token=at.key)
+    )

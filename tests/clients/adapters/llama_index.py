@@ -14,9 +14,9 @@ def both(embedding: Any) -> Ways:
 def openai(at: At) -> Ways:
     from llama_index.embeddings.openai import OpenAIEmbedding
 
-    return both(
-        OpenAIEmbedding(model_name=at.model, api_base=at.v1, api_key=at.key, max_retries=0)
-    )
+    default = at.model == "text-embedding-ada-002"
+    name = {} if default else {"model_name": at.model}
+    return both(OpenAIEmbedding(**name, api_base=at.v1, api_key=at.key, max_retries=0))
 
 
 def openai_like(at: At) -> Ways:
