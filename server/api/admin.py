@@ -40,6 +40,7 @@ class _Endpoints:
                 "template": family.template,
                 "truncated_inputs": _TRUNCATED[family.keeps_eos],
                 "dimensions": engine.dimensions,
+                **self._for_tei(),
                 "devices": [
                     {name: getattr(runner, name) for name in schemas.Device.model_fields}
                     for runner in engine.runners
@@ -55,6 +56,25 @@ class _Endpoints:
                 },
             }
         )
+
+    def _for_tei(self) -> dict[str, object]:
+        """What text-embeddings-inference's clients read."""
+        engine, limits = self._engine, self._engine.limits
+        revision = engine.source.revision or engine.fingerprint
+        return {
+            "model_id": engine.source.model_id,
+            "model_sha": revision,
+            "sha": revision,
+            "model_dtype": engine.runners[0].dtype if engine.runners else "",
+            "model_type": {"embedding": {"pooling": engine.family.pooler}},
+            "max_input_length": limits.max_input_tokens,
+            "max_batch_tokens": max(limits.max_batch_tokens),
+            "max_batch_requests": self._settings.max_batch_seqs,
+            "max_client_batch_size": MAX_REQUEST_INPUTS,
+            "max_concurrent_requests": MAX_REQUEST_INPUTS,
+            "auto_truncate": self._settings.truncate != "none",
+            "tokenization_workers": 1,
+        }
 
     async def livez(self, request: Request) -> Response:
         """The process answers."""

@@ -11,6 +11,8 @@ from itertools import groupby
 
 from fastapi import Request
 
+from model.batch import RunnerInfo
+from model.families import Side
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.body import hold
 from server.api.detection import WrittenPrompts
@@ -47,7 +49,8 @@ class Embedding:
         )
         self._truncates_dimensions = settings.allow_truncated_dimensions
         self._written = WrittenPrompts(engine.family) if settings.detect_instructions else None
-        self._fingerprints: dict[tuple[int, str], str] = {}  # by dimensions and kind
+        self._runners: list[RunnerInfo] = []
+        self._fingerprints: dict[int, str] = {}  # of those runners, by dimensions
 
     def job(
         self,
@@ -55,18 +58,42 @@ class Embedding:
         wire: InstructedInput,
         model: str | None = None,
         deadline: float = float("inf"),
+        side: Side | None = None,
+        name: str = "input",
     ) -> EmbedJob:
-        """Raises InvalidRequestError, ModelNotFoundError."""
-        path_side = context_of(request.scope).side
+        """side: whatever the request says. name: of the field that the inputs came in.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        path_side = side or context_of(request.scope).side
         options = encoding_options(wire, model, self.names, self.defaults, path_side)
-        return EmbedJob(inputs_of(wire, options.side, self._written), options, deadline)
+        inputs, prompted = inputs_of(wire, options.side, self._written, name)
+        return EmbedJob(inputs, options, deadline, prompted)
+
+    def pairs_job(
+        self,
+        wire: InstructedInput,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        model: str | None,
+        deadline: float,
+    ) -> EmbedJob:
+        """Queries, then passages, in one job; `wire` describes the queries' task.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        of_query = encoding_options(wire, model, self.names, self.defaults, "query")
+        bare = wire.model_copy(update={"instruction": None, "task": None})
+        options = encoding_options(bare, model, self.names, self.defaults, "passage")
+        asked = [PromptedText(of_query.prompt, text) for text in queries]
+        return EmbedJob([*asked, *passages], options, deadline, len(asked))
 
     async def embed(
         self, request: Request, job: EmbedJob, how: VectorFormat
     ) -> tuple[EmbedResult, dict[str, str]]:
         """The vectors, and headers for their answer. Raises ServerErrors, ClientDisconnect."""
         width = self.engine.dimensions
-        how.check(width, self._truncates_dimensions)
+        self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
         hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
@@ -79,17 +106,21 @@ class Embedding:
             headers[CUT_HEADER] = ranges(result.cut)
         return result, headers
 
+    def check(self, how: VectorFormat) -> None:
+        """Raises InvalidRequestError for what this model cannot give."""
+        how.check(self.engine.dimensions, self._truncates_dimensions)
+
     def fingerprint(self, dimensions: int) -> str:
         """Of vectors cut to so many dimensions; "" while no worker says how it computes."""
-        runners = self.engine.runners
-        kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
-        if not kinds:
-            return ""
-        key = dimensions, ", ".join(sorted(kinds))
-        if key not in self._fingerprints:
-            engine = self.engine
-            self._fingerprints[key] = of_vectors(engine.fingerprint, engine.family, *key)
-        return self._fingerprints[key]
+        engine, runners = self.engine, self.engine.runners
+        if runners != self._runners:
+            self._runners, self._fingerprints = runners, {}
+        if dimensions not in self._fingerprints and runners:
+            kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
+            kind = ", ".join(sorted(kinds))
+            found = of_vectors(engine.fingerprint, engine.family, dimensions, kind)
+            self._fingerprints[dimensions] = found
+        return self._fingerprints.get(dimensions, "")
 
     def _refuse_others(self, request: Request, fingerprint: str) -> None:
         wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
@@ -103,8 +134,9 @@ class Embedding:
 def side_of(job: EmbedJob) -> str:
     """query, passage or none; mixed where only some of the texts bring an instruction."""
     asked = job.options.side or "none"
-    kinds = {"query" if isinstance(item, PromptedText) else asked for item in job.inputs}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+    if not job.prompted or asked == "query":
+        return asked
+    return "query" if job.prompted == len(job.inputs) else "mixed"
 
 
 def ranges(indices: Sequence[int]) -> str:

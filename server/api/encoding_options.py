@@ -57,15 +57,21 @@ def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
 
 
 def inputs_of(
-    wire: InstructedInput, side: Side | None, written: WrittenPrompts | None
-) -> Sequence[Input]:
-    """Its `input`; a text with a prompt `written` before it as such, where the request itself does
-    not say what stands around its texts. Raises InvalidRequestError."""
-    inputs = parsing.parse_inputs(wire.input)
+    wire: InstructedInput,
+    side: Side | None,
+    written: WrittenPrompts | None,
+    name: str = "input",
+) -> tuple[Sequence[Input], int]:
+    """Its `input`; a text with a prompt `written` before it as such (and how many there are), where
+    the request itself does not say what stands around its texts. Raises InvalidRequestError."""
+    inputs = parsing.parse_inputs(wire.input, name)
     asked = (wire.prompt, wire.suffix, wire.instruction, wire.task, wire.examples)
-    if written is None or side == "passage" or any(field is not None for field in asked):
-        return inputs
+    if written is None or side == "passage" or asked != _NOTHING:
+        return inputs, 0
     return written.split(inputs)
+
+
+_NOTHING = (None,) * 5
 
 
 def vector_format(wire: EmbeddingsRequest) -> VectorFormat:

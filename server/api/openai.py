@@ -20,9 +20,10 @@ from server.api.embedding import SIDE_HEADER, Embedding, side_of
 from server.api.encoding_options import vector_format
 from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, json_response
-from server.engine.interface import Engine
 from server.settings import Settings
 
+AZURE_PATHS = ("/openai/v1/embeddings", "/openai/deployments/{model_id:path}/embeddings")
+"""Where Azure's clients send the same; a deployment's name is that of a model."""
 _ID_BYTES = 4 + 6  # in memory, and in the answer
 
 
@@ -39,6 +40,8 @@ class _Endpoints:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
         arrived = time.monotonic()
         wire, headers = await self._bodies.read(request, schemas.EmbeddingsRequest)
+        if (deployment := request.path_params.get("model_id")) is not None:
+            wire.model = deployment
         job = self._embedding.job(request, wire, wire.model, arrived + patience(request))
         how = vector_format(wire)
         result, said = await self._embedding.embed(request, job, how)
@@ -95,11 +98,11 @@ class _Endpoints:
         return json_response({"object": "list", "data": data, **defaults})
 
 
-def create_router(engine: Engine, settings: Settings) -> APIRouter:
-    """The dialect's routes over one engine."""
+def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
+    """The dialect's routes."""
     router = APIRouter(route_class=RequestRoute)
-    endpoints = _Endpoints(Embedding(engine, settings), settings)
-    for path in schemas.EMBEDDINGS_PATHS:
+    endpoints = _Endpoints(embedding, settings)
+    for path in (*schemas.EMBEDDINGS_PATHS, *AZURE_PATHS):
         documented = path == schemas.EMBEDDINGS_PATHS[0]
         router.add_api_route(
             path,

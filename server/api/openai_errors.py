@@ -23,9 +23,11 @@ def error_body(error: ServerError) -> dict[str, Any]:
 
 
 def error_response(error: ServerError) -> Response:
+    return error_in(error_body(error), error)
+
+
+def error_in(body: object, error: ServerError) -> Response:
+    """An error in a dialect's own body; status and headers are the same in all."""
     return Response(
-        orjson.dumps(error_body(error)),
-        error.status,
-        headers=error.headers(),
-        media_type="application/json",
+        orjson.dumps(body), error.status, headers=error.headers(), media_type="application/json"
     )

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from model.families import NV_EMBED
 from model.hub import ModelSource
 from server.api import admin, openai, schemas
+from server.api.embedding import Embedding
 from server.engine.interface import Engine
 from server.settings import Settings
 
@@ -31,7 +32,7 @@ def openapi_document() -> dict[str, Any]:
     no_engine = SimpleNamespace(source=source, family=NV_EMBED, prompts={})
     engine, settings = cast(Engine, no_engine), Settings()
     app = FastAPI()
-    app.include_router(openai.create_router(engine, settings))
+    app.include_router(openai.create_router(Embedding(engine, settings), settings))
     app.include_router(admin.create_router(engine, settings, CollectorRegistry()))
     document = get_openapi(
         title=TITLE, version=version("nv-embed-server"), summary=SUMMARY, routes=app.routes

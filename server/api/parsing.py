@@ -70,8 +70,8 @@ def known_fields(wire: type[Wire]) -> frozenset[str]:
     return frozenset(names)
 
 
-def parse_inputs(value: object) -> list[Input]:
-    """The `input` of a request, in all its forms, as a list of inputs."""
+def parse_inputs(value: object, name: str = "input") -> list[Input]:
+    """The `input` of a request, in all its forms, as a list of inputs. name: of that field."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = [_text_of(item) for item in value]
     is_ids = isinstance(value, list) and set(map(type, value)) == {int}
@@ -79,21 +79,21 @@ def parse_inputs(value: object) -> list[Input]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise InvalidRequestError(
-            "input must be a string, a list of strings, token ids, or a list of lists of token "
+            f"{name} must be a string, a list of strings, token ids, or a list of lists of token "
             "ids, and not empty",
-            param="input",
+            param=name,
         )
     if len(value) > MAX_REQUEST_INPUTS:
         raise InvalidRequestError(
-            f"input has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param="input"
+            f"{name} has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param=name
         )
     if len({type(item) for item in value}) > 1:
         raise InvalidRequestError(
-            "input must not mix texts, token ids and other values", param="input"
+            f"{name} must not mix texts, token ids and other values", param=name
         )
     for index, item in enumerate(value):
         if problem := _item_problem(item):
-            param = "input" if len(value) == 1 else f"input[{index}]"
+            param = name if len(value) == 1 else f"{name}[{index}]"
             raise InvalidRequestError(f"{param} {problem}", param=param)
     return value
 

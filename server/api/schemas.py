@@ -62,14 +62,14 @@ _INPUT_SCHEMA = {
 }
 
 
-def _truncation(value: object) -> object:
+def truncation(value: object) -> object:
     if isinstance(value, bool):
         return Truncation.END if value else Truncation.NONE
-    named = _lower(value)
+    named = lower(value)
     return _SIDES_CUT.get(named, named) if isinstance(named, str) else named
 
 
-def _lower(value: object) -> object:
+def lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
@@ -78,7 +78,7 @@ _DTYPES = {"float": "float32"}
 
 
 def _dtype(value: object) -> object:
-    named = _lower(value)
+    named = lower(value)
     return _DTYPES.get(named, named) if isinstance(named, str) else named
 
 
@@ -86,7 +86,7 @@ def _zero_is_absent(value: object) -> object:
     return None if value == 0 and type(value) is int else value
 
 
-def _must_be(right: bool) -> Any:
+def must_be(right: bool) -> Any:
     """A boolean that has one value here."""
 
     def check(value: bool | None) -> bool | None:
@@ -112,10 +112,11 @@ class Wire(BaseModel):
         value another."""
         if not isinstance(body, dict):
             return body
-        found = {name: value for name, value in body.items() if value is not None}
+        found = cls._unfolded({k: value for k, value in body.items() if value is not None})
         twice: dict[str, str] = {}
+        others = cls.other_names()
         for name in found:
-            field = cls.other_names().get(name)
+            field = others.get(name)
             if field is None:
                 continue
             first = twice.setdefault(field, name)
@@ -124,6 +125,11 @@ class Wire(BaseModel):
                     f"{name} and {first} are one field here, and their values differ", param=name
                 )
         return found
+
+    @classmethod
+    def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
+        """In the fields' own form, and without those that nobody can honour."""
+        return body
 
     @classmethod
     @functools.cache
@@ -171,7 +177,7 @@ class InstructedInput(Wire):
     )
     truncate: Annotated[
         Truncation | None,
-        BeforeValidator(_truncation),
+        BeforeValidator(truncation),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -193,7 +199,7 @@ class InstructedInput(Wire):
     )
     truncation_side: Annotated[
         Literal["left", "right"] | None,
-        BeforeValidator(_lower),
+        BeforeValidator(lower),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -222,16 +228,14 @@ class InstructedInput(Wire):
         description="Keep this many of the last tokens, -1 for as many as fit (vLLM's field).",
     )
 
-    @model_validator(mode="before")
     @classmethod
-    def _nothing_refused(cls, body: object) -> object:
-        if isinstance(body, dict):
-            for name in REFUSED.keys() & body.keys():
-                if body[name] is not None:
-                    raise InvalidRequestError(f"{name}: {REFUSED[name]}", param=name)
+    def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
+        for name, why in REFUSED.items():
+            if name in body:
+                raise InvalidRequestError(f"{name}: {why}", param=name)
         return body
 
-    add_special_tokens: Annotated[StrictBool | None, *_must_be(True)] = Field(
+    add_special_tokens: Annotated[StrictBool | None, *must_be(True)] = Field(
         None, description="BOS, and EOS where the model has it, are part of an input."
     )
 
@@ -278,26 +282,23 @@ class EmbeddingsRequest(InstructedInput):
         description="The model's own width (also as 0); smaller ones need "
         "--allow-truncated-dimensions.",
     )
-    normalize: Annotated[StrictBool | None, *_must_be(True)] = Field(
+    normalize: Annotated[StrictBool | None, *must_be(True)] = Field(
         None,
         validation_alias=AliasChoices("normalize", "normalized", "use_activation", "activation"),
         description="Vectors have length 1.",
     )
-    late_chunking: Annotated[StrictBool | None, *_must_be(False)] = Field(
+    late_chunking: Annotated[StrictBool | None, *must_be(False)] = Field(
         None,
         validation_alias=AliasChoices("late_chunking", "return_multivector"),
         description="An input has one vector.",
     )
     user: Any = Field(None, description="Ignored.")
 
-    @model_validator(mode="before")
     @classmethod
-    def _of_other_clients(cls, body: object) -> object:
+    def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
         """What some libraries send in a form of their own."""
-        if not isinstance(body, dict):
-            return body
         if "extra_body" in body:
-            body = _unfolded(body)
+            body = _with_extra_body(body)
         if (types := body.get("embedding_types")) is not None:
             if not isinstance(types, list) or len(types) != 1 or types[0] is None:
                 raise InvalidRequestError(
@@ -308,17 +309,17 @@ class EmbeddingsRequest(InstructedInput):
         if body.get("embedding_type") == "base64":  # Jina's name for encoding_format
             body = {"encoding_format": "base64", **body}
             del body["embedding_type"]
-        return body
+        return super()._unfolded(body)
 
 
-def _unfolded(body: dict[str, Any]) -> dict[str, Any]:
+def _with_extra_body(body: dict[str, Any]) -> dict[str, Any]:
     """With the fields of a nested `extra_body`, which LiteLLM sends as it got it."""
     rest = dict(body)
     extra = rest.pop("extra_body")
-    if not isinstance(extra, dict | None):
+    if not isinstance(extra, dict):
         raise InvalidRequestError("extra_body must be an object", param="extra_body")
-    for name, value in (extra or {}).items():
-        if rest.setdefault(name, value) != value:
+    for name, value in extra.items():
+        if value is not None and rest.setdefault(name, value) != value:
             raise InvalidRequestError(f"{name} is another in extra_body", param=name)
     return rest
 
@@ -433,6 +434,18 @@ class Info(BaseModel):
     template: str | None
     truncated_inputs: Literal["keep EOS", "lose EOS", "have none"]
     dimensions: int
+    model_id: str
+    model_sha: str
+    sha: str
+    model_dtype: str
+    model_type: dict[str, dict[str, str]]
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int
+    max_client_batch_size: int
+    max_concurrent_requests: int
+    auto_truncate: bool
+    tokenization_workers: int
     devices: list[Device]
     limits: Limits
 

@@ -13,6 +13,7 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.families import Side
+from server.api import cohere, ollama, openai, rerank, tei
 from server.api.byte_budget import ByteBudget
 from server.api.openapi import OPEN_PATHS
 from server.api.request_context import RequestContext, put_context
@@ -27,7 +28,11 @@ _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the s
 _SIDES: tuple[Side, ...] = ("query", "passage")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
-    **dict.fromkeys(EMBEDDINGS_PATHS, "embeddings"),
+    **dict.fromkeys(
+        (*EMBEDDINGS_PATHS, *openai.AZURE_PATHS, *cohere.PATHS, *tei.EMBED_PATHS), "embeddings"
+    ),
+    **dict.fromkeys(ollama.EMBED_PATHS, "embeddings"),
+    **dict.fromkeys((*rerank.PATHS, tei.SIMILARITY_PATH), "rerank"),
     "/models": "models",
     "/v1/models": "models",
     "/v1/instructions": "instructions",
@@ -90,6 +95,8 @@ class RequestRecord:
         label = _LABELS.get(path, "other")
         if path.startswith(("/v1/models/", "/models/")):
             label = "models"
+        elif path.startswith("/openai/deployments/"):
+            label = "embeddings"
         assert label in ROUTES, label
         metrics, key = self._metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count

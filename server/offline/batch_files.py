@@ -116,7 +116,7 @@ class BatchAnswers:
             wire, unknown = parsing.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
             options = encoding_options(wire, wire.model, self.names, self.defaults)
-            inputs = inputs_of(wire, options.side, self.written)
+            inputs, _ = inputs_of(wire, options.side, self.written)
             width = self.encoder.runner.info.width
             vector_format(wire).check(width, self.truncated_dimensions)
             wire.model = self.names.shown(wire.model)
