@@ -1,6 +1,6 @@
 """The table of clients in docs/clients.md, made of the last results.
 
-    python -m tests.clients.page        # rewrites the page between its marks
+python -m tests.clients.page        # rewrites the page between its marks
 """
 
 from __future__ import annotations

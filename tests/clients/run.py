@@ -72,6 +72,11 @@ def expected() -> Expected:
     return Expected(passages[:-1], query[0], passages[-1])
 
 
+def served(options: tuple[str, ...]) -> str:
+    option = "--served-model-name"
+    return options[options.index(option) + 1] if option in options else MODEL
+
+
 def job(clients: list[Client], servers: Servers) -> dict[str, Any]:
     names = {client.server for client in clients}
     return {
@@ -79,7 +84,7 @@ def job(clients: list[Client], servers: Servers) -> dict[str, Any]:
             name: {
                 "url": servers.url(name),
                 "key": KEY,
-                "model": "text-embedding-ada-002" if name == "ada" else MODEL,
+                "model": served(SERVERS[name]),
             }
             for name in names
         },

@@ -43,7 +43,15 @@ def run(url_of: Callable[[str], str], key: str, model: str) -> list[dict[str, An
         file = HERE / "langchain_standard.py"
         command = [str(python_of("langchain")), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         # The project's own conftest.py would import what is not here.
-        command += ["--noconftest", "--rootdir", str(BUILD), "-c", "/dev/null", f"{file}::{suite.select}"]
+        command += [
+            "--asyncio-mode=auto",
+            "--noconftest",
+            "--rootdir",
+            str(BUILD),
+            "-c",
+            "/dev/null",
+            f"{file}::{suite.select}",
+        ]
         done = subprocess.run(
             command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
         )

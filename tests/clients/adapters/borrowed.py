@@ -36,7 +36,10 @@ def mteb(at: At) -> Ways:
 
         batches = [{"text": texts}]
         return model.encode(
-            batches, task_metadata=None, hf_split="test", hf_subset="default",
+            batches,
+            task_metadata=None,
+            hf_split="test",
+            hf_subset="default",
             prompt_type=PromptType(side),
         )
 

@@ -42,9 +42,7 @@ def nvidia(at: At) -> Ways:
     )
 
     shared = {"api_key": Secret.from_token(at.key), "model": at.model, "api_url": at.v1}
-    return ways(
-        NvidiaDocumentEmbedder(**shared, progress_bar=False), NvidiaTextEmbedder(**shared)
-    )
+    return ways(NvidiaDocumentEmbedder(**shared, progress_bar=False), NvidiaTextEmbedder(**shared))
 
 
 def cohere(at: At) -> Ways:
@@ -54,9 +52,7 @@ def cohere(at: At) -> Ways:
     )
 
     shared = {"api_key": Secret.from_token(at.key), "model": at.model, "api_base_url": at.url}
-    return ways(
-        CohereDocumentEmbedder(**shared, progress_bar=False), CohereTextEmbedder(**shared)
-    )
+    return ways(CohereDocumentEmbedder(**shared, progress_bar=False), CohereTextEmbedder(**shared))
 
 
 def ollama(at: At) -> Ways:
@@ -67,6 +63,4 @@ def ollama(at: At) -> Ways:
 
     os.environ["OLLAMA_API_KEY"] = at.key
     shared = {"model": at.model, "url": at.url}
-    return ways(
-        OllamaDocumentEmbedder(**shared, progress_bar=False), OllamaTextEmbedder(**shared)
-    )
+    return ways(OllamaDocumentEmbedder(**shared, progress_bar=False), OllamaTextEmbedder(**shared))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from tests.clients.adapters.ways import At, Ways
@@ -96,9 +95,7 @@ def community_llamafile(at: At) -> Ways:
 def community_localai(at: At) -> Ways:
     from langchain_community.embeddings import LocalAIEmbeddings
 
-    return both(
-        LocalAIEmbeddings(model=at.model, openai_api_base=at.v1, openai_api_key=at.key)
-    )
+    return both(LocalAIEmbeddings(model=at.model, openai_api_base=at.v1, openai_api_key=at.key))
 
 
 def cohere(at: At) -> Ways:
@@ -120,13 +117,10 @@ def voyage(at: At) -> Ways:
     """It loads a tokenizer from the hub first."""
     from langchain_voyageai import VoyageAIEmbeddings
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
     return both(VoyageAIEmbeddings(model=at.model, base_url=at.v1, api_key=at.key, batch_size=8))
 
 
 def hugging_face(at: At) -> Ways:
     from langchain_huggingface import HuggingFaceEndpointEmbeddings
 
-    return both(
-        HuggingFaceEndpointEmbeddings(model=at.url, huggingfacehub_api_token=at.key)
-    )
+    return both(HuggingFaceEndpointEmbeddings(model=at.url, huggingfacehub_api_token=at.key))

@@ -32,7 +32,6 @@ def azure(at: At) -> Ways:
 
     return both(
         AzureOpenAIEmbedding(
-            model=at.model,
             deployment_name=at.model,
             azure_endpoint=at.url,
             api_key=at.key,
@@ -45,9 +44,7 @@ def azure(at: At) -> Ways:
 def nvidia(at: At) -> Ways:
     from llama_index.embeddings.nvidia import NVIDIAEmbedding
 
-    return both(
-        NVIDIAEmbedding(model=at.model, base_url=at.v1, api_key=at.key, max_retries=0)
-    )
+    return both(NVIDIAEmbedding(model=at.model, base_url=at.v1, api_key=at.key, max_retries=0))
 
 
 def tei(at: At) -> Ways:
@@ -57,7 +54,7 @@ def tei(at: At) -> Ways:
         TextEmbeddingsInference(
             model_name=at.model,
             base_url=at.url,
-            auth_token=f"Bearer {at.key}",
+            auth_token=at.key,
             truncate_text=False,
         )
     )
@@ -74,7 +71,5 @@ def ollama(at: At) -> Ways:
 
     headers = {"Authorization": f"Bearer {at.key}"}
     return both(
-        OllamaEmbedding(
-            model_name=at.model, base_url=at.url, client_kwargs={"headers": headers}
-        )
+        OllamaEmbedding(model_name=at.model, base_url=at.url, client_kwargs={"headers": headers})
     )

@@ -36,7 +36,9 @@ def started(at: At) -> str:
         for name in names
     ]
     folder = Path(tempfile.mkdtemp())
-    (folder / "config.yaml").write_text(json.dumps({"model_list": models, "general_settings": {"master_key": KEY}}))
+    (folder / "config.yaml").write_text(
+        json.dumps({"model_list": models, "general_settings": {"master_key": KEY}})
+    )
     program = Path(sys.executable).with_name("litellm")
     command = [sys.executable, str(program), "--config", str(folder / "config.yaml")]
     command += ["--host", "127.0.0.1", "--port", str(port)]
