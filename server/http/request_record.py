@@ -122,10 +122,11 @@ def _side_of(scope: Scope) -> tuple[str, Side | None]:
     what every client lets its user set."""
     path = _route_path(scope)
     for side in _SIDES:
-        if path.startswith(f"/{side}/"):
+        if path.startswith(f"/{side}/") or path == f"/{side}":
             before = len(scope["path"]) - len(path)
-            scope["path"] = scope["path"][:before] + path[len(side) + 1 :]
-            return path[len(side) + 1 :], side
+            rest = path[len(side) + 1 :] or "/"  # Hugging Face's clients post to the URL itself
+            scope["path"] = scope["path"][:before] + rest
+            return rest, side
     return path, None
 
 

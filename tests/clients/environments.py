@@ -1,4 +1,4 @@
-"""Where the clients are installed (`make test-clients` does that), and how one environment is run."""
+"""Where the clients are installed (`make test-clients` does it), and how an environment is run."""
 
 from __future__ import annotations
 

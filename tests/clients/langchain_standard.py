@@ -1,5 +1,7 @@
-"""langchain-tests' own suite for embeddings, over the classes that reach this server. It runs in the
-clients' environment (`tests/clients/suites.py`), never with the project's own tests."""
+"""langchain-tests' own suite for embeddings, over the classes that reach this server.
+
+It runs in the clients' environment (`tests/clients/suites.py`), not with the project's own tests.
+"""
 
 from __future__ import annotations
 

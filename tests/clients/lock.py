@@ -18,7 +18,8 @@ from tests.clients.environments import HERE
 
 WANTED = {
     "sdks": "openai cohere voyageai huggingface_hub ollama infinity-client tei-client "
-    "baseten-performance-client requests aiohttp llm pydantic-ai-slim[openai] agno lancedb chromadb",
+    "baseten-performance-client requests aiohttp llm pydantic-ai-slim[openai] agno lancedb "
+    "chromadb",
     "langchain": "langchain-openai langchain-nvidia-ai-endpoints langchain-community "
     "langchain-cohere langchain-voyageai langchain-ollama langchain-huggingface langchain-tests",
     "llama_index": "llama-index-embeddings-openai llama-index-embeddings-openai-like "

@@ -40,10 +40,13 @@ def table(result: dict[str, Any]) -> str:
 def line(row: dict[str, Any]) -> str:
     if row["not_yet"]:
         cells = [f"not yet: {row['not_yet']}", "", ""]
+    elif row["refused"]:
+        cells = [f"no: {row['note']}", "", ""]
     else:
         side = SIDES[row["side"]] + (", **else silently a passage's**" if row["silent"] else "")
         told = "all" if len(row["told"]) == 3 else ", ".join(row["told"]) or "none"
-        cells = ["right" if row["passages"] else "**fails**", side, told]
+        right = "right" if row["passages"] else "**fails**"
+        cells = [right + (f" ({row['note']})" if row["note"] else ""), side, told]
     return " | ".join(["| " + row["client"], row["version"], *cells]) + " |"
 
 

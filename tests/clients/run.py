@@ -37,7 +37,7 @@ LONG = "word " * 6000
 
 
 class Servers:
-    """Started when the first client wants one. Each takes `KEY`; one that does not start is told."""
+    """Started when the first client wants one; one that does not start is told."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack

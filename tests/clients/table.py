@@ -86,7 +86,8 @@ def sdks() -> Iterator[Client]:
         "tei-client",
         "tei",
         side="u",
-        not_yet="a `pooling` in /info that it knows",
+        told=(),
+        note="it reads `/info` first, and takes an error for an answer",
     )
     yield row("baseten-performance-client", "baseten-performance-client", "baseten")
     yield row("llm", "llm", "llm")
@@ -255,14 +256,12 @@ def haystack() -> Iterator[Client]:
     yield row("ollama-haystack", "ollama-haystack", "ollama", silent=True, told=CUTS)
 
 
-SAYS_THE_SIDE = (
-    "openai hosted_vllm infinity nvidia_nim litellm_proxy openai_like jina_ai voyage xinference "
-    "together_ai fireworks_ai mistral lm_studio llamafile"
-).split()
+PREFIXES = """openai hosted_vllm infinity nvidia_nim litellm_proxy openai_like jina_ai voyage
+xinference together_ai fireworks_ai mistral lm_studio llamafile"""
 
 
 def litellm() -> Iterator[Client]:
-    for prefix in SAYS_THE_SIDE:
+    for prefix in PREFIXES.split():
         yield Client(f"litellm {prefix}/", "litellm", "litellm", "embedding", prefix, side="Q")
 
     def row(name: str, package: str, adapter: str, **rest: object) -> Client:
@@ -303,9 +302,8 @@ def javascript() -> Iterator[Client]:
         "@huggingface/inference",
         "@huggingface/inference",
         "huggingFace",
-        side="-",
+        side="u",
         told=NO_MODEL,
-        note="POST /query without a slash at the end is a 404",
     )
     yield row("ollama", "ollama", "ollama", told=CUTS)
 

@@ -1,4 +1,4 @@
-"""Tries the clients of one environment, one after the other: a job on stdin, a line of JSON for each.
+"""Tries the clients of one environment in turn: a job on stdin, a line of JSON for each on stdout.
 
 It only notes what came: whether that is right is judged elsewhere (`tests/clients/judge.py`).
 """

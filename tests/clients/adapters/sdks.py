@@ -180,7 +180,7 @@ def tei(at: At) -> Ways:
     from tei_client import HttpClient
 
     client = HttpClient(at.url, headers={"Authorization": f"Bearer {at.key}"})
-    return Ways(lambda texts: [client.embed(text) for text in texts])
+    return Ways(lambda texts: [client.embed(text)[0] for text in texts])
 
 
 def baseten(at: At) -> Ways:
