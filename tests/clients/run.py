@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -117,7 +118,7 @@ def row_of(client: Client, shown: Shown, found: dict[str, Any]) -> dict[str, Any
         "refused": client.refused,
         "not_yet": client.not_yet,
         "note": client.note,
-        "why": shown.why,
+        "why": re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1", shown.why)[:400],
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.clients.environments import BUILD, HERE, ROOT, environment, python_of
+from tests.clients.table import CL100K
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +27,11 @@ SUITES = [
     Suite("langchain-tests, NVIDIAEmbeddings", "TestNVIDIA", 5),
     Suite("langchain-tests, OpenAIEmbeddings, check_embedding_ctx_length=False", "TestOpenAI", 5),
     Suite(
-        "langchain-tests, OpenAIEmbeddings, defaults",
+        "langchain-tests, OpenAIEmbeddings, cl100k decoded",
         "TestDefaults",
         5,
         "cl100k",
-        "--token-ids cl100k",
+        CL100K,
     ),
 ]
 

@@ -50,7 +50,7 @@ class Client:
     note: str = ""
 
 
-CL100K = "--token-ids cl100k"
+CL100K = "a server that decodes cl100k"
 NO_KEY = ("model", "long")
 CUTS = ("model", "key")
 """A protocol whose default is to cut what is too long; then nobody is told."""
@@ -146,7 +146,7 @@ def langchain() -> Iterator[Client]:
         note="sends another tokenizer's ids by default",
     )
     yield row(
-        "langchain-openai, server with --token-ids cl100k",
+        "langchain-openai, defaults, cl100k decoded",
         "langchain-openai",
         "openai",
         argument="defaults",
@@ -183,7 +183,7 @@ def langchain() -> Iterator[Client]:
         note="asks `/embedding`, llama.cpp's own route",
     )
     yield row(
-        "langchain-community OpenAI, server with --token-ids cl100k",
+        "langchain-community OpenAI, cl100k decoded",
         community,
         "community_openai",
         server="cl100k",

@@ -1,5 +1,5 @@
-"""What vLLM's own tests of its embedding, Cohere and scoring routes assert, written anew, where this
-server has the route: the contract that its users rely on.
+"""What vLLM's own tests of its embedding, Cohere and scoring routes assert, written anew, where
+this server has the route: the contract that its users rely on.
 
 Left out: `messages`, `/pooling`, `/invocations`, `bytes` formats and chunking, which are not here;
 `use_activation: false` and its like, which are refused (`test_garbage.py`).
