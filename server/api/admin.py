@@ -19,6 +19,10 @@ _TRUNCATED = {True: "keep EOS", False: "lose EOS", None: "have none"}
 """By Family.keeps_eos."""
 
 
+_POOLING_OF_TEI = {"latent": "mean", "mean": "mean", "last": "last_token"}
+"""Its clients refuse words that it does not have; what latents are averaged to is a mean, too."""
+
+
 class _Endpoints:
     """The endpoints over one engine."""
 
@@ -66,8 +70,9 @@ class _Endpoints:
             "model_id": engine.source.model_id,
             "model_sha": revision,
             "sha": revision,
+            "docker_label": None,
             "model_dtype": engine.runners[0].dtype if engine.runners else "",
-            "model_type": {"embedding": {"pooling": engine.family.pooler}},
+            "model_type": {"embedding": {"pooling": _POOLING_OF_TEI[engine.family.pooler]}},
             "max_input_length": limits.max_input_tokens,
             "max_batch_tokens": max(limits.max_batch_tokens),
             "max_batch_requests": self._settings.max_batch_seqs,

@@ -56,8 +56,8 @@ class RerankRequest(_Asked):
 
 
 class ScoreRequest(_Asked):
-    text_1: Any = Field(validation_alias=AliasChoices("text_1", "queries"))
-    text_2: Any = Field(validation_alias=AliasChoices("text_2", "documents"))
+    text_1: Any = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
+    text_2: Any = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
 
 
 class _Endpoints:

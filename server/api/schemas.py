@@ -451,6 +451,7 @@ class Info(BaseModel):
     model_id: str
     model_sha: str
     sha: str
+    docker_label: None
     model_dtype: str
     model_type: dict[str, dict[str, str]]
     max_input_length: int

@@ -128,7 +128,8 @@ def _side_of(scope: Scope) -> tuple[str, Side | None]:
         path = bare
     for side in _SIDES:
         if path.startswith(f"/{side}/") or path == f"/{side}":
-            before, rest = len(scope["path"]) - len(path), path[len(side) + 1 :] or "/"
+            before = len(scope["path"]) - len(path)
+            rest = path[len(side) + 1 :] or "/"  # Hugging Face's clients post to the URL itself
             scope["path"] = scope["path"][:before] + rest
             return rest, side
     return path, None

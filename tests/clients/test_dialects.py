@@ -173,7 +173,7 @@ def test_tei_reads_its_own_errors(server: AppInProcess) -> None:
         assert isinstance(answer.json()["error"], str)
     assert "inputs" in server.client.post("/embed", json={"inputs": [""]}).json()["error"]
     info = server.client.get("/info").json()
-    assert info["model_type"] == {"embedding": {"pooling": "latent"}}
+    assert info["model_type"] == {"embedding": {"pooling": "mean"}}
     assert info["max_input_length"] == info["limits"]["max_input_tokens"]
 
 
