@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.clients.table import MISTAKES, Client
+from tests.clients.client import MISTAKES, Client
 
 SAME = 0.99999  # cosine
 
@@ -19,6 +19,7 @@ class Expected:
     passages: np.ndarray
     query: np.ndarray
     as_passage: np.ndarray
+    scores: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,22 @@ def same(found: object, expected: np.ndarray) -> bool:
     return bool(np.all(cosines > SAME))
 
 
-def judge(found: dict[str, Any], expected: Expected) -> Shown:
+def judge(found: dict[str, Any], expected: Expected, *, ranks: bool = False) -> Shown:
     """found: name of what was tried -> {"value"} or {"error"}."""
     passages = found["passages"]
-    if not same(passages.get("value"), expected.passages):
+    value = passages.get("value")
+    if ranks:
+        right = np.shape(value) == expected.scores.shape and np.allclose(
+            value, expected.scores, atol=1e-4
+        )
+    else:
+        right = same(value, expected.passages)
+    if not right:
         return Shown(False, why=passages.get("error") or "other vectors than the server's")
+
+    told = tuple(name for name, ours in MISTAKES.items() if ours in found[name].get("error", ""))
+    if ranks:
+        return Shown(True, told=told)
 
     def is_query(way: str) -> bool:
         return same(found[way].get("value"), expected.query)
@@ -60,7 +72,7 @@ def judge(found: dict[str, Any], expected: Expected) -> Shown:
         True,
         next((sign for sign, way in ways.items() if is_query(way)), "-"),
         same(found["query"].get("value"), expected.as_passage),
-        tuple(name for name, ours in MISTAKES.items() if ours in found[name].get("error", "")),
+        told,
     )
 
 

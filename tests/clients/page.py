@@ -45,6 +45,8 @@ def line(row: dict[str, Any]) -> str:
     else:
         side = SIDES[row["side"]] + (", **else silently a passage's**" if row["silent"] else "")
         told = "all" if len(row["told"]) == 3 else ", ".join(row["told"]) or "none"
+        if row["ranks"]:
+            side = ""
         right = "right" if row["passages"] else "**fails**"
         cells = [right + (f" ({row['note']})" if row["note"] else ""), side, told]
     return " | ".join(["| " + row["client"], row["version"], *cells]) + " |"

@@ -22,9 +22,10 @@ from model.encoder import Encoder
 from model.tasks import prefix_of
 from server.settings import Settings
 from tests.clients import page, suites
+from tests.clients.client import SERVERS, Client
 from tests.clients.environments import BUILD, results
 from tests.clients.judge import Expected, Shown, faults, judge
-from tests.clients.table import CLIENTS, SERVERS, Client
+from tests.clients.table import CLIENTS
 from tests.server.processes import ServerProcess
 
 MODEL, KEY = "nv-embed-small", "sk-of-the-clients"
@@ -70,7 +71,7 @@ def expected() -> Expected:
     passages = encoder.encode([*PASSAGES, QUESTION], progress=False)
     prompt = prefix_of(Settings.model_fields["query_instruction"].default)
     query = encoder.encode([QUESTION], prompt, progress=False)
-    return Expected(passages[:-1], query[0], passages[-1])
+    return Expected(passages[:-1], query[0], passages[-1], passages[:-1] @ query[0])
 
 
 def served(options: tuple[str, ...]) -> str:
@@ -99,6 +100,7 @@ def job(clients: list[Client], servers: Servers) -> dict[str, Any]:
                 "adapter": client.adapter,
                 "argument": client.argument,
                 "server": client.server,
+                "ranks": client.ranks,
                 "give_up": bool(client.not_yet or client.refused),
             }
             for client in clients
@@ -115,6 +117,7 @@ def row_of(client: Client, shown: Shown, found: dict[str, Any]) -> dict[str, Any
         "side": shown.side,
         "silent": shown.silent,
         "told": list(shown.told),
+        "ranks": client.ranks,
         "refused": client.refused,
         "not_yet": client.not_yet,
         "note": client.note,
@@ -130,7 +133,7 @@ def try_clients(clients: list[Client], servers: Servers) -> tuple[list[dict[str,
         mine = {client.name: client for client in clients if client.module == module}
         for found in results(module, job(list(mine.values()), servers)):
             client = mine[found["name"]]
-            shown = judge(found, right)
+            shown = judge(found, right, ranks=client.ranks)
             notes = faults(client, shown)
             rows.append(row_of(client, shown, found))
             wrong += [f"{client.name}: {note}" for note in notes]
@@ -166,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         servers = Servers(stack)
         rows, wrong = try_clients(clients, servers)
         ran = suites.run(servers.url, KEY, MODEL) if not options.only else []
+    order = {client.name: place for place, client in enumerate(CLIENTS)}
+    rows.sort(key=lambda row: order[row["client"]])
     wrong += [f"{suite['suite']}: {suite['said']}" for suite in ran if not suite["as_expected"]]
     result = {
         "date": time.strftime("%Y-%m-%d"),

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.clients.client import CL100K
 from tests.clients.environments import BUILD, HERE, ROOT, environment, python_of
-from tests.clients.table import CL100K
 
 
 @dataclass(frozen=True, slots=True)

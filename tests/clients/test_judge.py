@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from tests.clients import page
+from tests.clients.client import ALL_TOLD, MISTAKES, SERVERS, Client
 from tests.clients.environments import HERE
 from tests.clients.judge import Expected, Shown, faults, judge
 from tests.clients.run import served
 from tests.clients.suites import SUITES
-from tests.clients.table import ALL_TOLD, CLIENTS, MISTAKES, SERVERS, Client
+from tests.clients.table import CLIENTS
 
-RIGHT = Expected(np.eye(3, 4), np.full(4, 0.5), np.array([0.0, 0.0, 0.0, 1.0]))
+RIGHT = Expected(np.eye(3, 4), np.full(4, 0.5), np.array([0.0, 0.0, 0.0, 1.0]), np.full(3, 0.5))
 ROW = Client("a client", "package", "sdks", "adapter")
 
 
@@ -70,6 +71,12 @@ def test_other_vectors_are_not_right(passages: object) -> None:
     assert not judge(found(passages={"value": passages}), RIGHT).passages
     nearly = (RIGHT.passages * 3 + 1e-7).tolist()  # a length is the client's to choose
     assert judge(found(passages={"value": nearly}), RIGHT).passages
+
+
+def test_scores_are_judged_one_by_one() -> None:
+    for scores, right in (([0.5, 0.5, 0.5], True), ([0.5, 0.5, 0.6], False), ([0.5], False)):
+        shown = judge(found(passages={"value": scores}), RIGHT, ranks=True)
+        assert (shown.passages, shown.side) == (right, "-")
 
 
 def test_what_reaches_the_user() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from tests.clients.adapters.ways import At, Ways
+from tests.clients.adapters.ways import At, Ranks, Ways
 
 
 def numbers(vector: Any) -> list[float]:
@@ -35,16 +35,18 @@ def said(error: BaseException | None) -> list[str]:
     return [f"{type(error).__name__}: {error}", *said(error.__cause__)]
 
 
-def tried(adapter: Callable[[At], Ways], client: dict[str, Any], job: dict[str, Any]) -> Any:
+def tried(adapter: Callable[[At], Any], client: dict[str, Any], job: dict[str, Any]) -> Any:
     """Passages, a question in four ways, and three mistakes."""
     server = job["servers"][client["server"]]
     question, texts = job["question"], job["passages"]
 
-    def at(path: str = "", key: str = server["key"], suffix: str = "", model: str = "") -> Ways:
+    def at(path: str = "", key: str = server["key"], suffix: str = "", model: str = "") -> Any:
         model = model or server["model"]
         return adapter(At(server["url"] + path, key, model + suffix, client["argument"]))
 
-    def passages(ways: Ways, texts: list[str] = texts) -> list[list[float]]:
+    def passages(ways: Any, texts: list[str] = texts) -> Any:
+        if isinstance(ways, Ranks):
+            return numbers(ways.scores(question, texts))
         return [numbers(row) for row in ways.passages(texts)]
 
     def query(ways: Ways) -> list[float]:
@@ -53,14 +55,19 @@ def tried(adapter: Callable[[At], Ways], client: dict[str, Any], job: dict[str, 
     found = {"passages": attempt(lambda: passages(at()))}
     if "error" in found["passages"] and client["give_up"]:
         return found  # nothing of it works yet: no time for its retries
-    return {
-        **found,
-        "query": attempt(lambda: query(at()) if at().query else None),
-        "by_suffix": attempt(lambda: query(at(suffix="-query"))),
-        "by_url": attempt(lambda: query(at("/query"))),
+    mistakes = {
         "model": attempt(lambda: passages(at(model="no-such-model"))),
         "long": attempt(lambda: passages(at(), [job["long"]])),
         "key": attempt(lambda: passages(at(key="wrong-key"))),
+    }
+    if client["ranks"]:
+        return {**found, **mistakes}
+    return {
+        **found,
+        **mistakes,
+        "query": attempt(lambda: query(at()) if at().query else None),
+        "by_suffix": attempt(lambda: query(at(suffix="-query"))),
+        "by_url": attempt(lambda: query(at("/query"))),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.clients.adapters.ways import At, Ways
+from tests.clients.adapters.ways import At, Ranks, Ways, in_order
 
 
 def both(embeddings: Any) -> Ways:
@@ -124,3 +124,28 @@ def hugging_face(at: At) -> Ways:
     from langchain_huggingface import HuggingFaceEndpointEmbeddings
 
     return both(HuggingFaceEndpointEmbeddings(model=at.url, huggingfacehub_api_token=at.key))
+
+
+def nvidia_rerank(at: At) -> Ranks:
+    from langchain_nvidia_ai_endpoints import NVIDIARerank
+
+    return of_compressor(NVIDIARerank(model=at.model, base_url=at.v1, api_key=at.key))
+
+
+def cohere_rerank(at: At) -> Ranks:
+    from langchain_cohere import CohereRerank
+
+    return of_compressor(
+        CohereRerank(model=at.model, base_url=at.url, cohere_api_key=at.key, top_n=None)
+    )
+
+
+def of_compressor(compressor: Any) -> Ranks:
+    from langchain_core.documents import Document
+
+    def scores(query: str, texts: list[str]) -> list[float]:
+        documents = [Document(text, metadata={"at": at}) for at, text in enumerate(texts)]
+        found = compressor.compress_documents(documents, query)
+        return in_order([document.metadata for document in found], "at", "relevance_score")
+
+    return Ranks(scores)

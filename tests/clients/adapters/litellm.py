@@ -7,7 +7,7 @@ from typing import Any
 
 import litellm as package
 
-from tests.clients.adapters.ways import At, Ways
+from tests.clients.adapters.ways import At, Ranks, Ways, in_order
 
 package.suppress_debug_info = True
 
@@ -75,3 +75,16 @@ def dspy(at: At) -> Ways:
 
     model = Embedder(f"openai/{at.model}", api_base=at.v1, api_key=at.key, caching=False)
     return Ways(model)
+
+
+def rerank(at: At) -> Ranks:
+    """`argument` is the provider's prefix."""
+
+    def scores(query: str, texts: list[str]) -> list[float]:
+        base = at.url if at.argument == "cohere" else at.v1
+        answer = package.rerank(
+            f"{at.argument}/{at.model}", query, texts, api_base=base, api_key=at.key
+        )
+        return in_order(answer.results, "index", "relevance_score")
+
+    return Ranks(scores)

@@ -8,6 +8,12 @@ import os
 import subprocess
 from typing import Any
 
+from tests.clients.adapters.rerankers import (  # noqa: F401
+    baseten_rerank,
+    cohere_rerank,
+    infinity_rerank,
+    tei_rerank,
+)
 from tests.clients.adapters.ways import At, Ways
 
 

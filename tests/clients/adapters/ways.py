@@ -27,3 +27,19 @@ class Ways:
 
     passages: Callable[[list[str]], Sequence[Any]]
     query: Callable[[str], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """`scores`: of each text to the question, in the order of the texts."""
+
+    scores: Callable[[str, list[str]], Sequence[Any]]
+
+
+def in_order(ranked: Any, index: str, score: str) -> list[float]:
+    """Scores in the order of the texts, of results that are objects or dictionaries."""
+
+    def read(result: Any, name: str) -> Any:
+        return result[name] if isinstance(result, dict) else getattr(result, name)
+
+    return [read(result, score) for result in sorted(ranked, key=lambda one: read(one, index))]

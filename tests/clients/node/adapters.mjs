@@ -90,3 +90,13 @@ export async function ollama(at) {
   const client = new Ollama({ host: at.url, headers: { Authorization: `Bearer ${at.key}` } });
   return { passages: async (input) => (await client.embed({ model: at.model, input })).embeddings };
 }
+
+export async function cohereRerank(at) {
+  const { CohereClientV2 } = await import("cohere-ai");
+  const client = new CohereClientV2({ token: at.key, environment: at.url });
+  const scores = async (query, documents) => {
+    const { results } = await client.rerank({ query, documents, model: at.model }, { maxRetries: 0 });
+    return results.sort((a, b) => a.index - b.index).map((result) => result.relevanceScore);
+  };
+  return { scores };
+}

@@ -22,8 +22,11 @@ async function tried(client) {
   const server = job.servers[client.server];
   const at = ({ path = "", key = server.key, suffix = "", model = server.model }) =>
     adapters[client.adapter]({ url: server.url + path, key, model: model + suffix });
-  const passages = async (ways, texts = job.passages) =>
-    (await (await ways).passages(texts)).map((row) => Array.from(row));
+  const passages = async (waiting, texts = job.passages) => {
+    const ways = await waiting;
+    if (client.ranks) return ways.scores(job.question, texts);
+    return (await ways.passages(texts)).map((row) => Array.from(row));
+  };
   const query = async (waiting) => {
     const ways = await waiting;
     const { question } = job;
@@ -31,14 +34,18 @@ async function tried(client) {
   };
   const found = { passages: await attempt(() => passages(at({}))) };
   if (found.passages.error && client.give_up) return found;
-  return {
-    ...found,
-    query: await attempt(async () => ((await at({})).query ? query(at({})) : null)),
-    by_suffix: await attempt(() => query(at({ suffix: "-query" }))),
-    by_url: await attempt(() => query(at({ path: "/query" }))),
+  const mistakes = {
     model: await attempt(() => passages(at({ model: "no-such-model" }))),
     long: await attempt(() => passages(at({}), [job.long])),
     key: await attempt(() => passages(at({ key: "wrong-key" }))),
+  };
+  if (client.ranks) return { ...found, ...mistakes };
+  return {
+    ...found,
+    ...mistakes,
+    query: await attempt(async () => ((await at({})).query ? query(at({})) : null)),
+    by_suffix: await attempt(() => query(at({ suffix: "-query" }))),
+    by_url: await attempt(() => query(at({ path: "/query" }))),
   };
 }
 
