@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from server.api import schemas
+from server.api import answer_schemas
 from server.api.names import ServedNames
 from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, Endpoint, RequestRoute, Responses, json_response
@@ -47,7 +47,7 @@ class _Endpoints:
                 "dimensions": engine.dimensions,
                 **self._for_tei(),
                 "devices": [
-                    {name: getattr(runner, name) for name in schemas.Device.model_fields}
+                    {name: getattr(runner, name) for name in answer_schemas.Device.model_fields}
                     for runner in engine.runners
                 ],
                 "limits": {
@@ -131,10 +131,10 @@ def create_router(engine: Engine, settings: Settings, registry: CollectorRegistr
     """The routes over one engine and its metrics."""
     router = APIRouter(route_class=RequestRoute)
     endpoints = _Endpoints(engine, settings, registry)
-    health: Responses = {200: {"model": schemas.Health}}
+    health: Responses = {200: {"model": answer_schemas.Health}}
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     routes: list[tuple[str, Endpoint, Responses]] = [
-        ("/info", endpoints.info, {200: {"model": schemas.Info}}),
+        ("/info", endpoints.info, {200: {"model": answer_schemas.Info}}),
         ("/livez", endpoints.livez, health),
         ("/readyz", endpoints.readyz, {**health, 503: ERRORS[503]}),
         ("/health", endpoints.readyz, {**health, 503: ERRORS[503]}),
