@@ -213,6 +213,16 @@ class EncodeSettings(ModelSettings):
     default_input_type: Literal["none", "query", "passage"] = Field(
         "none", description="what inputs are when nothing else says it"
     )
+    token_ids: Literal["reject", "model", "cl100k"] = Field(
+        "reject",
+        description="requests that send token ids: refuse them, use them as this model's, or read "
+        "them as OpenAI's cl100k_base, which LangChain sends by default; requests can choose",
+    )
+    tiktoken_ranks: Path | None = Field(
+        None,
+        description="file of cl100k_base's ranks for --token-ids cl100k; by default looked for in "
+        "TIKTOKEN_CACHE_DIR, and with litellm and llama-index-core",
+    )
     detect_instructions: bool = Field(
         True,
         description="take a request's text that begins as the model's family writes an instruction "

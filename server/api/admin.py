@@ -7,8 +7,9 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from server.api import schemas
+from server.api import answer_schemas
 from server.api.names import ServedNames
+from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, Endpoint, RequestRoute, Responses, json_response
 from server.engine.interface import Engine
 from server.errors import UnavailableError
@@ -46,7 +47,7 @@ class _Endpoints:
                 "dimensions": engine.dimensions,
                 **self._for_tei(),
                 "devices": [
-                    {name: getattr(runner, name) for name in schemas.Device.model_fields}
+                    {name: getattr(runner, name) for name in answer_schemas.Device.model_fields}
                     for runner in engine.runners
                 ],
                 "limits": {
@@ -91,6 +92,36 @@ class _Endpoints:
             raise UnavailableError(f"not ready: {reason}", retry_after=2)
         return json_response({"status": "ok"})
 
+    async def health(self, request: Request) -> Response:
+        """As NIM answers: alive, or ready to serve."""
+        is_ready = context_of(request.scope).route_path.endswith("ready")
+        if is_ready and (reason := self._engine.not_ready):
+            raise UnavailableError(f"not ready: {reason}", retry_after=2)
+        state = "ready" if is_ready else "live"
+        answer = {"object": "health.response", "message": state, state: True}
+        return json_response(answer)
+
+    async def version(self, request: Request) -> Response:
+        """Of this server, and its interface's."""
+        return json_response({"version": version("nv-embed-server"), "release": "", "api": "v1"})
+
+    async def metadata(self, request: Request) -> Response:
+        """As NIM answers: what is served, and under which licence."""
+        source = self._engine.source
+        licence = {"name": source.license or "", "path": "", "sha": "", "size": 0, "url": ""}
+        model = {"shortName": self._name, "modelUrl": source.model_id}
+        facts = {
+            "modelInfo": [model],
+            "licenseInfo": licence,
+            "version": version("nv-embed-server"),
+        }
+        return json_response({**facts, "assetInfo": [], "repository_override": ""})
+
+    async def license(self, request: Request) -> Response:
+        """The licence of the weights, as the model's card names it."""
+        name = self._engine.source.license or ""
+        return json_response({"name": name, "content": self._engine.source.notice or name})
+
     async def metrics(self, request: Request) -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
@@ -100,15 +131,25 @@ def create_router(engine: Engine, settings: Settings, registry: CollectorRegistr
     """The routes over one engine and its metrics."""
     router = APIRouter(route_class=RequestRoute)
     endpoints = _Endpoints(engine, settings, registry)
-    health: Responses = {200: {"model": schemas.Health}}
+    health: Responses = {200: {"model": answer_schemas.Health}}
     text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
     routes: list[tuple[str, Endpoint, Responses]] = [
-        ("/info", endpoints.info, {200: {"model": schemas.Info}}),
+        ("/info", endpoints.info, {200: {"model": answer_schemas.Info}}),
         ("/livez", endpoints.livez, health),
         ("/readyz", endpoints.readyz, {**health, 503: ERRORS[503]}),
         ("/health", endpoints.readyz, {**health, 503: ERRORS[503]}),
         ("/metrics", endpoints.metrics, {200: text}),
     ]
+    others: dict[str, Endpoint] = {
+        "/ping": endpoints.readyz,
+        "/version": endpoints.version,
+        "/v1/version": endpoints.version,
+        "/v1/health/live": endpoints.health,
+        "/v1/health/ready": endpoints.health,
+        "/v1/metadata": endpoints.metadata,
+        "/v1/license": endpoints.license,
+        "/v1/metrics": endpoints.metrics,
+    }
     for path, endpoint, responses in routes:
         router.add_api_route(
             path,
@@ -119,4 +160,6 @@ def create_router(engine: Engine, settings: Settings, registry: CollectorRegistr
             response_class=Response,
             responses={**responses, **READ_ERRORS},
         )
+    for path, endpoint in others.items():
+        router.add_api_route(path, endpoint, methods=["GET"], include_in_schema=False)
     return router

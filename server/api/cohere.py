@@ -24,8 +24,9 @@ from server.api.disconnects import patience
 from server.api.embedding import Embedding, ranges
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute
-from server.api.schemas import InstructedInput, Wire, truncation
+from server.api.schemas import InstructedInput
 from server.api.vector_format import OutputDtype, VectorFormat
+from server.api.wire import Wire, truncation
 from server.engine.interface import EmbedResult
 from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings

@@ -15,9 +15,8 @@ from model.batch import RunnerInfo
 from model.families import Side
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.body import hold
-from server.api.detection import WrittenPrompts
 from server.api.disconnects import cancelled_on_disconnect
-from server.api.encoding_options import encoding_options, inputs_of
+from server.api.encoding_options import Reading, encoding_options, inputs_of
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
 from server.api.request_context import context_of
@@ -39,6 +38,7 @@ class Embedding:
     """Of one engine, for all its dialects."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        """Raises SettingsError."""
         self.engine = engine
         self.names = ServedNames(engine.source.model_id, settings.served_model_name)
         self.defaults = Defaults.of(
@@ -48,7 +48,7 @@ class Embedding:
             engine.prompts,
         )
         self._truncates_dimensions = settings.allow_truncated_dimensions
-        self._written = WrittenPrompts(engine.family) if settings.detect_instructions else None
+        self._reading = Reading.of(settings, engine.family)
         self._runners: list[RunnerInfo] = []
         self._fingerprints: dict[int, str] = {}  # of those runners, by dimensions
 
@@ -67,7 +67,7 @@ class Embedding:
         """
         path_side = side or context_of(request.scope).side
         options = encoding_options(wire, model, self.names, self.defaults, path_side)
-        inputs, prompted = inputs_of(wire, options.side, self._written, name)
+        inputs, prompted = inputs_of(wire, options.side, self._reading, name)
         return EmbedJob(inputs, options, deadline, prompted)
 
     def pairs_job(

@@ -24,8 +24,9 @@ from server.api.disconnects import patience
 from server.api.embedding import Embedding
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute, json_response
-from server.api.schemas import InstructedInput, Wire
+from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
+from server.api.wire import Wire
 from server.engine.interface import EmbedResult
 from server.errors import ServerError
 from server.settings import Settings

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.prompts import written
 from model.tasks import TASKS
-from server.api import schemas, serialize
+from server.api import answer_schemas, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
@@ -112,7 +112,7 @@ def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
             include_in_schema=documented,
             operation_id="create_embeddings" if documented else None,
             openapi_extra=body_schema("EmbeddingsRequest"),
-            responses={200: {"model": schemas.EmbeddingsResponse}, **ERRORS},
+            responses={200: {"model": answer_schemas.EmbeddingsResponse}, **ERRORS},
         )
     router.add_api_route(
         "/tokenize",
@@ -122,7 +122,7 @@ def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
         operation_id="tokenize",
         openapi_extra=body_schema("TokenizeRequest"),
         responses={
-            200: {"model": schemas.TokenizeResponse},
+            200: {"model": answer_schemas.TokenizeResponse},
             **{status: ERRORS[status] for status in ERRORS if status not in (409, 504)},
         },
     )
@@ -135,7 +135,7 @@ def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
             tags=["models"],
             include_in_schema=documented,
             operation_id="list_models" if documented else None,
-            responses={200: {"model": schemas.ModelList}, **READ_ERRORS},
+            responses={200: {"model": answer_schemas.ModelList}, **READ_ERRORS},
         )
         router.add_api_route(
             f"{prefix}/models/{{model_id:path}}",
@@ -145,7 +145,7 @@ def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
             include_in_schema=documented,
             operation_id="retrieve_model" if documented else None,
             openapi_extra={"parameters": [_MODEL_ID]},
-            responses={200: {"model": schemas.ModelCard}, **READ_ERRORS, 404: ERRORS[404]},
+            responses={200: {"model": answer_schemas.ModelCard}, **READ_ERRORS, 404: ERRORS[404]},
         )
     router.add_api_route(
         "/v1/instructions",
@@ -153,7 +153,7 @@ def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
         methods=["GET"],
         tags=["models"],
         operation_id="list_instructions",
-        responses={200: {"model": schemas.InstructionList}, **READ_ERRORS},
+        responses={200: {"model": answer_schemas.InstructionList}, **READ_ERRORS},
     )
     return router
 

@@ -11,14 +11,15 @@ from server.errors import ServerError
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
-    """The one envelope."""
+    """The one envelope; and `detail`, by which voyageai's client tells errors apart."""
     return {
+        "detail": error.message,
         "error": {
             "message": error.message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
-        }
+        },
     }
 
 

@@ -21,7 +21,9 @@ from server.settings import Settings
 
 TITLE = "NV-Embed server"
 SUMMARY = "OpenAI-compatible embeddings from NV-Embed."
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PROBES = ("/livez", "/readyz", "/health", "/ping", "/v1/health/live", "/v1/health/ready")
+METRICS_PATHS = frozenset({"/metrics", "/v1/metrics"})
+OPEN_PATHS = METRICS_PATHS.union(_PROBES)
 """Probes and scrapers need no key there."""
 
 

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 
 from server.api import json_fields, schemas
 from server.api.json_text import JSONTextError, loads
-from server.api.schemas import EmbeddingsRequest, Wire
+from server.api.schemas import EmbeddingsRequest
+from server.api.wire import Wire
 from server.engine.interface import Input
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS

@@ -25,8 +25,9 @@ from server.api.embedding import FINGERPRINT_HEADER, Embedding
 from server.api.parsing import parse_inputs
 from server.api.request_context import context_of
 from server.api.routing import RequestRoute, json_response
-from server.api.schemas import InstructedInput, Wire, truncation
+from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
+from server.api.wire import Wire, truncation
 from server.engine.interface import EmbedResult
 from server.errors import InvalidRequestError
 from server.settings import Settings

@@ -20,8 +20,9 @@ from server.api.disconnects import patience
 from server.api.embedding import Embedding
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute, json_response
-from server.api.schemas import InstructedInput, Wire, lower, must_be
+from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
+from server.api.wire import Wire, lower, must_be
 from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings
 

@@ -11,7 +11,7 @@ from server.api import admin, cohere, ollama, openai, rerank, tei
 from server.api.body import IGNORED_HEADER
 from server.api.byte_budget import ByteBudget
 from server.api.embedding import HEADERS, Embedding
-from server.api.openapi import OPEN_PATHS, SUMMARY, TITLE, openapi_document
+from server.api.openapi import METRICS_PATHS, OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
 from server.http.gate import Gate
@@ -72,7 +72,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
 
 def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
-    open_paths = OPEN_PATHS - ({"/metrics"} if settings.metrics_need_key else set())
+    open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
     app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
     paths = (route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(

@@ -98,4 +98,7 @@ class Refusals:
             docs = ", /docs" if "/docs" in self._paths else ""
             return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
         close = nearest("/" + "/".join(once), self._paths)
-        return f": did you mean {close}?" if close else ""
+        why = ""
+        if len(once) < len(parts) and "v1" in parts:
+            why = " It has /v1 twice: the client puts one behind its base URL."
+        return f": did you mean {close}?{why}" if close else ""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from model.families import Side
 from server.api import cohere, ollama, openai, rerank, tei
 from server.api.byte_budget import ByteBudget
-from server.api.openapi import OPEN_PATHS
+from server.api.openapi import METRICS_PATHS, OPEN_PATHS
 from server.api.request_context import RequestContext, put_context
 from server.api.schemas import EMBEDDINGS_PATHS
 from server.engine.interface import Engine
@@ -36,10 +36,9 @@ _LABELS = {
     "/models": "models",
     "/v1/models": "models",
     "/v1/instructions": "instructions",
-    "/livez": "health",
-    "/readyz": "health",
-    "/health": "health",
-    **{f"/{name}": name for name in ("tokenize", "info", "metrics")},
+    **dict.fromkeys(OPEN_PATHS - METRICS_PATHS, "health"),
+    **dict.fromkeys(METRICS_PATHS, "metrics"),
+    **{f"/{name}": name for name in ("tokenize", "info")},
 }
 
 
@@ -63,6 +62,8 @@ class RequestRecord:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the HTTP server sends the head of what is written
+            scope = {**scope, "method": "GET"}
         started, status = time.monotonic(), 0
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id", b""))
@@ -118,9 +119,13 @@ def _route_path(scope: Scope) -> str:
 
 
 def _side_of(scope: Scope) -> tuple[str, Side | None]:
-    """The route's path, and the side in front of it, which the scope's path loses: a base URL is
-    what every client lets its user set."""
+    """The route's path, and the side in front of it, which the scope's path loses (and a slash
+    behind): a base URL is what every client lets its user set."""
     path = _route_path(scope)
+    if path.endswith("/") and path != "/":  # a base URL with one behind
+        bare = path.rstrip("/") or "/"
+        scope["path"] = scope["path"][: len(scope["path"]) - len(path)] + bare
+        path = bare
     for side in _SIDES:
         if path.startswith(f"/{side}/") or path == f"/{side}":
             before = len(scope["path"]) - len(path)

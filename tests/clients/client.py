@@ -51,7 +51,6 @@ class Client:
     note: str = ""
 
 
-CL100K = "a server that decodes cl100k"
 NO_KEY = ("model", "long")
 CUTS = ("model", "key")
 """A protocol whose default is to cut what is too long; then nobody is told."""

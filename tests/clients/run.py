@@ -23,7 +23,7 @@ from model.tasks import prefix_of
 from server.settings import Settings
 from tests.clients import page, suites
 from tests.clients.client import SERVERS, Client
-from tests.clients.environments import BUILD, results
+from tests.clients.environments import BUILD, ranks, results
 from tests.clients.judge import Expected, Shown, faults, judge
 from tests.clients.table import CLIENTS
 from tests.server.processes import ServerProcess
@@ -52,9 +52,11 @@ class Servers:
     def url(self, name: str) -> str:
         if name not in self._urls:
             options = [str(self._keys) if word == "KEYS" else word for word in SERVERS[name]]
+            options += [] if "--token-ids" in options else ["--token-ids", "reject"]  # the default
             log = self._folder / f"{name}.log"
             try:
-                server = ServerProcess(None, *options, log=log)
+                env = {"TIKTOKEN_CACHE_DIR": str(ranks())}
+                server = ServerProcess(None, *options, log=log, env=env)
             except AssertionError:
                 print(f"the server {name!r} did not start: {log.read_text()[-300:]}", flush=True)
                 self._urls[name] = "http://127.0.0.1:9"

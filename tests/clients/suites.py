@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.clients.client import CL100K
 from tests.clients.environments import BUILD, HERE, ROOT, environment, python_of
 
 
@@ -31,7 +30,6 @@ SUITES = [
         "TestDefaults",
         5,
         "cl100k",
-        CL100K,
     ),
 ]
 
