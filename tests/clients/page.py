@@ -30,10 +30,10 @@ def table(result: dict[str, Any]) -> str:
     lines += [line(row) for row in result["clients"]]
     if result["suites"]:
         lines += ["", "| suite | version | passed |", "| --- | --- | --- |"]
-        lines += [
-            f"| {suite['suite']} | {suite['version']} | {suite['passed']} of {suite['tests']} |"
-            for suite in result["suites"]
-        ]
+        for suite in result["suites"]:
+            waits = f" (not yet: {suite['not_yet']})" if suite["not_yet"] else ""
+            passed = f"{suite['passed']} of {suite['tests']}{waits}"
+            lines.append(f"| {suite['suite']} | {suite['version']} | {passed} |")
     return "\n".join(lines)
 
 

@@ -65,6 +65,7 @@ def run(url_of: Callable[[str], str], key: str, model: str) -> list[dict[str, An
                 "version": version(),
                 "passed": passed,
                 "tests": suite.tests,
+                "not_yet": suite.not_yet,
                 "as_expected": as_expected,
                 "said": said,
             }
