@@ -226,7 +226,7 @@ class EncodeSettings(ModelSettings):
     detect_instructions: bool = Field(
         True,
         description="take a request's text that begins as the model's family writes an instruction "
-        "(Instruct: …, then Query: …) for that instruction and a query",
+        "(Instruct: ..., then Query: ...) for that instruction and a query",
     )
     allow_truncated_dimensions: bool = Field(
         False,
