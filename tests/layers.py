@@ -90,6 +90,7 @@ SERVER = {  # by wing; "" are the files on top
         "detection",
         "token_ids",
         "schemas",
+        "dialect_request",
         "answer_schemas",
         "instructions",
         "names",

@@ -20,13 +20,14 @@ from model.tokenizer import Truncation
 from server.api import serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
+from server.api.dialect_request import DialectRequest
 from server.api.disconnects import patience
 from server.api.embedding import Embedding, ranges
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute
 from server.api.schemas import InstructedInput
 from server.api.vector_format import OutputDtype, VectorFormat
-from server.api.wire import Wire, truncation
+from server.api.wire import truncation
 from server.engine.interface import EmbedResult
 from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings
@@ -42,7 +43,7 @@ _Type = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 _VALUE_BYTES = 4 + 13
 
 
-class CohereRequest(Wire):
+class CohereRequest(DialectRequest):
     model: StrictStr | None = None
     texts: Any = None
     inputs: Any = None
@@ -81,7 +82,7 @@ class _Endpoints:
         for how in others:
             embedding.check(how)
             hold(request, values * _VALUE_BYTES)
-        result, said = await embedding.embed(request, job, first)
+        result, said = await embedding.embed(request, job, first, "texts")
         for how in others:
             how.check_vectors(result.vectors)
         version = "2" if request.url.path.endswith(PATHS[0]) else "1"

@@ -6,6 +6,7 @@ headers tell which side it was, which inputs were cut, and which vectors these a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
@@ -23,7 +24,7 @@ from server.api.request_context import context_of
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
 from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
-from server.errors import OtherVectorsError
+from server.errors import InvalidRequestError, OtherVectorsError
 from server.settings import Settings
 
 SIDE_HEADER = "x-nv-embed-input-type"
@@ -89,17 +90,23 @@ class Embedding:
         return EmbedJob([*asked, *passages], options, deadline, len(asked))
 
     async def embed(
-        self, request: Request, job: EmbedJob, how: VectorFormat
+        self, request: Request, job: EmbedJob, how: VectorFormat, name: str = "input"
     ) -> tuple[EmbedResult, dict[str, str]]:
-        """The vectors, and headers for their answer. Raises ServerErrors, ClientDisconnect."""
+        """The vectors, and headers for their answer. name: of the field that the inputs came in.
+
+        Raises ServerErrors, ClientDisconnect.
+        """
         width = self.engine.dimensions
         self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
         hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
-        with cancelled_on_disconnect(request):
-            result = await self.engine.embed(job)
-        how.check_vectors(result.vectors)
+        try:
+            with cancelled_on_disconnect(request):
+                result = await self.engine.embed(job)
+            how.check_vectors(result.vectors)
+        except InvalidRequestError as error:
+            raise _renamed(error, name) from None
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
         headers = {SIDE_HEADER: side_of(job), FINGERPRINT_HEADER: fingerprint}
         if result.cut:
@@ -137,6 +144,15 @@ def side_of(job: EmbedJob) -> str:
     if not job.prompted or asked == "query":
         return asked
     return "query" if job.prompted == len(job.inputs) else "mixed"
+
+
+def _renamed(error: InvalidRequestError, name: str) -> InvalidRequestError:
+    """What is said of `input`, of the dialect's own field."""
+    if name != "input":
+        if error.param is not None:
+            error.param = re.sub(r"^input\b", name, error.param)
+        error.message = re.sub(r"\binput(?=\[\d+\]|\))", name, error.message)
+    return error
 
 
 def ranges(indices: Sequence[int]) -> str:

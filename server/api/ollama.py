@@ -10,40 +10,42 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr
 
 from model.tokenizer import Truncation
 from server.api import serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader
+from server.api.dialect_request import DialectRequest
 from server.api.disconnects import patience
 from server.api.embedding import Embedding
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute, json_response
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.api.wire import Wire
+from server.api.wire import Wire, truncation
 from server.engine.interface import EmbedResult
 from server.errors import ServerError
 from server.settings import Settings
 
 EMBED_PATHS = ("/api/embed", "/api/embeddings")
-PATHS = (*EMBED_PATHS, "/api/tags", "/api/show", "/api/version")
+FOLDER = "/api/"
+"""Of all its routes, and of those that are not here: their errors are shown by its clients."""
 _LATEST = ":latest"
 
 
-class EmbedRequest(Wire):
+class EmbedRequest(DialectRequest):
     model: StrictStr | None = None
     input: Any
-    truncate: StrictBool | None = None
+    truncate: Annotated[Truncation | None, BeforeValidator(truncation)] = None
     dimensions: StrictInt | None = Field(None, ge=1)
 
 
-class PromptRequest(Wire):
+class PromptRequest(DialectRequest):
     model: StrictStr | None = None
     prompt: StrictStr
 
@@ -67,7 +69,7 @@ class _Endpoints:
         """One or more inputs."""
         arrived = time.monotonic()
         wire, headers = await self._bodies.read(request, EmbedRequest)
-        cut = Truncation.NONE if wire.truncate is False else Truncation.END
+        cut = wire.truncate or Truncation.END
         how = VectorFormat(dimensions=wire.dimensions)
         result, said = await self._run(request, wire.input, wire.model, cut, how, arrived)
         shown = self._names.shown(wire.model)
@@ -99,7 +101,7 @@ class _Endpoints:
         fields = InstructedInput.model_construct(input=inputs, truncate=truncate)
         deadline = arrived + patience(request)
         job = self._embedding.job(request, fields, _plain(model), deadline, name=name)
-        return await self._embedding.embed(request, job, how)
+        return await self._embedding.embed(request, job, how, name)
 
     def _details(self) -> dict[str, Any]:
         kinds = [runner.dtype for runner in self._embedding.engine.runners]

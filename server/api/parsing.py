@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from server.api import json_fields, schemas
@@ -64,11 +64,8 @@ def _field_of(wire: type[Wire], name: str) -> FieldInfo | None:
 @functools.cache
 def known_fields(wire: type[Wire]) -> frozenset[str]:
     """All names that a body may have, aliases included."""
-    names = {*schemas.REFUSED, *schemas.UNFOLDED}
-    for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
-        alias = field.validation_alias
-        names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
-    return frozenset(names)
+    known = wire.all_names() | EmbeddingsRequest.all_names()
+    return frozenset(known | schemas.REFUSED.keys() | schemas.UNFOLDED)
 
 
 def parse_inputs(value: object, name: str = "input") -> list[Input]:

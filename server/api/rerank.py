@@ -11,7 +11,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -19,30 +19,43 @@ from numpy.typing import NDArray
 from pydantic import AliasChoices, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
 from model.tokenizer import Truncation
+from server.api import tei
 from server.api.body import BodyReader
+from server.api.dialect_request import DialectRequest
 from server.api.disconnects import patience
-from server.api.embedding import FINGERPRINT_HEADER, Embedding
+from server.api.embedding import CUT_HEADER, Embedding, ranges
 from server.api.parsing import parse_inputs
 from server.api.request_context import context_of
 from server.api.routing import RequestRoute, json_response
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.api.wire import Wire, truncation
+from server.api.wire import lower, truncation
 from server.engine.interface import EmbedResult
-from server.errors import InvalidRequestError
+from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings
 
-COHERE_PATH = "/v2/rerank"
-RERANK_PATHS = ("/rerank", "/v1/rerank", COHERE_PATH)
+VOYAGE_PATH, COHERE_PATH = "/v1/rerank", "/v2/rerank"
+RERANK_PATHS = ("/rerank", VOYAGE_PATH, COHERE_PATH)
 RANKING_PATH = "/v1/ranking"
 SCORE_PATHS = ("/score", "/v1/score")
 PATHS = (*RERANK_PATHS, RANKING_PATH, *SCORE_PATHS)
 SCORE_HEADER = "x-nv-embed-score"
+_NOT_DONE = {
+    "rank_fields": "a document is one text: send the texts that count",
+    "max_tokens_per_doc": "a document is read up to the model's own limit",
+    "max_chunks_per_doc": "a document is one text and has one score",
+}
+"""Cohere's fields that would change the scores."""
 
 
-class _Asked(Wire):
+class _Asked(DialectRequest):
     model: StrictStr | None = None
-    truncate: Annotated[Truncation | None, BeforeValidator(truncation)] = None
+    truncate: Annotated[Truncation | None, BeforeValidator(truncation)] = Field(
+        None, validation_alias=AliasChoices("truncate", "truncation")
+    )
+    truncation_side: Annotated[Literal["left", "right"] | None, BeforeValidator(lower)] = Field(
+        None, validation_alias=AliasChoices("truncation_side", "truncation_direction")
+    )
     instruction: StrictStr | None = None
     task: StrictStr | None = None
 
@@ -51,9 +64,17 @@ class RerankRequest(_Asked):
     query: Any
     documents: Any = Field(None, validation_alias=AliasChoices("documents", "passages"))
     texts: Any = Field(None, description="TEI's name, which asks for its answer, too.")
-    top_n: StrictInt | None = Field(None, ge=1)
+    top_n: StrictInt | None = Field(None, ge=1, validation_alias=AliasChoices("top_n", "top_k"))
     return_documents: StrictBool | None = None
     return_text: StrictBool | None = None
+    raw_scores: StrictBool | None = Field(None, description="A cosine is one, either way.")
+
+    @classmethod
+    def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
+        for name in _NOT_DONE:
+            if name in body:
+                raise InvalidRequestError(f"{name}: {_NOT_DONE[name]}", param=name)
+        return super()._unfolded(body)
 
 
 class ScoreRequest(_Asked):
@@ -69,8 +90,25 @@ class _Endpoints:
     async def rerank(self, request: Request) -> Response:
         """The documents in the order of their cosine to the query."""
         wire, headers = await self._bodies.read(request, RerankRequest)
-        name = "documents" if wire.texts is None else "texts"
-        queries, documents = _texts(wire.query, "query"), _texts(getattr(wire, name), name)
+        if wire.texts is None:
+            name = (
+                "passages" if context_of(request.scope).route_path == RANKING_PATH else "documents"
+            )
+            return await self._rank(request, wire, headers, wire.documents, name)
+        try:
+            return await self._rank(request, wire, headers, wire.texts, "texts")
+        except ServerError as error:  # the path alone does not tell whose client it is
+            return tei.error_response(error)
+
+    async def _rank(
+        self,
+        request: Request,
+        wire: RerankRequest,
+        headers: dict[str, str],
+        given: Any,
+        name: str,
+    ) -> Response:
+        queries, documents = _texts(wire.query, "query"), _texts(given, name)
         if len(queries) > 1:
             raise InvalidRequestError("query must be one text", param="query")
         vectors, result, said = await self._embed(
@@ -105,6 +143,8 @@ class _Endpoints:
                     for i, score in ranked
                 ],
             }
+            if path == VOYAGE_PATH:
+                answer = {"object": "list", "data": answer["results"], **answer}
         return _with(json_response(answer), headers | said)
 
     async def score(self, request: Request) -> Response:
@@ -149,7 +189,8 @@ class _Endpoints:
         deadline = time.monotonic() + patience(request)
         fields = InstructedInput.model_construct(
             input="",
-            truncate=wire.truncate or Truncation.END,
+            truncate=wire.truncate or (None if names[1] == "texts" else Truncation.END),
+            truncation_side=wire.truncation_side if wire.truncate else None,
             instruction=wire.instruction,
             task=wire.task,
         )
@@ -158,7 +199,9 @@ class _Endpoints:
             result, said = await self._embedding.embed(request, job, VectorFormat())
         except InvalidRequestError as error:
             raise _renamed(error, len(queries), names) from None
-        said = {FINGERPRINT_HEADER: said[FINGERPRINT_HEADER], SCORE_HEADER: "cosine"}
+        said[SCORE_HEADER] = "cosine"
+        if result.cut:
+            said[CUT_HEADER] = _cut(result.cut, len(queries), names)
         return np.stack(result.vectors), result, said
 
 
@@ -169,6 +212,18 @@ def _texts(value: Any, name: str) -> list[str]:
     if len(texts) < len(inputs):
         raise InvalidRequestError(f"{name} must be texts", param=name)
     return texts
+
+
+def _cut(indices: Sequence[int], queries: int, names: tuple[str, str]) -> str:
+    """Which were cut, by the fields that they came in."""
+    of_queries = [index for index in indices if index < queries]
+    of_passages = [index - queries for index in indices if index >= queries]
+    parts = []
+    if of_queries:
+        parts.append("query" if names[0] == "query" else f"{names[0]}[{ranges(of_queries)}]")
+    if of_passages:
+        parts.append(f"{names[1]}[{ranges(of_passages)}]")
+    return ", ".join(parts)
 
 
 def _renamed(

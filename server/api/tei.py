@@ -16,13 +16,14 @@ from model.tokenizer import Truncation
 from server.api import serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader
+from server.api.dialect_request import DialectRequest
 from server.api.disconnects import patience
 from server.api.embedding import Embedding
 from server.api.openai_errors import error_in
 from server.api.routing import RequestRoute, json_response
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.api.wire import Wire, lower, must_be
+from server.api.wire import lower, must_be, truncation
 from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings
 
@@ -31,10 +32,11 @@ SIMILARITY_PATH = "/similarity"
 _ERROR_TYPES = {401: "Unauthorized", 429: "Overloaded", 500: "Backend", 503: "Unhealthy"}
 
 
-class EmbedRequest(Wire):
+class EmbedRequest(DialectRequest):
     inputs: Any
+    model: StrictStr | None = Field(None, description="No client sends it; its suffix counts.")
     parameters: dict[str, Any] | None = None
-    truncate: StrictBool | None = None
+    truncate: Annotated[Truncation | None, BeforeValidator(truncation)] = None
     truncation_direction: Annotated[Literal["left", "right"] | None, BeforeValidator(lower)] = None
     prompt_name: StrictStr | None = None
     prompt: StrictStr | None = None
@@ -47,14 +49,13 @@ class EmbedRequest(Wire):
     def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
         """What stands in `parameters` stands beside it as well."""
         inner = body.get("parameters")
-        return {**inner, **body} if isinstance(inner, dict) else body
+        return super()._unfolded({**inner, **body} if isinstance(inner, dict) else body)
 
     def fields(self, inputs: Any) -> InstructedInput:
         """As this server's own. A false `truncate` refuses, an absent one is the server's."""
-        truncate = None if self.truncate is None else Truncation.NONE
-        if self.truncate:
-            left = self.truncation_direction == "left"
-            truncate = Truncation.START if left else Truncation.END
+        truncate = self.truncate
+        if truncate is Truncation.END and self.truncation_direction == "left":
+            truncate = Truncation.START
         return InstructedInput.model_construct(
             input=inputs, truncate=truncate, input_type=self.prompt_name, prompt=self.prompt
         )
@@ -73,8 +74,9 @@ class _Endpoints:
             return await self._similarities(request, wire, headers, arrived)
         how = VectorFormat(dimensions=wire.dimensions)
         deadline = arrived + patience(request)
-        job = self._embedding.job(request, wire.fields(wire.inputs), None, deadline, name="inputs")
-        result, said = await self._embedding.embed(request, job, how)
+        fields = wire.fields(wire.inputs)
+        job = self._embedding.job(request, fields, wire.model, deadline, name="inputs")
+        result, said = await self._embedding.embed(request, job, how, "inputs")
         values = len(job.inputs) * self._embedding.engine.dimensions
         pieces = serialize.rows_pieces(result.vectors, how)
         return await self._answers.response(request, pieces, values, headers | said)
@@ -96,8 +98,8 @@ class _Endpoints:
             )
         deadline = arrived + patience(request)
         fields = wire.fields([source, *sentences])
-        job = self._embedding.job(request, fields, None, deadline, name="inputs")
-        result, said = await self._embedding.embed(request, job, VectorFormat())
+        job = self._embedding.job(request, fields, wire.model, deadline, name="inputs")
+        result, said = await self._embedding.embed(request, job, VectorFormat(), "inputs")
         first, *others = result.vectors
         scores = (np.stack(others) @ first).tolist() if others else []
         response = json_response(scores)

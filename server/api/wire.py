@@ -83,6 +83,13 @@ class Wire(BaseModel):
 
     @classmethod
     @functools.cache
+    def all_names(cls) -> frozenset[str]:
+        """Of its fields, in a body."""
+        several = cls.other_names()
+        return frozenset([*several, *(cls.model_fields.keys() - set(several.values()))])
+
+    @classmethod
+    @functools.cache
     def other_names(cls) -> dict[str, str]:
         """Of the fields that have several: name -> field."""
         return {

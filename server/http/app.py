@@ -23,9 +23,9 @@ from server.settings import Settings
 _SHAPES = {
     **dict.fromkeys((*cohere.PATHS, rerank.COHERE_PATH), cohere.error_response),
     **dict.fromkeys((*tei.EMBED_PATHS, tei.SIMILARITY_PATH), tei.error_response),
-    **dict.fromkeys(ollama.PATHS, ollama.error_response),
+    ollama.FOLDER: ollama.error_response,
 }
-"""Path -> how its dialect writes an error; the others as OpenAI's."""
+"""Path, or first folder of paths -> how its dialect writes an error; the others as OpenAI's."""
 
 
 class _App(FastAPI):

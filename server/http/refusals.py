@@ -86,7 +86,9 @@ class Refusals:
         return self._written(scope, InvalidRequestError(f"{error.detail}"))
 
     def _written(self, scope: Scope, error: ServerError) -> Response:
-        shape = self._shapes.get(context_of(scope).route_path, error_response)
+        path = context_of(scope).route_path
+        folder = f"/{path[1:].partition('/')[0]}/"
+        shape = self._shapes.get(path) or self._shapes.get(folder, error_response)
         return shape(error)
 
     def _pointer(self, path: str) -> str:

@@ -329,7 +329,7 @@ def test_score(server: AppInProcess, vectors: dict[str, np.ndarray], cosines: np
         ("/rerank", {"query": "x", "documents": ["y", LONG], "truncate": "NONE"}, "documents[1]"),
         ("/rerank", {"query": LONG, "documents": ["y"], "truncate": "NONE"}, "query"),
         ("/score", {"text_1": ["x", "y"], "text_2": ["a", "b", "c"]}, "text_1"),
-        ("/v1/ranking", {"query": {"text": "x"}, "passages": []}, "documents"),
+        ("/v1/ranking", {"query": {"text": "x"}, "passages": []}, "passages"),
     ],
     ids=lambda value: str(value)[:60],
 )
