@@ -41,6 +41,9 @@ _TYPES: dict[str, tuple[OutputDtype, bool]] = {
 """Name of an embedding type -> its numbers, and whether they are in base64."""
 _Type = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 _VALUE_BYTES = 4 + 13
+_PIECE_CHARS = 256 * 1024
+_CHARS_OF_A_VALUE = 16
+"""Characters that take as long to write as one number."""
 
 
 class CohereRequest(DialectRequest):
@@ -88,7 +91,10 @@ class _Endpoints:
         version = "2" if request.url.path.endswith(PATHS[0]) else "1"
         bare = version == "1" and not wire.embedding_types
         pieces = _pieces(result, formats, texts, version, bare)
-        return await self._answers.response(request, pieces, values * len(formats), headers | said)
+        chars = sum(map(len, texts))
+        hold(request, chars)
+        size = values * len(formats) + chars // _CHARS_OF_A_VALUE
+        return await self._answers.response(request, pieces, size, headers | said)
 
 
 def _texts(wire: CohereRequest) -> list[Any]:
@@ -135,11 +141,23 @@ def _pieces(
     }
     if result.cut:
         meta["warnings"] = [f"texts were truncated, by index: {ranges(result.cut)}"]
-    yield b'%b,"texts":%b,"meta":%b}' % (
-        b"" if bare else b"}",
-        orjson.dumps(list(texts)),
-        orjson.dumps(meta),
-    )
+    yield b'%b,"texts":' % (b"" if bare else b"}")
+    yield from _written(texts)
+    yield b',"meta":%b}' % orjson.dumps(meta)
+
+
+def _written(texts: Sequence[str]) -> Iterator[bytes]:
+    """As a JSON list, in pieces."""
+    yield b"["
+    waiting: list[bytes] = []
+    chars = 0
+    for index, text in enumerate(texts):
+        waiting.append(orjson.dumps(text))
+        chars += len(text)
+        if chars >= _PIECE_CHARS and index + 1 < len(texts):
+            yield b",".join([*waiting, b""])
+            waiting, chars = [], 0
+    yield b",".join(waiting) + b"]"
 
 
 def error_response(error: ServerError) -> Response:

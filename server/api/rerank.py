@@ -36,9 +36,10 @@ from server.settings import Settings
 
 VOYAGE_PATH, COHERE_PATH = "/v1/rerank", "/v2/rerank"
 RERANK_PATHS = ("/rerank", VOYAGE_PATH, COHERE_PATH)
-RANKING_PATH = "/v1/ranking"
+RANKING_PATHS = ("/v1/ranking", "/v1/retrieval/{model_id:path}/reranking")
+"""The second is where NVIDIA hosts them, as LiteLLM asks; the model's name there does not count."""
 SCORE_PATHS = ("/score", "/v1/score")
-PATHS = (*RERANK_PATHS, RANKING_PATH, *SCORE_PATHS)
+PATHS = (*RERANK_PATHS, *RANKING_PATHS, *SCORE_PATHS)
 SCORE_HEADER = "x-nv-embed-score"
 _NOT_DONE = {
     "rank_fields": "a document is one text: send the texts that count",
@@ -91,9 +92,8 @@ class _Endpoints:
         """The documents in the order of their cosine to the query."""
         wire, headers = await self._bodies.read(request, RerankRequest)
         if wire.texts is None:
-            name = (
-                "passages" if context_of(request.scope).route_path == RANKING_PATH else "documents"
-            )
+            path = context_of(request.scope).route_path
+            name = "passages" if path.endswith(("/ranking", "/reranking")) else "documents"
             return await self._rank(request, wire, headers, wire.documents, name)
         try:
             return await self._rank(request, wire, headers, wire.texts, "texts")
@@ -118,7 +118,7 @@ class _Endpoints:
         order = np.argsort(-scores, kind="stable")[: wire.top_n].tolist()
         ranked = [(index, float(scores[index])) for index in order]
         path = context_of(request.scope).route_path
-        if path == RANKING_PATH:
+        if name == "passages":
             answer: Any = {"rankings": [{"index": i, "logit": score} for i, score in ranked]}
         elif wire.texts is not None:
             answer = [
@@ -248,7 +248,7 @@ def _with(response: Response, headers: dict[str, str]) -> Response:
 def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
     router = APIRouter(route_class=RequestRoute)
     endpoints = _Endpoints(embedding, settings)
-    for path in (*RERANK_PATHS, RANKING_PATH):
+    for path in (*RERANK_PATHS, *RANKING_PATHS):
         router.add_api_route(path, endpoints.rerank, methods=["POST"], include_in_schema=False)
     for path in SCORE_PATHS:
         router.add_api_route(path, endpoints.score, methods=["POST"], include_in_schema=False)

@@ -98,6 +98,8 @@ class RequestRecord:
             label = "models"
         elif path.startswith("/openai/deployments/"):
             label = "embeddings"
+        elif path.startswith("/v1/retrieval/"):
+            label = "rerank"
         assert label in ROUTES, label
         metrics, key = self._metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count

@@ -99,7 +99,14 @@ def test_cohere_cuts_unless_told_otherwise(server: AppInProcess) -> None:
     refused = server.client.post("/v2/embed", json={**body, "truncate": "NONE"})
     assert refused.status_code == 400
     assert refused.json().keys() == {"message"}
-    assert "texts" in refused.json()["message"] or "input[1]" in refused.json()["message"]
+    assert "texts[1]" in refused.json()["message"]
+
+
+def test_cohere_tells_the_texts_again_in_pieces(server: AppInProcess) -> None:
+    texts = [f"{number} " + 'ü"' * 9000 for number in range(60)]
+    answer = post(server, "/v1/embed", texts=texts, input_type="clustering")
+    assert answer.json()["texts"] == texts
+    assert len(answer.json()["embeddings"]) == 60
 
 
 def test_coheres_inputs(server: AppInProcess, vectors: dict[str, np.ndarray]) -> None:
