@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -234,6 +234,13 @@ class EncodeSettings(ModelSettings):
         "trained for it, so quality is unknown",
     )
     runner: str | None = Field(None, description="hidden: module:factory of another runner")
+
+    @model_validator(mode="after")
+    def _ranks_are_read(self) -> Self:
+        reads_them = self.token_ids == "cl100k"  # noqa: S105  (no password)
+        if self.tiktoken_ranks is not None and not reads_them:
+            raise ValueError("--tiktoken-ranks is for --token-ids cl100k")
+        return self
 
     @field_validator("query_instruction")
     @classmethod
