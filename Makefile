@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,7 +46,7 @@ test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
 # Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
 SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py
 test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
-	$(BIN)/pytest -n 2 -q -p no:schemathesis -m "not process and not whole" \
+	$(BIN)/pytest -n 2 --dist worksteal -q -p no:schemathesis -m "not process and not whole" \
 	    $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included
@@ -78,6 +78,41 @@ build/st-%/.installed: | $(VENV)/.installed-test
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(ST_$*)
 	@touch $@
+
+# Each environment's list pins all that is in it: nothing is resolved, and torch cannot come along.
+CLIENTS := build/clients
+CLIENT_LISTS := $(wildcard tests/clients/requirements-*.txt)
+test-clients: client-tools $(VENV)/.installed-test $(CLIENT_LISTS:tests/clients/requirements-%.txt=$(CLIENTS)/%/.installed) $(CLIENTS)/node/.installed ## other makers' clients against a real server (ARGS="--only langchain")
+	PYTHONPATH=. $(BIN)/python -m tests.clients.run $(ARGS)
+
+NODE_20 := process.exit(process.versions.node.split(".")[0] >= 20 ? 0 : 1)
+client-tools:
+	@command -v npm >/dev/null && command -v curl >/dev/null && node -e '$(NODE_20)' || { \
+	    echo "test-clients needs Node 20 or later, npm and curl; Debian: apt-get install nodejs npm curl"; \
+	    exit 1; }
+
+$(CLIENTS)/%/.installed: tests/clients/requirements-%.txt | $(VENV)/.installed-test
+	@echo "Installing the clients of $< …"
+	rm -rf $(@D) && mkdir -p $(CLIENTS)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+# These import torch: they run in .venv, with this folder before it.
+$(CLIENTS)/borrowed/.installed: tests/clients/requirements-borrowed.txt | $(VENV)/.installed-test
+	@echo "Installing the clients of $< …"
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+$(CLIENTS)/node/.installed: tests/clients/node/package-lock.json tests/clients/node/package.json | client-tools
+	@echo "Installing the clients of $< …"
+	rm -rf $(@D) && mkdir -p $(@D) && cp $^ $(@D)
+	cd $(@D) && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+lock-clients: $(VENV)/.installed-test ## take the clients' newest releases (tests/clients/requirements-*.txt)
+	PYTHONPATH=. $(BIN)/python -m tests.clients.lock $(ARGS)
 
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)

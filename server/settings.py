@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -213,10 +213,20 @@ class EncodeSettings(ModelSettings):
     default_input_type: Literal["none", "query", "passage"] = Field(
         "none", description="what inputs are when nothing else says it"
     )
+    token_ids: Literal["reject", "model", "cl100k"] = Field(
+        "reject",
+        description="requests that send token ids: refuse them, use them as this model's, or read "
+        "them as OpenAI's cl100k_base, which LangChain sends by default; requests can choose",
+    )
+    tiktoken_ranks: Path | None = Field(
+        None,
+        description="file of cl100k_base's ranks for --token-ids cl100k; by default looked for in "
+        "TIKTOKEN_CACHE_DIR, and with litellm and llama-index-core",
+    )
     detect_instructions: bool = Field(
         True,
         description="take a request's text that begins as the model's family writes an instruction "
-        "(Instruct: …, then Query: …) for that instruction and a query",
+        "(Instruct: ..., then Query: ...) for that instruction and a query",
     )
     allow_truncated_dimensions: bool = Field(
         False,
@@ -224,6 +234,13 @@ class EncodeSettings(ModelSettings):
         "trained for it, so quality is unknown",
     )
     runner: str | None = Field(None, description="hidden: module:factory of another runner")
+
+    @model_validator(mode="after")
+    def _ranks_are_read(self) -> Self:
+        reads_them = self.token_ids == "cl100k"  # noqa: S105  (no password)
+        if self.tiktoken_ranks is not None and not reads_them:
+            raise ValueError("--tiktoken-ranks is for --token-ids cl100k")
+        return self
 
     @field_validator("query_instruction")
     @classmethod

@@ -1,7 +1,7 @@
 """Work on a thread beside the event loop, a step for each turn of the loop.
 
 A thread that never rests takes the interpreter's lock whenever the loop lets go of it, which is at
-each call of the system: the loop would wait a dozen times in each of its turns (D113).
+each call of the system: the loop would wait a dozen times in each of its turns (D106).
 """
 
 from __future__ import annotations

@@ -6,15 +6,19 @@ process without the mark fails. So `-m "not process"` is all that runs within py
 
 from __future__ import annotations
 
+import gc
+import logging
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.checkpoints import write_checkpoint
+from model import tokenizer_file
+from tests.checkpoints import tokenizer_of, write_checkpoint
 from tests.server.processes import ServerProcess, serving
 from tests.server.questions import RUNNERS
 
@@ -39,6 +43,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("process")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is loaded here stays: the garbage collector need not look through it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_collection_finish() -> None:
+    # torch's 70 loggers do not pass on what they are told: pytest puts its handlers on each of
+    # them, six times for each test.
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch.") and isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
     # The openai client asks `uname` for its headers.
     if event in STARTS and arguments[:1] != ("uname",):
@@ -54,6 +77,13 @@ def only_marked_tests_start_processes(request: pytest.FixtureRequest) -> Iterato
     yield
     if request.node.get_closest_marker("process") is None:
         assert not started, f"mark this test `process`, for it starts one: {started}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabularies_are_parsed_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_file, "Tokenizer", SimpleNamespace(from_str=tokenizer_of))
+        yield
 
 
 @pytest.fixture

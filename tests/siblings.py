@@ -12,17 +12,17 @@ import argparse
 import json
 import zlib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken
 
 from model.config import ModelConfig
 from model.weights.names import expected_shapes
-from tests.checkpoints import official_tokenizer
+from tests.checkpoints import tokenizer_json
 
 GOLDEN = Path(__file__).parent / "golden" / "siblings"
 MARKERS = ("<instruct>", "<query>", "<response>")
@@ -171,7 +171,13 @@ SIBLINGS = {
 
 def tensor(sibling: Sibling, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The recipe's values of one tensor; `name` in full, as in the checkpoint."""
-    rng = np.random.default_rng([sibling.seed, zlib.crc32(name.encode())])
+    return _drawn(sibling.seed, sibling.dtype, name, shape)
+
+
+@cache
+def _drawn(seed: int, dtype: str, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Kept: most tests write the same few checkpoints."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     x = rng.standard_normal(shape)
     if "norm" in name and name.endswith("weight"):
         x = 1 + 0.3 * x
@@ -179,9 +185,9 @@ def tensor(sibling: Sibling, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         x = x / np.sqrt(shape[1])
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             x = 1.6 * x
-    if sibling.dtype == "float16":  # rounded once: torch goes through float32
+    if dtype == "float16":  # rounded once: torch goes through float32
         return torch.from_numpy(x.astype(np.float16))
-    return torch.from_numpy(x.astype(np.float32)).to(_DTYPES[sibling.dtype])
+    return torch.from_numpy(x.astype(np.float32)).to(_DTYPES[dtype])
 
 
 def write_sibling(folder: Path, name: str, config: dict[str, Any] | None = None) -> Path:
@@ -215,11 +221,7 @@ def write_sibling(folder: Path, name: str, config: dict[str, Any] | None = None)
 
 
 def write_tokenizer(folder: Path, markers: tuple[str, ...] = ()) -> None:
-    tokenizer = official_tokenizer()
-    tokenizer.add_special_tokens(
-        [AddedToken(marker, normalized=False, special=True) for marker in markers]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer_json(markers), encoding="utf-8")
 
 
 def _write_modules(folder: Path, sibling: Sibling, width: int) -> None:

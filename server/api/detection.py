@@ -31,20 +31,25 @@ class WrittenPrompts:
             task = f"([^\n]{{1,{_MOST_CHARS}}}?)"
             self._pattern = re.compile(opening + task + closing)
 
-    def split(self, inputs: Sequence[Input]) -> Sequence[Input]:
-        """The inputs, with a PromptedText in the place of each text that has one."""
-        if self._before is None or not any(self._has_one(item) for item in inputs):
-            return inputs
-        return [self._split(item) if self._has_one(item) else item for item in inputs]
+    def split(self, inputs: Sequence[Input]) -> tuple[Sequence[Input], int]:
+        """The inputs, with a PromptedText in the place of each text that has one; and how many."""
+        before, changed = self._before, 0
+        if before is None:
+            return inputs, 0
+        result = inputs
+        for index, item in enumerate(inputs):
+            if not isinstance(item, str) or not item.startswith(before):
+                continue
+            split = self._split(item)
+            if split is not None:
+                result = result if changed else list(inputs)
+                result[index] = split  # type: ignore[index]
+                changed += 1
+        return result, changed
 
-    def _has_one(self, item: Input) -> bool:
-        assert self._before is not None
-        return isinstance(item, str) and item.startswith(self._before)
-
-    def _split(self, item: Input) -> Input:
+    def _split(self, text: str) -> PromptedText | None:
         assert self._pattern is not None
-        assert isinstance(item, str)
-        found = self._pattern.match(item)
-        if found is None or found.end() == len(item):
-            return item
-        return PromptedText(self._family.prompt("query", found[1]), item[found.end() :])
+        found = self._pattern.match(text)
+        if found is None or found.end() == len(text):
+            return None
+        return PromptedText(self._family.prompt("query", found[1]), text[found.end() :])

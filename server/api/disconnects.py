@@ -13,19 +13,24 @@ from starlette.types import Receive
 
 from server.api.request_context import context_of, disconnect_of
 
-DEADLINE_HEADERS = (b"x-stainless-read-timeout", b"x-stainless-timeout")
-"""Seconds after which the SDK gives up: OpenAI's Python and Node SDKs."""
+DEADLINE_HEADERS = {
+    b"x-stainless-read-timeout": 1.0,
+    b"x-stainless-timeout": 1.0,
+    b"request-timeout-ms": 1e-3,
+}
+"""After how long a client gives up, with the unit in seconds: OpenAI's Python and Node SDKs, and
+Baseten's."""
 
 
 def patience(request: Request) -> float:
     """Seconds that the client waits for its answer, by the SDKs' headers; else for ever."""
     headers = context_of(request.scope).headers
-    for name in DEADLINE_HEADERS:
+    for name, unit in DEADLINE_HEADERS.items():
         given = headers.get(name)
         if given is None:
             continue
         try:
-            seconds = float(given)
+            seconds = float(given) * unit
         except ValueError:
             continue
         if math.isfinite(seconds) and seconds > 0:

@@ -6,23 +6,25 @@ headers tell which side it was, which inputs were cut, and which vectors these a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from fastapi import Request
 
+from model.batch import RunnerInfo
+from model.families import Side
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.body import hold
-from server.api.detection import WrittenPrompts
 from server.api.disconnects import cancelled_on_disconnect
-from server.api.encoding_options import encoding_options, inputs_of
+from server.api.encoding_options import Reading, encoding_options, inputs_of
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
 from server.api.request_context import context_of
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
 from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
-from server.errors import OtherVectorsError
+from server.errors import InvalidRequestError, OtherVectorsError
 from server.settings import Settings
 
 SIDE_HEADER = "x-nv-embed-input-type"
@@ -37,6 +39,7 @@ class Embedding:
     """Of one engine, for all its dialects."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
+        """Raises SettingsError."""
         self.engine = engine
         self.names = ServedNames(engine.source.model_id, settings.served_model_name)
         self.defaults = Defaults.of(
@@ -46,8 +49,9 @@ class Embedding:
             engine.prompts,
         )
         self._truncates_dimensions = settings.allow_truncated_dimensions
-        self._written = WrittenPrompts(engine.family) if settings.detect_instructions else None
-        self._fingerprints: dict[tuple[int, str], str] = {}  # by dimensions and kind
+        self._reading = Reading.of(settings, engine.family)
+        self._runners: list[RunnerInfo] = []
+        self._fingerprints: dict[int, str] = {}  # of those runners, by dimensions
 
     def job(
         self,
@@ -55,41 +59,75 @@ class Embedding:
         wire: InstructedInput,
         model: str | None = None,
         deadline: float = float("inf"),
+        side: Side | None = None,
+        name: str = "input",
     ) -> EmbedJob:
-        """Raises InvalidRequestError, ModelNotFoundError."""
-        path_side = context_of(request.scope).side
+        """side: whatever the request says. name: of the field that the inputs came in.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        path_side = side or context_of(request.scope).side
         options = encoding_options(wire, model, self.names, self.defaults, path_side)
-        return EmbedJob(inputs_of(wire, options.side, self._written), options, deadline)
+        inputs, prompted = inputs_of(wire, options.side, self._reading, name)
+        return EmbedJob(inputs, options, deadline, prompted)
+
+    def pairs_job(
+        self,
+        wire: InstructedInput,
+        queries: Sequence[str],
+        passages: Sequence[str],
+        model: str | None,
+        deadline: float,
+    ) -> EmbedJob:
+        """Queries, then passages, in one job; `wire` describes the queries' task.
+
+        Raises InvalidRequestError, ModelNotFoundError.
+        """
+        of_query = encoding_options(wire, model, self.names, self.defaults, "query")
+        bare = wire.model_copy(update={"instruction": None, "task": None})
+        options = encoding_options(bare, model, self.names, self.defaults, "passage")
+        asked = [PromptedText(of_query.prompt, text) for text in queries]
+        return EmbedJob([*asked, *passages], options, deadline, len(asked))
 
     async def embed(
-        self, request: Request, job: EmbedJob, how: VectorFormat
+        self, request: Request, job: EmbedJob, how: VectorFormat, name: str = "input"
     ) -> tuple[EmbedResult, dict[str, str]]:
-        """The vectors, and headers for their answer. Raises ServerErrors, ClientDisconnect."""
+        """The vectors, and headers for their answer. name: of the field that the inputs came in.
+
+        Raises ServerErrors, ClientDisconnect.
+        """
         width = self.engine.dimensions
-        how.check(width, self._truncates_dimensions)
+        self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
         hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
-        with cancelled_on_disconnect(request):
-            result = await self.engine.embed(job)
-        how.check_vectors(result.vectors)
+        try:
+            with cancelled_on_disconnect(request):
+                result = await self.engine.embed(job)
+            how.check_vectors(result.vectors)
+        except InvalidRequestError as error:
+            raise _renamed(error, name) from None
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
         headers = {SIDE_HEADER: side_of(job), FINGERPRINT_HEADER: fingerprint}
         if result.cut:
             headers[CUT_HEADER] = ranges(result.cut)
         return result, headers
 
+    def check(self, how: VectorFormat) -> None:
+        """Raises InvalidRequestError for what this model cannot give."""
+        how.check(self.engine.dimensions, self._truncates_dimensions)
+
     def fingerprint(self, dimensions: int) -> str:
         """Of vectors cut to so many dimensions; "" while no worker says how it computes."""
-        runners = self.engine.runners
-        kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
-        if not kinds:
-            return ""
-        key = dimensions, ", ".join(sorted(kinds))
-        if key not in self._fingerprints:
-            engine = self.engine
-            self._fingerprints[key] = of_vectors(engine.fingerprint, engine.family, *key)
-        return self._fingerprints[key]
+        engine, runners = self.engine, self.engine.runners
+        if runners != self._runners:
+            self._runners, self._fingerprints = runners, {}
+        if dimensions not in self._fingerprints and runners:
+            kinds = {kind_of_vectors(runner.dtype, runner.quantization) for runner in runners}
+            kind = ", ".join(sorted(kinds))
+            found = of_vectors(engine.fingerprint, engine.family, dimensions, kind)
+            self._fingerprints[dimensions] = found
+        return self._fingerprints.get(dimensions, "")
 
     def _refuse_others(self, request: Request, fingerprint: str) -> None:
         wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
@@ -103,8 +141,18 @@ class Embedding:
 def side_of(job: EmbedJob) -> str:
     """query, passage or none; mixed where only some of the texts bring an instruction."""
     asked = job.options.side or "none"
-    kinds = {"query" if isinstance(item, PromptedText) else asked for item in job.inputs}
-    return kinds.pop() if len(kinds) == 1 else "mixed"
+    if not job.prompted or asked == "query":
+        return asked
+    return "query" if job.prompted == len(job.inputs) else "mixed"
+
+
+def _renamed(error: InvalidRequestError, name: str) -> InvalidRequestError:
+    """What is said of `input`, of the dialect's own field."""
+    if name != "input":
+        if error.param is not None:
+            error.param = re.sub(r"^input\b", name, error.param)
+        error.message = re.sub(r"\binput(?=\[\d+\]|\))", name, error.message)
+    return error
 
 
 def ranges(indices: Sequence[int]) -> str:

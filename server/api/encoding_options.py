@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from model.families import Side
+from model.families import Family, Side
 from model.tokenizer import Truncation
 from server.api import parsing
 from server.api.detection import WrittenPrompts
 from server.api.instructions import Defaults, choose_prompt
 from server.api.names import ServedNames
 from server.api.schemas import EmbeddingsRequest, InstructedInput
+from server.api.token_ids import TokenIds
 from server.api.vector_format import VectorFormat
 from server.engine.interface import EncodingOptions, Input
 from server.errors import InvalidRequestError
+from server.settings import EncodeSettings
 
 
 def encoding_options(
@@ -56,16 +60,37 @@ def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
     return Truncation.END if side == "right" else Truncation.START
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a server or a run takes its inputs."""
+
+    token_ids: TokenIds
+    written: WrittenPrompts | None
+
+    @classmethod
+    def of(cls, settings: EncodeSettings | argparse.Namespace, family: Family) -> Reading:
+        """Raises SettingsError."""
+        return cls(
+            TokenIds(settings.token_ids, settings.tiktoken_ranks),
+            WrittenPrompts(family) if settings.detect_instructions else None,
+        )
+
+
 def inputs_of(
-    wire: InstructedInput, side: Side | None, written: WrittenPrompts | None
-) -> Sequence[Input]:
-    """Its `input`; a text with a prompt `written` before it as such, where the request itself does
-    not say what stands around its texts. Raises InvalidRequestError."""
-    inputs = parsing.parse_inputs(wire.input)
+    wire: InstructedInput, side: Side | None, reading: Reading, name: str = "input"
+) -> tuple[Sequence[Input], int]:
+    """Its `input`; a text with a prompt written before it as such (and how many there are), where
+    the request itself does not say what stands around its texts. Raises InvalidRequestError."""
+    parsed = parsing.parse_inputs(wire.input, name)
+    inputs = reading.token_ids.read(parsed, wire.token_ids, name)
+    written = reading.written
     asked = (wire.prompt, wire.suffix, wire.instruction, wire.task, wire.examples)
-    if written is None or side == "passage" or any(field is not None for field in asked):
-        return inputs
+    if written is None or side == "passage" or asked != _NOTHING:
+        return inputs, 0
     return written.split(inputs)
+
+
+_NOTHING = (None,) * 5
 
 
 def vector_format(wire: EmbeddingsRequest) -> VectorFormat:

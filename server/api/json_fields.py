@@ -23,6 +23,8 @@ STEP = 64 * 1024
 KEPT_CHARS = 16 * MAX_REQUEST_TOKENS
 """Characters at each end of a text that are kept: pieces have no more than 16 characters, so
 whatever truncation is asked for, nothing between them can be among a request's tokens."""
+_LISTS = ("input", "inputs", "texts", "documents", "passages", "text_1", "text_2", "queries")
+"""Fields of the dialects that may be lists of many texts."""
 _MAX_FIELDS = 1000
 _MAX_PASSED = 100_000
 """Strings, lists and objects in a value that nobody wants."""
@@ -106,25 +108,28 @@ class _Reader:
 
     def _value(self, name: str) -> Any:
         first = self._peek()
-        if name == "input" and first == ord("["):
-            return self._inputs()
+        if name in _LISTS and first == ord("["):
+            return self._inputs(name)
         if first == ord('"'):
             return self._text()
+        return self._small(name)
+
+    def _small(self, name: str) -> Any:
         begin = self._at
         self._pass_over(name)
         if self._at - begin > STEP:
             raise InvalidRequestError(f"{name} is larger than any value of it", param=name)
         return self._loads(begin, self._at)
 
-    def _inputs(self) -> list[Any]:
-        """Texts or lists of ids, or the ids of one input."""
+    def _inputs(self, name: str) -> list[Any]:
+        """Texts, small objects that hold one, lists of ids, or the ids of one input."""
         items: list[Any] = []
         num_ids = 0
         self._at += 1
         first = self._peek()
         more = first not in (ord("]"), None)
         if first is not None and more and first not in b'"[{':
-            items, more = self._numbers("input"), False
+            items, more = self._numbers(name), False
         while more:
             first = self._peek()
             if first == ord('"'):
@@ -136,15 +141,17 @@ class _Reader:
                     items.append(self._text())
             elif first == ord("["):
                 self._at += 1
-                items.append(self._numbers(f"input[{len(items)}]"))
+                items.append(self._numbers(f"{name}[{len(items)}]"))
                 self._expect(b"]")
                 num_ids += len(items[-1])
+            elif first == ord("{"):
+                items.append(self._small(f"{name}[{len(items)}]"))
             else:
-                raise InvalidRequestError("input holds neither texts nor token ids", param="input")
+                raise InvalidRequestError(f"{name} holds neither texts nor token ids", param=name)
             if len(items) > MAX_REQUEST_INPUTS:
                 raise InvalidRequestError(
-                    f"input has more than {MAX_REQUEST_INPUTS} items, which is the limit",
-                    param="input",
+                    f"{name} has more than {MAX_REQUEST_INPUTS} items, which is the limit",
+                    param=name,
                 )
             if num_ids > MAX_REQUEST_TOKENS:
                 raise _too_many_ids()

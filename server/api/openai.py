@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.prompts import written
 from model.tasks import TASKS
-from server.api import schemas, serialize
+from server.api import answer_schemas, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
@@ -20,9 +20,10 @@ from server.api.embedding import SIDE_HEADER, Embedding, side_of
 from server.api.encoding_options import vector_format
 from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, json_response
-from server.engine.interface import Engine
 from server.settings import Settings
 
+AZURE_PATHS = ("/openai/v1/embeddings", "/openai/deployments/{model_id:path}/embeddings")
+"""Where Azure's clients send the same; a deployment's name is that of a model."""
 _ID_BYTES = 4 + 6  # in memory, and in the answer
 
 
@@ -39,6 +40,8 @@ class _Endpoints:
         """Embed one or more inputs: OpenAI's endpoint, with optional fields for instructions."""
         arrived = time.monotonic()
         wire, headers = await self._bodies.read(request, schemas.EmbeddingsRequest)
+        if (deployment := request.path_params.get("model_id")) is not None:
+            wire.model = deployment
         job = self._embedding.job(request, wire, wire.model, arrived + patience(request))
         how = vector_format(wire)
         result, said = await self._embedding.embed(request, job, how)
@@ -95,11 +98,11 @@ class _Endpoints:
         return json_response({"object": "list", "data": data, **defaults})
 
 
-def create_router(engine: Engine, settings: Settings) -> APIRouter:
-    """The dialect's routes over one engine."""
+def create_router(embedding: Embedding, settings: Settings) -> APIRouter:
+    """The dialect's routes."""
     router = APIRouter(route_class=RequestRoute)
-    endpoints = _Endpoints(Embedding(engine, settings), settings)
-    for path in schemas.EMBEDDINGS_PATHS:
+    endpoints = _Endpoints(embedding, settings)
+    for path in (*schemas.EMBEDDINGS_PATHS, *AZURE_PATHS):
         documented = path == schemas.EMBEDDINGS_PATHS[0]
         router.add_api_route(
             path,
@@ -109,7 +112,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
             include_in_schema=documented,
             operation_id="create_embeddings" if documented else None,
             openapi_extra=body_schema("EmbeddingsRequest"),
-            responses={200: {"model": schemas.EmbeddingsResponse}, **ERRORS},
+            responses={200: {"model": answer_schemas.EmbeddingsResponse}, **ERRORS},
         )
     router.add_api_route(
         "/tokenize",
@@ -119,7 +122,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
         operation_id="tokenize",
         openapi_extra=body_schema("TokenizeRequest"),
         responses={
-            200: {"model": schemas.TokenizeResponse},
+            200: {"model": answer_schemas.TokenizeResponse},
             **{status: ERRORS[status] for status in ERRORS if status not in (409, 504)},
         },
     )
@@ -132,7 +135,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
             tags=["models"],
             include_in_schema=documented,
             operation_id="list_models" if documented else None,
-            responses={200: {"model": schemas.ModelList}, **READ_ERRORS},
+            responses={200: {"model": answer_schemas.ModelList}, **READ_ERRORS},
         )
         router.add_api_route(
             f"{prefix}/models/{{model_id:path}}",
@@ -142,7 +145,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
             include_in_schema=documented,
             operation_id="retrieve_model" if documented else None,
             openapi_extra={"parameters": [_MODEL_ID]},
-            responses={200: {"model": schemas.ModelCard}, **READ_ERRORS, 404: ERRORS[404]},
+            responses={200: {"model": answer_schemas.ModelCard}, **READ_ERRORS, 404: ERRORS[404]},
         )
     router.add_api_route(
         "/v1/instructions",
@@ -150,7 +153,7 @@ def create_router(engine: Engine, settings: Settings) -> APIRouter:
         methods=["GET"],
         tags=["models"],
         operation_id="list_instructions",
-        responses={200: {"model": schemas.InstructionList}, **READ_ERRORS},
+        responses={200: {"model": answer_schemas.InstructionList}, **READ_ERRORS},
     )
     return router
 

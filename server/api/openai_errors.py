@@ -11,21 +11,24 @@ from server.errors import ServerError
 
 
 def error_body(error: ServerError) -> dict[str, Any]:
-    """The one envelope."""
+    """The one envelope; and `detail`, by which voyageai's client tells errors apart."""
     return {
+        "detail": error.message,
         "error": {
             "message": error.message,
             "type": error.type,
             "param": error.param,
             "code": error.code,
-        }
+        },
     }
 
 
 def error_response(error: ServerError) -> Response:
+    return error_in(error_body(error), error)
+
+
+def error_in(body: object, error: ServerError) -> Response:
+    """An error in a dialect's own body; status and headers are the same in all."""
     return Response(
-        orjson.dumps(error_body(error)),
-        error.status,
-        headers=error.headers(),
-        media_type="application/json",
+        orjson.dumps(body), error.status, headers=error.headers(), media_type="application/json"
     )

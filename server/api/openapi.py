@@ -15,12 +15,15 @@ from prometheus_client import CollectorRegistry
 from model.families import NV_EMBED
 from model.hub import ModelSource
 from server.api import admin, openai, schemas
+from server.api.embedding import Embedding
 from server.engine.interface import Engine
 from server.settings import Settings
 
 TITLE = "NV-Embed server"
 SUMMARY = "OpenAI-compatible embeddings from NV-Embed."
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+_PROBES = ("/livez", "/readyz", "/health", "/ping", "/v1/health/live", "/v1/health/ready")
+METRICS_PATHS = frozenset({"/metrics", "/v1/metrics"})
+OPEN_PATHS = METRICS_PATHS.union(_PROBES)
 """Probes and scrapers need no key there."""
 
 
@@ -31,7 +34,7 @@ def openapi_document() -> dict[str, Any]:
     no_engine = SimpleNamespace(source=source, family=NV_EMBED, prompts={})
     engine, settings = cast(Engine, no_engine), Settings()
     app = FastAPI()
-    app.include_router(openai.create_router(engine, settings))
+    app.include_router(openai.create_router(Embedding(engine, settings), settings))
     app.include_router(admin.create_router(engine, settings, CollectorRegistry()))
     document = get_openapi(
         title=TITLE, version=version("nv-embed-server"), summary=SUMMARY, routes=app.routes

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from pydantic import AliasChoices, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from server.api import json_fields, schemas
 from server.api.json_text import JSONTextError, loads
-from server.api.schemas import EmbeddingsRequest, Wire
+from server.api.schemas import EmbeddingsRequest
+from server.api.wire import Wire
 from server.engine.interface import Input
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
@@ -67,15 +68,12 @@ def _field_of(wire: type[Wire], name: str) -> FieldInfo | None:
 @functools.cache
 def known_fields(wire: type[Wire]) -> frozenset[str]:
     """All names that a body may have, aliases included."""
-    names = {*schemas.REFUSED, *schemas.UNFOLDED}
-    for name, field in (EmbeddingsRequest.model_fields | wire.model_fields).items():
-        alias = field.validation_alias
-        names.update([name] if alias is None else map(str, cast(AliasChoices, alias).choices))
-    return frozenset(names)
+    known = wire.all_names() | EmbeddingsRequest.all_names()
+    return frozenset(known | schemas.REFUSED.keys() | schemas.UNFOLDED)
 
 
-def parse_inputs(value: object) -> list[Input]:
-    """The `input` of a request, in all its forms, as a list of inputs."""
+def parse_inputs(value: object, name: str = "input") -> list[Input]:
+    """The `input` of a request, in all its forms, as a list of inputs. name: of that field."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = [_text_of(item) for item in value]
     is_ids = isinstance(value, list) and set(map(type, value)) == {int}
@@ -83,21 +81,21 @@ def parse_inputs(value: object) -> list[Input]:
         value = [value]
     if not isinstance(value, list) or not value:
         raise InvalidRequestError(
-            "input must be a string, a list of strings, token ids, or a list of lists of token "
+            f"{name} must be a string, a list of strings, token ids, or a list of lists of token "
             "ids, and not empty",
-            param="input",
+            param=name,
         )
     if len(value) > MAX_REQUEST_INPUTS:
         raise InvalidRequestError(
-            f"input has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param="input"
+            f"{name} has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param=name
         )
     if len({type(item) for item in value}) > 1:
         raise InvalidRequestError(
-            "input must not mix texts, token ids and other values", param="input"
+            f"{name} must not mix texts, token ids and other values", param=name
         )
     for index, item in enumerate(value):
         if problem := _item_problem(item):
-            param = "input" if len(value) == 1 else f"input[{index}]"
+            param = name if len(value) == 1 else f"{name}[{index}]"
             raise InvalidRequestError(f"{param} {problem}", param=param)
     return value
 

@@ -14,12 +14,12 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Receive, Scope, Send
 
-from server.api import schemas
+from server.api import answer_schemas
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Responses = dict[int | str, dict[str, Any]]
 ERRORS: Responses = {
-    status: {"model": schemas.ErrorResponse, "description": text}
+    status: {"model": answer_schemas.ErrorResponse, "description": text}
     for status, text in {
         400: "The request is malformed, or an input is too long; `param` names the field.",
         401: "No or a wrong API key.",

@@ -51,6 +51,15 @@ def embeddings_pieces(
     )
 
 
+def rows_pieces(vectors: Sequence[NDArray[np.float32]], how: VectorFormat) -> Iterator[bytes]:
+    """A bare JSON list of vectors, in pieces."""
+    step = max(1, PIECE_VALUES // len(vectors[0]))
+    for first in range(0, len(vectors), step):
+        rows = b",".join(how.written(vector) for vector in vectors[first : first + step])
+        yield b"%b%b" % (b"," if first else b"[", rows)
+    yield b"]"
+
+
 def tokens_pieces(
     encodings: Sequence[Encoding], prompt: Prompt, max_tokens: int
 ) -> Iterator[bytes]:

@@ -140,7 +140,7 @@ def _server(bench: Bench, max_input_tokens: int, ready_s: float) -> Iterator[str
     command += ["--devices", device, "--attention", job["attention"], "--port", "0"]
     command += ["--served-model-name", _SERVED_NAME]
     command += ["--cuda-graphs"] if bench.records(job["base"]) else []
-    command += ["--max-input-tokens", str(max_input_tokens)]
+    command += ["--max-input-tokens", str(max_input_tokens), "--token-ids", "model"]
     command += ["--runner", job["runner"]] if job.get("runner") else []
     with log.open("wb") as said:
         process = subprocess.Popen(  # noqa: S603

@@ -206,7 +206,7 @@ class EmbeddingEngine:
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
             vectors = await self._run(encodings, job.deadline)
-            cut = tuple(index for index, encoding in enumerate(encodings) if encoding.is_cut)
+            cut = [index for index, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
             return EmbedResult(vectors, tokens, cut)
 

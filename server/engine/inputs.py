@@ -66,7 +66,9 @@ class InputTokenizer:
         max_tokens = min(options.max_tokens or self.max_input_tokens, self.max_input_tokens)
         prompt = options.prompt
         texts = [text for text in inputs if isinstance(text, str)]
-        prompted = [item for item in inputs if isinstance(item, PromptedText)]
+        prompted = []
+        if len(texts) < len(inputs):
+            prompted = [item for item in inputs if isinstance(item, PromptedText)]
         if prompt and not options.is_default and len(texts) + len(prompted) < len(inputs):
             raise InvalidRequestError(
                 'an instruction cannot be put before token ids: send text, or prompt: ""',

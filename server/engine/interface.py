@@ -51,6 +51,8 @@ class EmbedJob:
     options: EncodingOptions = EncodingOptions()
     deadline: float = float("inf")
     """On time.monotonic's clock."""
+    prompted: int = 0
+    """How many of the inputs are PromptedTexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class EmbedResult:
     """One [D] for each input, of length one."""
     tokens: int
     """Ids that ran: BOS, EOS and prefix counted, after truncation."""
-    cut: tuple[int, ...] = ()
+    cut: Sequence[int] = ()
     """Which inputs were truncated."""
 
 

@@ -16,13 +16,16 @@ from prometheus_client import (
 )
 
 from model.families import Side
-from server.engine.interface import EmbedJob, PromptedText
+from server.engine.interface import EmbedJob
 
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _SEQS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SIDES: tuple[Side | None, ...] = ("query", "passage", None)
-ROUTES = ("embeddings", "tokenize", "models", "instructions", "info", "health", "metrics", "other")
+ROUTES = (
+    *("embeddings", "rerank", "tokenize", "models", "instructions"),
+    *("info", "health", "metrics", "other"),
+)
 STATUSES = (200, 400, 401, 404, 405, 408, 409, 413, 415, 429, 431, 499, 500, 503, 504)
 
 
@@ -90,10 +93,9 @@ class Metrics:
 
     def count_inputs(self, job: EmbedJob, truncated: int) -> None:
         """Those of an answered request."""
-        queries = sum(isinstance(item, PromptedText) for item in job.inputs)
-        if queries:
-            self._of_side["query"].inc(queries)
-        self._of_side[job.options.side].inc(len(job.inputs) - queries)
+        self._of_side[job.options.side].inc(len(job.inputs) - job.prompted)
+        if job.prompted:
+            self._of_side["query"].inc(job.prompted)
         if truncated:
             self._truncated.inc(truncated)
 

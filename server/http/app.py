@@ -7,11 +7,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from server.api import admin, openai
+from server.api import admin, cohere, ollama, openai, rerank, tei
 from server.api.body import IGNORED_HEADER
 from server.api.byte_budget import ByteBudget
-from server.api.embedding import HEADERS
-from server.api.openapi import OPEN_PATHS, SUMMARY, TITLE, openapi_document
+from server.api.embedding import HEADERS, Embedding
+from server.api.openapi import METRICS_PATHS, OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
 from server.http.gate import Gate
@@ -19,6 +19,13 @@ from server.http.pages import add_pages
 from server.http.refusals import Refusals
 from server.http.request_record import RequestRecord
 from server.settings import Settings
+
+_SHAPES = {
+    **dict.fromkeys((*cohere.PATHS, rerank.COHERE_PATH), cohere.error_response),
+    **dict.fromkeys((*tei.EMBED_PATHS, tei.SIMILARITY_PATH), tei.error_response),
+    ollama.FOLDER: ollama.error_response,
+}
+"""Path, or first folder of paths -> how its dialect writes an error; the others as OpenAI's."""
 
 
 class _App(FastAPI):
@@ -47,9 +54,11 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},  # nobody asked for it
     )
     app.root_path = _prefix(settings.root_path)  # as an argument it is deprecated, and warned of
+    embedding = Embedding(engine, settings)
     routers = (
-        openai.create_router(engine, settings),
+        openai.create_router(embedding, settings),
         admin.create_router(engine, settings, metrics.registry),
+        *(dialect.create_router(embedding, settings) for dialect in (cohere, tei, ollama, rerank)),
     )
     # Not included, which has each request matched twice; before the framework's own; and those of
     # most requests first, for each is compared with the paths in turn.
@@ -63,10 +72,12 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
 
 def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
-    open_paths = OPEN_PATHS - ({"/metrics"} if settings.metrics_need_key else set())
+    open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
     app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
     paths = (route.path for route in app.routes if isinstance(route, Route))
-    app.add_middleware(Refusals, paths=frozenset(path for path in paths if "{" not in path))
+    app.add_middleware(
+        Refusals, paths=frozenset(path for path in paths if "{" not in path), shapes=_SHAPES
+    )
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,

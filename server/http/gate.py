@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.request_context import RequestContext, context_of
 from server.errors import InvalidKeyError
+
+_KEY_HEADERS = (b"api-key", b"x-api-key")
 
 
 class Gate:
@@ -27,12 +29,23 @@ class Gate:
     def _check(self, context: RequestContext) -> None:
         if context.route_path in self._open_paths:
             return
-        given = context.headers.get(b"authorization")
-        if given is None:
-            raise InvalidKeyError("You didn't provide an API key: send Authorization: Bearer KEY")
-        scheme, _, key = given.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+        digest = hashlib.sha256(_key_of(context.headers)).digest()
         # Every key is compared, each in constant time.
         found = [hmac.compare_digest(digest, known) for known in self._keys]
-        if scheme.lower() != b"bearer" or not any(found):
+        if not any(found):
             raise InvalidKeyError("Incorrect API key provided")
+
+
+def _key_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """As a bearer, or in the headers of Azure's clients and others. Raises InvalidKeyError."""
+    given = headers.get(b"authorization")
+    if given is not None:
+        scheme, _, key = given.partition(b" ")
+        if scheme.lower() == b"bearer":
+            return key.strip()
+    for name in _KEY_HEADERS:
+        if name in headers:
+            return headers[name].strip()
+    if given is None:
+        raise InvalidKeyError("You didn't provide an API key: send Authorization: Bearer KEY")
+    raise InvalidKeyError("Incorrect API key provided")

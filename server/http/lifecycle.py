@@ -33,7 +33,7 @@ logger = logging.getLogger("nv_embed")
 
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter when the event loop wants it; Python's own 5 ms are as
-long as many answers take (D113)."""
+long as many answers take (D106)."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 

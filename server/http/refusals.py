@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 from fastapi import Response
@@ -22,14 +23,18 @@ from server.errors import (
 )
 from server.http.request_record import CLIENT_CLOSED_REQUEST
 
+ErrorShape = Callable[[ServerError], Response]
 logger = logging.getLogger("nv_embed.access")
 
 
 class Refusals:
-    """ASGI layer; `paths` are those of the routes, for who asks for another one."""
+    """ASGI layer; `paths` are those of the routes, for who asks for another one; `shapes` how an
+    error is written for a path, where it is not as OpenAI does."""
 
-    def __init__(self, app: ASGIApp, *, paths: frozenset[str]) -> None:
-        self._app, self._paths = app, paths
+    def __init__(
+        self, app: ASGIApp, *, paths: frozenset[str], shapes: Mapping[str, ErrorShape]
+    ) -> None:
+        self._app, self._paths, self._shapes = app, paths, shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,13 +55,13 @@ class Refusals:
                 request_id = context_of(scope).request_id
                 logger.exception("a request failed", extra={"request_id": request_id})
                 failed = f"The server failed; see its log at request {request_id}"
-                foreseen = error_response(InternalError(failed))
+                foreseen = self._written(scope, InternalError(failed))
             if not answered:
                 await foreseen(scope, receive, send)
 
     def _foreseen(self, scope: Scope, error: Exception) -> Response | None:
         if isinstance(error, ServerError):
-            return error_response(error)
+            return self._written(scope, error)
         if isinstance(error, HTTPException):
             return self._of_framework(scope, error)
         if isinstance(error, ClientDisconnect):
@@ -66,16 +71,25 @@ class Refusals:
     def _of_framework(self, scope: Scope, error: HTTPException) -> Response:
         """What the framework itself refuses, in our envelope."""
         method, path = scope["method"], scope["path"][:200]
-        if error.status_code == HTTPStatus.NOT_FOUND:
+        is_base = context_of(scope).route_path == "/"  # which a browser opens
+        if error.status_code == HTTPStatus.NOT_FOUND or is_base:
             words = f"Unknown route {method} {path}{self._pointer(context_of(scope).route_path)}"
-            return error_response(NotFoundError(words))
+            refusal = NotFoundError(words)
+            return error_response(refusal) if is_base else self._written(scope, refusal)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             headers = dict(error.headers or {})
             use = f": use {headers['Allow']}" if "Allow" in headers else ""
-            answer = error_response(MethodNotAllowedError(f"{path} does not take {method}{use}"))
+            wrong = MethodNotAllowedError(f"{path} does not take {method}{use}")
+            answer = self._written(scope, wrong)
             answer.headers.update(headers)
             return answer
-        return error_response(InvalidRequestError(f"{error.detail}"))
+        return self._written(scope, InvalidRequestError(f"{error.detail}"))
+
+    def _written(self, scope: Scope, error: ServerError) -> Response:
+        path = context_of(scope).route_path
+        folder = f"/{path[1:].partition('/')[0]}/"
+        shape = self._shapes.get(path) or self._shapes.get(folder, error_response)
+        return shape(error)
 
     def _pointer(self, path: str) -> str:
         """What somebody who asked for an unknown route may have wanted."""
@@ -86,4 +100,7 @@ class Refusals:
             docs = ", /docs" if "/docs" in self._paths else ""
             return f": texts are embedded by POST /v1/embeddings; see also /v1/models, /info{docs}"
         close = nearest("/" + "/".join(once), self._paths)
-        return f": did you mean {close}?" if close else ""
+        why = ""
+        if len(once) < len(parts) and "v1" in parts:
+            why = " It has /v1 twice: the client puts one behind its base URL."
+        return f": did you mean {close}?{why}" if close else ""

@@ -13,8 +13,9 @@ from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.families import Side
+from server.api import cohere, ollama, openai, rerank, tei
 from server.api.byte_budget import ByteBudget
-from server.api.openapi import OPEN_PATHS
+from server.api.openapi import METRICS_PATHS, OPEN_PATHS
 from server.api.request_context import RequestContext, put_context
 from server.api.schemas import EMBEDDINGS_PATHS
 from server.engine.interface import Engine
@@ -27,14 +28,17 @@ _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the s
 _SIDES: tuple[Side, ...] = ("query", "passage")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
-    **dict.fromkeys(EMBEDDINGS_PATHS, "embeddings"),
+    **dict.fromkeys(
+        (*EMBEDDINGS_PATHS, *openai.AZURE_PATHS, *cohere.PATHS, *tei.EMBED_PATHS), "embeddings"
+    ),
+    **dict.fromkeys(ollama.EMBED_PATHS, "embeddings"),
+    **dict.fromkeys((*rerank.PATHS, tei.SIMILARITY_PATH), "rerank"),
     "/models": "models",
     "/v1/models": "models",
     "/v1/instructions": "instructions",
-    "/livez": "health",
-    "/readyz": "health",
-    "/health": "health",
-    **{f"/{name}": name for name in ("tokenize", "info", "metrics")},
+    **dict.fromkeys(OPEN_PATHS - METRICS_PATHS, "health"),
+    **dict.fromkeys(METRICS_PATHS, "metrics"),
+    **{f"/{name}": name for name in ("tokenize", "info")},
 }
 
 
@@ -58,6 +62,8 @@ class RequestRecord:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the HTTP server sends the head of what is written
+            scope = {**scope, "method": "GET"}
         started, status = time.monotonic(), 0
         headers = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id", b""))
@@ -90,6 +96,10 @@ class RequestRecord:
         label = _LABELS.get(path, "other")
         if path.startswith(("/v1/models/", "/models/")):
             label = "models"
+        elif path.startswith("/openai/deployments/"):
+            label = "embeddings"
+        elif path.startswith("/v1/retrieval/"):
+            label = "rerank"
         assert label in ROUTES, label
         metrics, key = self._metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count
@@ -111,14 +121,19 @@ def _route_path(scope: Scope) -> str:
 
 
 def _side_of(scope: Scope) -> tuple[str, Side | None]:
-    """The route's path, and the side in front of it, which the scope's path loses: a base URL is
-    what every client lets its user set."""
+    """The route's path, and the side in front of it, which the scope's path loses (and a slash
+    behind): a base URL is what every client lets its user set."""
     path = _route_path(scope)
+    if path.endswith("/") and path != "/":  # a base URL with one behind
+        bare = path.rstrip("/") or "/"
+        scope["path"] = scope["path"][: len(scope["path"]) - len(path)] + bare
+        path = bare
     for side in _SIDES:
-        if path.startswith(f"/{side}/"):
+        if path.startswith(f"/{side}/") or path == f"/{side}":
             before = len(scope["path"]) - len(path)
-            scope["path"] = scope["path"][:before] + path[len(side) + 1 :]
-            return path[len(side) + 1 :], side
+            rest = path[len(side) + 1 :] or "/"  # Hugging Face's clients post to the URL itself
+            scope["path"] = scope["path"][:before] + rest
+            return rest, side
     return path, None
 
 

@@ -20,8 +20,7 @@ from model.batch import Encoding
 from model.errors import did_you_mean
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api import parsing, schemas, serialize
-from server.api.detection import WrittenPrompts
-from server.api.encoding_options import encoding_options, inputs_of, vector_format
+from server.api.encoding_options import Reading, encoding_options, inputs_of, vector_format
 from server.api.hints import ignored_names
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
@@ -96,7 +95,7 @@ class BatchAnswers:
     defaults: Defaults
     truncated_dimensions: bool
     checkpoint: str  # its fingerprint
-    written: WrittenPrompts | None = None
+    reading: Reading
     _said: set[str] = field(default_factory=set)  # of ignored fields, each once
 
     def tokenize(self, lines: Sequence[BatchLine], first: int) -> _Answers:
@@ -116,7 +115,7 @@ class BatchAnswers:
             wire, unknown = parsing.read_body(schemas.EmbeddingsRequest, line.body)
             self._say_ignored(unknown)
             options = encoding_options(wire, wire.model, self.names, self.defaults)
-            inputs = inputs_of(wire, options.side, self.written)
+            inputs, _ = inputs_of(wire, options.side, self.reading)
             width = self.encoder.runner.info.width
             vector_format(wire).check(width, self.truncated_dimensions)
             wire.model = self.names.shown(wire.model)

@@ -23,7 +23,7 @@ from model.hub import ModelSource, locate
 from model.platform import resources
 from model.prompts import Example
 from model.tokenizer import NVEmbedTokenizer
-from server.api.detection import WrittenPrompts
+from server.api.encoding_options import Reading
 from server.api.names import ServedNames
 from server.engine.inputs import InputTokenizer
 from server.engine.worker import load_factory
@@ -139,7 +139,7 @@ def _run(
     deciding = ["max_input_tokens"]
     if arguments.openai_batch:
         deciding += ["query_instruction", "default_input_type", "detect_instructions"]
-        deciding += ["allow_truncated_dimensions"]
+        deciding += ["allow_truncated_dimensions", "token_ids"]
     defaults = {name: getattr(arguments, name) for name in deciding}
     config = model.config()
     prompt = call.prompt_of(arguments, config, examples)
@@ -165,7 +165,7 @@ def _run(
                 call.defaults_of(arguments, config),
                 arguments.allow_truncated_dimensions,
                 checkpoint,
-                WrittenPrompts(config.family) if arguments.detect_instructions else None,
+                Reading.of(arguments, config.family),
             ).tokenize
         todo.finish(encoder, tokenize, every=bulk.KEEP_EVERY_S)
     return False

@@ -56,6 +56,13 @@ def test_the_path_is_stronger_than_any_field(
         assert headers["x-nv-embed-input-type"] == side
 
 
+def test_the_path_alone_is_the_route_that_hugging_face_posts_to(server: AppInProcess) -> None:
+    for path in ("/query", "/query/"):
+        found = server.client.post(path, json={"inputs": TEXTS})
+        assert found.status_code == 200, found.text
+        np.testing.assert_allclose(found.json(), ask(server, input_type="query")[0], atol=1e-6)
+
+
 def test_the_path_is_before_every_route(server: AppInProcess) -> None:
     for path in ("/v1/models", "/models/golden-embed", "/info", "/livez", "/v1/instructions"):
         assert server.client.get(f"/query{path}").status_code == 200

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralModel
 
 from model.attention.cpu import sdpa_by_length
 from model.attention.kernels import AttentionKernel, sdpa_padded
@@ -24,6 +24,9 @@ from model.packing import pack
 from model.rotary import as_neighbours
 from model.weights.names import Source, tensor_table
 from tests.model import fused_stand_in as stand_in
+
+if TYPE_CHECKING:
+    from transformers import MistralModel
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -45,6 +48,8 @@ CONFIG = ModelConfig(
 
 def referee(config: ModelConfig, *, sliding_window: int | None = None) -> MistralModel:
     """transformers' model with random weights of a size that makes attention matter."""
+    from transformers import MistralConfig, MistralModel  # here: it takes a second
+
     torch.manual_seed(0)
     theirs = MistralModel(
         MistralConfig(

@@ -130,6 +130,7 @@ def expected(checkpoint: Path) -> np.ndarray:
     return ModelRunner(RunnerOptions(str(checkpoint), dtype="float32")).embed(encodings())
 
 
+@pytest.mark.whole
 @needs_varlen
 @pytest.mark.parametrize(
     ("attention", "graphs"),

@@ -73,37 +73,37 @@ def encodings(count: int, length: int, pool_start: int) -> list[Encoding]:
 
 @pytest.mark.parametrize("kernel", ["sdpa", COUNTED_VARLEN])
 def test_short_passages(kernel: str) -> None:
-    """64 passages of 20 tokens: the last linear runs once for each, nothing runs twice."""
-    total, _ = count(encodings(64, 20, 0), kernel)
-    rows = 64 * 20
+    """16 passages of 20 tokens: the last linear runs once for each, nothing runs twice."""
+    total, _ = count(encodings(16, 20, 0), kernel)
+    rows = 16 * 20
     expected = (
-        LAYERS * (layer(rows, rows) + attention(64, 20, 20))
+        LAYERS * (layer(rows, rows) + attention(16, 20, 20))
         + folded_pooler(rows)
-        + linear(64, FF, D)
+        + linear(16, FF, D)
     )
     assert expected <= total <= 1.02 * expected
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", COUNTED_VARLEN])
 def test_instructed_queries(kernel: str) -> None:
-    """64 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each.
+    """16 queries of 40 tokens, 18 left out: the last layer and the pooler see 22 rows of each.
 
     The CPU's kernel rounds 40 and 22 up to 48 and 32, in attention alone."""
-    total, modules = count(encodings(64, 40, 18), kernel)
-    rows, pooled = 64 * 40, 64 * 22
+    total, modules = count(encodings(16, 40, 18), kernel)
+    rows, pooled = 16 * 40, 16 * 22
     last = f"backbone.layers.{LAYERS - 1}."
     assert modules[last + "self_attn.kv_proj"] == linear(rows, D, 2 * KV)
     assert modules[last + "self_attn.q_proj"] == linear(pooled, D, Q)
     assert modules[last + "self_attn.o_proj"] == linear(pooled, Q, D)
     assert modules[last + "mlp"] == linear(pooled, D, 2 * INTER) + linear(pooled, INTER, D)
-    assert modules["pooler"] == folded_pooler(pooled) + linear(64, FF, D)
+    assert modules["pooler"] == folded_pooler(pooled) + linear(16, FF, D)
     long, short = (48, 32) if kernel == "sdpa" else (40, 22)
     expected = (
-        (LAYERS - 1) * (layer(rows, rows) + attention(64, long, long))
+        (LAYERS - 1) * (layer(rows, rows) + attention(16, long, long))
         + layer(rows, pooled)
-        + attention(64, short, long)
+        + attention(16, short, long)
         + folded_pooler(pooled)
-        + linear(64, FF, D)
+        + linear(16, FF, D)
     )
     assert total == expected
 
@@ -120,18 +120,18 @@ SIZES += ("num_key_value_heads",)
 
 
 def test_of_a_last_row_only_that_row_is_computed() -> None:
-    """64 texts of 48 tokens: the last layer's q, o and MLP see one row of each."""
-    total, modules = count(encodings(64, 48, 0), "sdpa", sibling("e5-mistral"))
-    rows = 64 * 48
+    """16 texts of 48 tokens: the last layer's q, o and MLP see one row of each."""
+    total, modules = count(encodings(16, 48, 0), "sdpa", sibling("e5-mistral"))
+    rows = 16 * 48
     last = f"backbone.layers.{LAYERS - 1}."
     assert modules[last + "self_attn.kv_proj"] == linear(rows, D, 2 * KV)
-    assert modules[last + "self_attn.q_proj"] == linear(64, D, Q)
-    assert modules[last + "self_attn.o_proj"] == linear(64, Q, D)
-    assert modules[last + "mlp"] == linear(64, D, 2 * INTER) + linear(64, INTER, D)
+    assert modules[last + "self_attn.q_proj"] == linear(16, D, Q)
+    assert modules[last + "self_attn.o_proj"] == linear(16, Q, D)
+    assert modules[last + "mlp"] == linear(16, D, 2 * INTER) + linear(16, INTER, D)
     expected = (
-        (LAYERS - 1) * (layer(rows, rows) + attention(64, 48, 48))
-        + layer(rows, 64)
-        + attention(64, 16, 48)  # rounded up from one query
+        (LAYERS - 1) * (layer(rows, rows) + attention(16, 48, 48))
+        + layer(rows, 16)
+        + attention(16, 16, 48)  # rounded up from one query
     )
     assert total == expected
 

@@ -256,6 +256,7 @@ def vectors(folder: Path, quantize: str, kernels: Fused | None) -> Tensor:
         return model(pack(encodings, CPU), sdpa_by_length)  # type: ignore[no-any-return]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("quantize", ["none", pytest.param("float8", marks=needs_cpu_float8)])
 def test_the_whole_model_is_the_same_with_them(
     wide_checkpoint: Path, kernels: Fused, quantize: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return centred / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
+@cache
+def drawn(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(recipe_tensor(name, shape)).double()
+
+
 def published_pooler(h: Tensor, config: ModelConfig) -> Tensor:
     """One sequence, [T, D] -> [D], step by step in float64, from the checkpoint's own tensors:
     cross-attention, feed-forward, and the mean last."""
 
     def tensor(name: str) -> Tensor:
         full = f"latent_attention_model.{name}"
-        return torch.from_numpy(recipe_tensor(full, expected_shapes(config)[full])).double()
+        return drawn(full, expected_shapes(config)[full])
 
     cross, feed = "cross_attend_blocks.0.", "cross_attend_blocks.1."
     h = h.double()
@@ -164,8 +171,9 @@ class MetaMemory(TorchDispatchMode):
 
 def peak(rows: int) -> tuple[float, float]:
     """GB that one text takes at the official size in bfloat16, as on a GPU: (in the backbone, in
-    all)."""
-    model = empty_model(ModelConfig.from_dict(OFFICIAL), dtype=torch.bfloat16)
+    all). Each layer has the same peak: two tell it."""
+    config = replace(ModelConfig.from_dict(OFFICIAL), num_hidden_layers=2)
+    model = empty_model(config, dtype=torch.bfloat16)
     _, attend = choose_kernel("auto", META, torch.bfloat16)
     batch = pack([Encoding(np.ones(rows, dtype=np.int32))], META)
     with torch.inference_mode(), MetaMemory() as memory:

@@ -31,6 +31,7 @@ def exact_vectors(folder: Path) -> list[np.ndarray]:
     return [exact.encode(case["texts"], case["instruction"]) for case in golden_cases()[:4]]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("how", ["int8", "int8-dynamic"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["golden", "wide"])

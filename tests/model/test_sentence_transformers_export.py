@@ -22,14 +22,16 @@ from model.config import ModelConfig
 from model.encoder import Encoder
 from model.errors import FileError, UnsupportedError
 from model.families import FAMILIES, NV_EMBED
-from model.hub import locate
+from model.hub import ModelSource, locate
 from model.prompts import Prompt
 from model.sentence_transformers_export import export
 from model.sentence_transformers_files import SentenceTransformersFiles
 from model.tokenizer import Truncation
 from server import cli
+from tests.checkpoints import small_tokenizer_json
 from tests.siblings import SIBLINGS, write_sibling
 
+pytestmark = pytest.mark.whole
 TASK = "Given a question, retrieve passages that answer the question"
 TEXTS = [
     "x",
@@ -60,11 +62,28 @@ def exported(
     return name, source, folder / "out"
 
 
+@pytest.fixture(scope="module")
+def encoders(exported: tuple[str, Path, Path]) -> tuple[Encoder, Encoder]:
+    """Of the source, and of what was written of it."""
+    _name, *folders = exported
+    source, out = (Encoder(folder, device="cpu", dtype="float32") for folder in folders)
+    return source, out
+
+
+def small_source(folder: Path) -> ModelSource:
+    """With few pieces, where only folders matter."""
+    write_sibling(folder, "e5-mistral")
+    (folder / "tokenizer.json").write_text(small_tokenizer_json())
+    return locate(str(folder))
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_the_folder_is_of_the_same_family(exported: tuple[str, Path, Path]) -> None:
+def test_the_folder_is_of_the_same_family(
+    exported: tuple[str, Path, Path], encoders: tuple[Encoder, Encoder]
+) -> None:
     """Found by `auto`, with the same vectors here; nothing is said twice or of remote code."""
     _name, source, out = exported
     before, after = ModelConfig.from_dir(source), ModelConfig.from_dir(out)
@@ -77,12 +96,7 @@ def test_the_folder_is_of_the_same_family(exported: tuple[str, Path, Path]) -> N
     files = SentenceTransformersFiles.of(out)
     assert ModelConfig.from_dict(raw, files=files).family == before.family
     for prompt in (before.family.prompt("query"), before.family.prompt("passage")):
-        rows = [
-            Encoder(folder, device="cpu", dtype="float32").encode(
-                TEXTS, prompt, truncate=Truncation.END
-            )
-            for folder in (source, out)
-        ]
+        rows = [encoder.encode(TEXTS, prompt, truncate=Truncation.END) for encoder in encoders]
         np.testing.assert_array_equal(*rows)
     assert (out / "LICENSE").read_text() == "terms"
     assert not list(out.rglob("*.py"))
@@ -97,7 +111,8 @@ def test_the_weights_are_linked_or_copied(
         raise OSError("another disk")
 
     monkeypatch.setattr(os, "link", no_links)
-    export(locate(str(source)), tmp_path / "copied")
+    (tmp_path / "copied").mkdir()
+    sentence_transformers_export._link_weights(source, tmp_path / "copied")
     shards = sorted(source.glob("*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
@@ -106,12 +121,14 @@ def test_the_weights_are_linked_or_copied(
         assert (tmp_path / "copied" / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_the_tokenizer_puts_bos_and_eos_by_itself(exported: tuple[str, Path, Path]) -> None:
+def test_the_tokenizer_puts_bos_and_eos_by_itself(
+    exported: tuple[str, Path, Path], encoders: tuple[Encoder, Encoder]
+) -> None:
     """Also where a text is cut: as the family has it."""
     from tokenizers import Tokenizer
 
-    _name, source, out = exported
-    ours = Encoder(source, device="cpu", dtype="float32").tokenizer
+    _, _, out = exported
+    ours = encoders[0].tokenizer
     theirs = Tokenizer.from_file(str(out / "tokenizer.json"))
     theirs.enable_truncation(LIMIT)
     for text in TEXTS:
@@ -143,7 +160,7 @@ def test_what_cannot_be_exported(golden_checkpoint: Path, tmp_path: Path) -> Non
         UnsupportedError, match=r"latent pooler .* remote code: nothing was exported"
     ):
         export(locate(str(golden_checkpoint)), tmp_path / "out")
-    source = locate(str(write_sibling(tmp_path / "e5", "e5-mistral")))
+    source = small_source(tmp_path / "e5")
     for taken in (source.path, source.path / "config.json"):
         with pytest.raises(FileError, match="is there, and no empty folder"):
             export(source, taken)
@@ -155,7 +172,7 @@ def test_what_cannot_be_exported(golden_checkpoint: Path, tmp_path: Path) -> Non
 
 def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by a link, and where one stands: a mount, too, cannot be replaced."""
-    source = locate(str(write_sibling(tmp_path / "e5", "e5-mistral")))
+    source = small_source(tmp_path / "e5")
     export(source, tmp_path / "new")
     expected = {path.name for path in (tmp_path / "new").iterdir()}
     for name in ("here", "linked"):
@@ -177,7 +194,7 @@ def test_an_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_full_folder_that_fails_is_left_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = locate(str(write_sibling(tmp_path / "e5", "e5-mistral")))
+    source = small_source(tmp_path / "e5")
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(sentence_transformers_export, "_link_weights", None)
     for folder in (tmp_path / "out", tmp_path / "new"):
@@ -228,9 +245,11 @@ def compare(found: Any, expected: np.ndarray) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_vectors_of_sentence_transformers(exported: tuple[str, Path, Path]) -> None:
+def test_the_vectors_of_sentence_transformers(
+    exported: tuple[str, Path, Path], encoders: tuple[Encoder, Encoder]
+) -> None:
     """With each prompt and without; together, so that they are padded, and cut."""
-    name, source, out = exported
+    name, _, out = exported
     config = ModelConfig.from_dir(out)
     family = config.family
     full = family.mask == "full"
@@ -240,7 +259,7 @@ def test_the_vectors_of_sentence_transformers(exported: tuple[str, Path, Path]) 
         return
     theirs = sentence_transformer(out)
     assert theirs.max_seq_length == LIMIT
-    ours = Encoder(source, device="cpu", dtype="float32")
+    ours = encoders[0]
 
     def expected(prompt: Prompt, texts: list[str] = TEXTS) -> np.ndarray:
         return ours.encode(texts, prompt, truncate=Truncation.END)

@@ -155,6 +155,7 @@ def test_in_low_precision(
     assert (alone * together).sum(axis=1).min() > 0.9995
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_on_an_emulated_gpu(name: str, encoder: Any, tmp_path: Path) -> None:
@@ -172,8 +173,8 @@ def test_on_an_emulated_gpu(name: str, encoder: Any, tmp_path: Path) -> None:
                     str(folder),
                     device="cuda",
                     cuda_graphs=graphs,
-                    max_batch_tokens=512,
-                    max_input_tokens=512,
+                    max_batch_tokens=256,
+                    max_input_tokens=256,
                 )
             )
             runner.warm_up()

@@ -20,7 +20,7 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
 from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation, query_prefix
-from tests.checkpoints import config_json, official_tokenizer
+from tests.checkpoints import config_json, official_tokenizer, small_tokenizer_json
 from tests.model.test_files import IN_PLACE_OF_A_FILE
 
 CONFIG = ModelConfig.from_dict(config_json())
@@ -112,20 +112,21 @@ def test_nothing_left_to_pool(tokenizer: NVEmbedTokenizer, truncate: Truncation)
 
 @pytest.mark.parametrize("instruction", ["", PREFIX, "Query:"], ids=["none", "official", "bare"])
 @pytest.mark.parametrize(
-    "text",
+    "written",
     [
-        prose(6_000),
-        cjk(20_000),
-        wall(20_000),
-        (" " * 70).join(prose(1_000)),
-        "x" + "\n" * 20_000,
-        wall(3_000) + " " + prose(2_000) + " " + wall(3_000),
+        lambda: prose(6_000),
+        lambda: cjk(20_000),
+        lambda: wall(20_000),
+        lambda: (" " * 70).join(prose(1_000)),
+        lambda: "x" + "\n" * 20_000,
+        lambda: wall(3_000) + " " + prose(2_000) + " " + wall(3_000),
     ],
     ids=["prose", "cjk", "wall", "spaces", "newlines", "walls around prose"],
 )
 def test_the_character_clip_changes_no_id(
-    tokenizer: NVEmbedTokenizer, text: str, instruction: str
+    tokenizer: NVEmbedTokenizer, written: Callable[[], str], instruction: str
 ) -> None:
+    text = written()
     whole = whole_ids(tokenizer, text, instruction)
     start = tokenizer.pool_start(instruction)
     for max_tokens in (start + 5, start + 64, start + 400):
@@ -167,12 +168,12 @@ ODD = "\ufdfa"  # three pieces, one for each of its bytes
 
 
 @pytest.mark.parametrize(
-    "text",
+    "written",
     [
-        ODD * 500_000,
-        "letters " * 17_000 + ODD * 400_000,
-        ODD * 600_000 + " " + ODD * 600_000,
-        prose(100_000),
+        lambda: ODD * 500_000,
+        lambda: "letters " * 17_000 + ODD * 400_000,
+        lambda: ODD * 600_000 + " " + ODD * 600_000,
+        lambda: " ".join([prose(9_000)] * 11),
     ],
     ids=["dense", "dense later", "dense on both sides", "prose"],
 )
@@ -180,7 +181,7 @@ ODD = "\ufdfa"  # three pieces, one for each of its bytes
 def test_few_more_pieces_are_made_than_are_kept(
     tokenizer: NVEmbedTokenizer,
     monkeypatch: pytest.MonkeyPatch,
-    text: str,
+    written: Callable[[], str],
     truncate: Truncation,
 ) -> None:
     """Each takes the library some 60 bytes, and 16 characters a token could make 1.7 million."""
@@ -193,7 +194,7 @@ def test_few_more_pieces_are_made_than_are_kept(
         return ids
 
     monkeypatch.setattr(tokenizer, "_ids", counted)
-    (result,) = tokenizer.encode_batch([text], PREFIX, max_tokens=32_768, truncate=truncate)
+    (result,) = tokenizer.encode_batch([written()], PREFIX, max_tokens=32_768, truncate=truncate)
     assert max(counts, default=0) < 700_000
     if truncate is Truncation.NONE:
         assert isinstance(result, InputTooLongError)
@@ -237,11 +238,12 @@ def test_the_first_word_merges_with_the_instruction(
     tokenizer: NVEmbedTokenizer, letters: int, instruction: str, continued: str
 ) -> None:
     """However long it is: of the instruction's last word the pieces depend on it."""
-    rest = prose(9_000)
+    rest = prose(3_000)
     text = continued + "".join(random.Random(1).choices("aeioubcd", k=letters)) + " " + rest
     whole = whole_ids(tokenizer, text, instruction)
     start = tokenizer.pool_start(instruction)
     for max_tokens in (start + 120, start + 400):
+        assert len(rest) > 2 * 16 * max_tokens, "this text would not be clipped"
         tail = tokenizer.encode(text, instruction, max_tokens=max_tokens, truncate=Truncation.START)
         head = max(start, 1)
         assert tail.ids.tolist() == whole[:head] + whole[head - max_tokens :]
@@ -319,15 +321,6 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
 SPECIAL = {"SpecialToken": {"id": "<absent>", "type_id": 0}}
 
 
-@pytest.fixture(scope="module")
-def small_tokenizer(golden_checkpoint: Path) -> str:
-    """tokenizer.json with the pieces of single bytes alone, to be read often."""
-    raw = json.loads((golden_checkpoint / "tokenizer.json").read_text())
-    pieces = raw["model"]["vocab"].items()
-    raw["model"] |= {"vocab": {piece: i for piece, i in pieces if i < 300}, "merges": []}
-    return json.dumps(raw)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -385,12 +378,12 @@ def small_tokenizer(golden_checkpoint: Path) -> str:
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(
-    tmp_path: Path, small_tokenizer: str, change: Change, message: str
+    tmp_path: Path, change: Change, message: str
 ) -> None:
     """It could multiply a word, leave merges out at random, or end the process."""
-    (tmp_path / "tokenizer.json").write_text(small_tokenizer)
+    (tmp_path / "tokenizer.json").write_text(small_tokenizer_json())
     assert NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG).vocab_size == 300
-    raw = json.loads(small_tokenizer)
+    raw = json.loads(small_tokenizer_json())
     change(raw)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=message) as refusal:
@@ -464,7 +457,7 @@ def test_an_instruction_that_cannot_fit_is_not_tokenized(tokenizer: NVEmbedToken
 def test_a_normaliser_that_makes_much_of_little_is_refused(
     normalizer: normalizers.Normalizer, tmp_path: Path
 ) -> None:
-    raw = official_tokenizer()
+    raw = Tokenizer.from_str(small_tokenizer_json())
     raw.normalizer = normalizer
     raw.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="its normalizer has"):

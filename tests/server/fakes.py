@@ -146,7 +146,7 @@ def in_process(
 ) -> Iterator[AppInProcess]:
     """The app of `nv-embed serve` with these settings, over a FakeEngine; its log must hold so
     many tracebacks in the end."""
-    settings = Settings(**options)
+    settings = Settings(**{"token_ids": "model", **options})  # most tests know inputs by their ids
     engine = FakeEngine(model, settings, dimensions=dimensions)
     app = create_app(settings, engine, Metrics())
     loop = asyncio.new_event_loop()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,12 @@ import httpx
 from tests.server.clients import PATIENCE_S, Asking
 
 ROOT = Path(__file__).parents[2]
+
+
+@cache
+def usual_trust() -> ssl.SSLContext:
+    """Of httpx itself, which reads the certificates anew for each client, in 20 ms."""
+    return httpx.create_ssl_context()
 
 
 class ServerProcess(Asking):
@@ -30,7 +37,7 @@ class ServerProcess(Asking):
         *options: str,
         log: Path,
         env: dict[str, str] | None = None,
-        verify: ssl.SSLContext | bool = True,
+        verify: ssl.SSLContext | None = None,
         program: str = "server.cli",
     ) -> None:
         self.log_file = log
@@ -39,6 +46,8 @@ class ServerProcess(Asking):
         command += ["--port", "0", "--dtype", "float32"]
         command += [] if "--devices" in options else ["--devices", "cpu"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
+        if "--token-ids" not in options:
+            command += ["--token-ids", "model"]  # most tests know inputs by their ids
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         with log.open("wb") as file:
@@ -46,7 +55,7 @@ class ServerProcess(Asking):
                 [*command, *options], stderr=file, stdout=file, env=environment, cwd=log.parent
             )
         self.url = self._wait_for(r"listening on (https?://\S+);")
-        self.client = httpx.Client(base_url=self.url, timeout=60, verify=verify)
+        self.client = httpx.Client(base_url=self.url, timeout=60, verify=verify or usual_trust())
 
     @property
     def log(self) -> str:

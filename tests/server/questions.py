@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 
 from model.tokenizer import NVEmbedTokenizer
-from tests.server.processes import ServerProcess
+from tests.server.processes import ServerProcess, usual_trust
 from tests.server.runners import MARK, vector_of
 
 RUNNERS = "tests.server.runners:"
@@ -50,7 +50,7 @@ def assert_answers(answer: httpx.Response, ids: list[list[int]]) -> None:
 
 def client_of(server: ServerProcess) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits)
+    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, verify=usual_trust())
 
 
 async def ask(client: httpx.AsyncClient, inputs: object) -> httpx.Response:

@@ -52,6 +52,7 @@ def test_lines_come_whole_and_in_order(pipe: tuple[int, int]) -> None:
 
 def test_what_a_stopped_reader_misses_is_dropped_counted_and_said(pipe: tuple[int, int]) -> None:
     outlet = Outlet(pipe[1])
+    outlet.FLUSH_S = 0.1
     total = 3 * Outlet.MOST_LINES
     log(outlet, total)  # ends, though nobody reads
     outlet.flush()  # does not wait for ever

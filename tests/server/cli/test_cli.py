@@ -41,6 +41,7 @@ TOO_LONG = "x" * 5000
 ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "synthesize", "evaluate")
 READ_PATHS = {
     *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
+    *("serve --tiktoken-ranks", "encode --tiktoken-ranks"),
     *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
     *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
     *(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from model.batch import BatchLimits, Encoding, RunnerInfo
+from server.engine import batches_out
 from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
 from server.engine.vector_cache import VectorCache
@@ -458,8 +459,10 @@ async def test_a_worker_is_not_killed_because_this_process_was_held_up(batcher: 
     worker = ready(batcher)
     batcher.submit(encodings(1))
     await turn()
-    time.sleep(1.3)  # noqa: ASYNC251
-    await asyncio.sleep(0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_out, "_LATE_S", 0.2)
+        time.sleep(0.5)  # noqa: ASYNC251
+        await asyncio.sleep(0.05)
     assert batcher.workers == [worker]
     await asyncio.sleep(0.3)
     assert not batcher.workers, "it had its time again, and no answer came"

@@ -51,7 +51,8 @@ def plain(golden_checkpoint: Path) -> Iterator[AppInProcess]:
 def error_of(answer: httpx.Response) -> dict:
     """The envelope, checked."""
     body = answer.json()
-    assert body.keys() == {"error"}
+    assert body.keys() == {"error", "detail"}
+    assert body["detail"] == body["error"]["message"]
     assert body["error"].keys() == {"message", "type", "param", "code"}
     assert isinstance(body["error"]["message"], str)
     assert answer.headers["content-type"] == "application/json"
@@ -64,7 +65,7 @@ def error_of(answer: httpx.Response) -> dict:
     [
         ("GET", "/nope", b"", {}, 404, "not_found"),
         ("POST", "/v1/nope", b"{}", {}, 404, "not_found"),
-        ("POST", "/v1/embeddings/", b"{}", {}, 404, "not_found"),
+        ("POST", "/v1/v1/embeddings", b"{}", {}, 404, "not_found"),
         ("GET", "/v1/embeddings", b"", {}, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", b"", {}, 405, "method_not_allowed"),
         ("POST", "/v1/embeddings", b"input=x", {"content-type": "text/plain"}, 415, UNSUPPORTED),

@@ -71,7 +71,8 @@ def _is_ready(client: httpx.Client, path: Path) -> bool:
 
 
 def embed(client: httpx.Client, what: object = "x") -> int:
-    return client.post("/v1/embeddings", json={"model": "golden-embed", "input": what}).status_code
+    body = {"model": "golden-embed", "input": what, "token_ids": "model"}
+    return client.post("/v1/embeddings", json=body).status_code
 
 
 def end(process: subprocess.Popen[bytes], signum: int = signal.SIGTERM) -> int:

@@ -90,7 +90,7 @@ def test_an_openai_batch_file(golden_checkpoint: Path, tmp_path: Path) -> None:
     bodies = [
         {"model": "golden-embed-query", "input": queries["texts"][0]},
         {"model": "golden-embed", "input": passages["texts"], "encoding_format": "float"},
-        {"model": "golden-embed", "input": passages["token_ids"]},
+        {"model": "golden-embed", "input": passages["token_ids"], "token_ids": "model"},
         {"model": "another", "input": "x"},
         {"model": "golden-embed", "input": ""},
     ]

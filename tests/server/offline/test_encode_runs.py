@@ -884,7 +884,8 @@ def test_a_vector_that_is_not_finite_is_that_requests_error(
     encode: Encode, tmp_path: Path, golden_checkpoint: Path
 ) -> None:
     tokens = NVEmbedTokenizer.from_dir(golden_checkpoint).encode("x", max_tokens=9).ids.tolist()
-    lines = [batch_line("a"), batch_line("b", input=[*tokens[:-1], 31999, tokens[-1]])]
+    ids = [*tokens[:-1], 31999, tokens[-1]]
+    lines = [batch_line("a"), batch_line("b", input=ids, token_ids="model")]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     runner = "tests.server.runners:NotANumber"
     assert encode("b.jsonl", "--openai-batch", runner=runner) == 0
