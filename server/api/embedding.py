@@ -31,6 +31,7 @@ SIDE_HEADER = "x-nv-embed-input-type"
 CUT_HEADER = "x-nv-embed-truncated"
 FINGERPRINT_HEADER = "x-nv-embed-fingerprint"
 HEADERS = (SIDE_HEADER, CUT_HEADER, FINGERPRINT_HEADER)
+_WANTED = FINGERPRINT_HEADER.encode()
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
 
@@ -130,7 +131,7 @@ class Embedding:
         return self._fingerprints.get(dimensions, "")
 
     def _refuse_others(self, request: Request, fingerprint: str) -> None:
-        wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
+        wanted = context_of(request.scope).headers.get(_WANTED)
         if wanted is not None and wanted.decode("latin-1") != fingerprint:
             raise OtherVectorsError(
                 f"{FINGERPRINT_HEADER} asks for other vectors than this server's {fingerprint}: "

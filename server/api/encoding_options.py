@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,9 +96,9 @@ _NOTHING = (None,) * 5
 
 def vector_format(wire: EmbeddingsRequest) -> VectorFormat:
     """How the answer holds its vectors."""
-    return VectorFormat(
-        wire.output_dtype or "float32",
-        wire.encoding_format == "base64",
-        wire.endianness == "big",
-        wire.dimensions,
-    )
+    base64, big_endian = wire.encoding_format == "base64", wire.endianness == "big"
+    return _format(wire.output_dtype or "float32", base64, big_endian, wire.dimensions)
+
+
+_format = functools.lru_cache(maxsize=64)(VectorFormat)
+"""Most requests of a client ask for the same, and a frozen object takes long to make."""
