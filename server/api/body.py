@@ -74,8 +74,8 @@ async def _read_body(request: Request, limit: int) -> bytes | bytearray:
     header = context_of(request.scope).headers
     if (media_type := header.get(b"content-type", _JSON)) != _JSON:
         _check_media_type(media_type)
-    coding = header.get(b"content-encoding")
-    if coding is not None and coding.strip().lower() not in (b"", b"identity"):
+    coding = header.get(b"content-encoding", b"").strip().lower()
+    if coding not in (b"", b"identity"):
         raise UnsupportedMediaTypeError(
             f"The body came with Content-Encoding: {_shown(coding)}, which this server does not "
             "decode: send it as it is, without that header"
