@@ -6,6 +6,7 @@ headers tell which side it was, which inputs were cut, and which vectors these a
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -145,6 +146,11 @@ def side_of(job: EmbedJob) -> str:
     if not job.prompted or asked == "query":
         return asked
     return "query" if job.prompted == len(job.inputs) else "mixed"
+
+
+def salt_of(text: str | None) -> bytes:
+    """Of a `cache_salt`, of one length, so that no salt and key together are another's."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest() if text else b""
 
 
 def _renamed(error: InvalidRequestError, name: str) -> InvalidRequestError:

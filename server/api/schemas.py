@@ -215,6 +215,16 @@ class EmbeddingsRequest(InstructedInput):
     late_chunking: Annotated[StrictBool | None, or_named("return_multivector"), *must_be(False)] = (
         Field(None, description="An input has one vector.")
     )
+    cache_salt: Annotated[str | None, Field(strict=True, min_length=1, max_length=1024)] = Field(
+        None,
+        description="Vectors that are cached, or are being computed, are shared with requests of "
+        "the same salt alone: no other tenant sees by its speed what was asked before.",
+    )
+    priority: Annotated[int, Field(strict=True, ge=-10, le=10)] | None = Field(
+        None,
+        description="Of what waits, the lower comes sooner (0: the default). Within a level "
+        "requests take turns, and no level waits for ever.",
+    )
     user: Any = Field(None, description="Ignored.")
 
     @classmethod

@@ -59,19 +59,31 @@ class Batcher:
     # Requests
 
     def submit(
-        self, encodings: Sequence[Encoding], *, deadline: float = float("inf")
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        deadline: float = float("inf"),
+        priority: int = 0,
+        salt: bytes = b"",
     ) -> QueuedRequest[PendingAnswer]:
         """Queue a request; `request.answer.future` gives its rows, one per encoding.
 
+        priority: the lower the sooner. salt: vectors are shared with those of the same one alone.
         Raises BatchFailedError for an input that is known to kill workers.
         """
         now = time.monotonic()
         culprit = self._quarantine.first_culprit(encodings, now)
         if culprit is not None:
             raise _deadly(culprit)
-        known = self._cached(encodings) if self.cache.limit else {}
+        known = self._cached(encodings, salt) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, known=known
+            encodings,
+            PendingAnswer(len(encodings)),
+            deadline=deadline,
+            arrived=now,
+            known=known,
+            priority=priority,
+            salt=salt,
         )
         for index, row in known.items():
             request.answer.set_row(index, row)
@@ -80,8 +92,8 @@ class Batcher:
             self._schedule()
         return request
 
-    def _cached(self, encodings: Sequence[Encoding]) -> dict[int, NDArray[np.float32]]:
-        rows = {i: self.cache.get(encoding.key) for i, encoding in enumerate(encodings)}
+    def _cached(self, encodings: Sequence[Encoding], salt: bytes) -> dict[int, NDArray[np.float32]]:
+        rows = {i: self.cache.get(salt + encoding.key) for i, encoding in enumerate(encodings)}
         known = {index: row for index, row in rows.items() if row is not None}
         self._metrics.cache_hits.inc(len(known))
         self._metrics.cache_misses.inc(len(rows) - len(known))

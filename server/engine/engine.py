@@ -205,7 +205,7 @@ class EmbeddingEngine:
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            vectors = await self._run(encodings, job.deadline)
+            vectors = await self._run(encodings, job)
             cut = [index for index, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
             return EmbedResult(vectors, tokens, cut)
@@ -239,8 +239,11 @@ class EmbeddingEngine:
         self._refuse_if_full(work.tokens)
         return work
 
-    async def _run(self, encodings: list[Encoding], deadline: float) -> list[NDArray[np.float32]]:
-        request = self._batcher.submit(encodings, deadline=deadline)
+    async def _run(self, encodings: list[Encoding], job: EmbedJob) -> list[NDArray[np.float32]]:
+        deadline = job.deadline
+        request = self._batcher.submit(
+            encodings, deadline=deadline, priority=job.priority, salt=job.salt
+        )
         timer = None
         if deadline != float("inf"):
             delay = max(0.0, deadline - time.monotonic())

@@ -53,6 +53,10 @@ class EmbedJob:
     """On time.monotonic's clock."""
     prompted: int = 0
     """How many of the inputs are PromptedTexts."""
+    priority: int = 0
+    """Of what waits, the lower comes sooner."""
+    salt: bytes = b""
+    """Vectors in the cache and in flight are shared with jobs of the same salt alone."""
 
 
 @dataclass(frozen=True, slots=True)
