@@ -102,10 +102,13 @@ class Embedding:
         self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
-        hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
+        size = width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES)
+        hold(request, len(job.inputs) * size)
         try:
             with cancelled_on_disconnect(request):
                 result = await self.engine.embed(job)
+            if job.options.chunks is not None:
+                hold(request, (len(result.vectors) - 1) * size)
             how.check_vectors(result.vectors)
         except InvalidRequestError as error:
             raise _renamed(error, name) from None

@@ -48,10 +48,14 @@ class _Endpoints:
             job = replace(job, priority=wire.priority or 0, salt=salt_of(wire.cache_salt))
         how = vector_format(wire)
         result, said = await self._embedding.embed(request, job, how)
+        values = len(result.vectors) * self._engine.dimensions
         pieces = serialize.embeddings_pieces(
-            result.vectors, model=self._names.shown(wire.model), tokens=result.tokens, how=how
+            result.vectors,
+            model=self._names.shown(wire.model),
+            tokens=result.tokens,
+            how=how,
+            spans=result.spans,
         )
-        values = len(job.inputs) * self._engine.dimensions
         return await self._answers.response(request, pieces, values, headers | said)
 
     async def tokenize(self, request: Request) -> Response:

@@ -17,7 +17,9 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from model.chunks import Chunks
 from model.tokenizer import Truncation
+from server.api.chunks import CHUNKS_SCHEMA, chunks_of
 from server.api.vector_format import OutputDtype
 from server.api.wire import Wire, lower, must_be, or_named, truncation
 from server.errors import InvalidRequestError
@@ -96,7 +98,7 @@ class InstructedInput(Wire):
         "search_document: none.",
     )
     truncate: Annotated[
-        Truncation | None,
+        Truncation | Literal["average"] | None,
         or_named("truncation"),
         BeforeValidator(truncation),
         WithJsonSchema(
@@ -106,7 +108,7 @@ class InstructedInput(Wire):
                     {
                         "type": "string",
                         "pattern": "^([Nn][Oo][Nn][Ee]|[Ee][Nn][Dd]|[Ss][Tt][Aa][Rr][Tt]"
-                        "|[Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt])$",
+                        "|[Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt]|[Aa][Vv][Ee][Rr][Aa][Gg][Ee])$",
                     },
                     {"type": "null"},
                 ]
@@ -115,7 +117,8 @@ class InstructedInput(Wire):
     ] = Field(
         None,
         description="Too long inputs: false/NONE refuses them, true/END/RIGHT keeps the first "
-        "tokens, START/LEFT keeps the instruction and the last tokens.",
+        "tokens, START/LEFT keeps the instruction and the last tokens, AVERAGE splits a text into "
+        "parts that fit and averages their vectors by length.",
     )
     truncation_side: Annotated[
         Literal["left", "right"] | None,
@@ -214,6 +217,14 @@ class EmbeddingsRequest(InstructedInput):
     ] = Field(None, description="Vectors have length 1.")
     late_chunking: Annotated[StrictBool | None, or_named("return_multivector"), *must_be(False)] = (
         Field(None, description="An input has one vector.")
+    )
+    chunks: Annotated[Chunks | None, BeforeValidator(chunks_of), WithJsonSchema(CHUNKS_SCHEMA)] = (
+        Field(
+            None,
+            description="Of one text: a vector for each run of it, out of one forward of the whole "
+            "(late chunking). A number of tokens, or runs [first, behind the last] of its "
+            'characters, or {"tokens": runs}. Each vector comes with its `chunk`.',
+        )
     )
     cache_salt: Annotated[str | None, Field(strict=True, min_length=1, max_length=1024)] = Field(
         None,

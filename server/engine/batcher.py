@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding
+from model.batch import Encoding, num_tokens
 from server.engine.batches_out import Batch, BatchesOut
 from server.engine.metrics import Metrics
 from server.engine.pace import Pace
@@ -74,7 +74,7 @@ class Batcher:
         now = time.monotonic()
         culprit = self._quarantine.first_culprit(encodings, now)
         if culprit is not None:
-            raise _deadly(culprit)
+            raise _deadly(encodings[culprit].input(culprit))
         known = self._cached(encodings, salt) if self.cache.limit else {}
         request = QueuedRequest.of(
             encodings,
@@ -239,7 +239,7 @@ class Batcher:
             return
         encodings = [equal[0].encoding for equal in rows.values()]
         worker.send(self._out.add(worker, rows), encodings)
-        self._metrics.batch_tokens.observe(sum(map(len, encodings)))
+        self._metrics.batch_tokens.observe(num_tokens(encodings))
         self._metrics.batch_inputs.observe(len(encodings))
 
     def _blame(self, batch: Batch) -> None:
@@ -248,14 +248,14 @@ class Batcher:
         if culprit is not None:
             logger.error(
                 "an input of %d tokens killed %d workers in a row, alone: requests with it fail",
-                len(culprit),
+                len(culprit.encoding),
                 culprit.deaths_alone,
             )
             key = culprit.key
             computed = (batch, *self._out)
             equal = [entry for one in computed for entry in one.rows.get(key, ())]
             for entry in equal + self.queue.equal_to(key):
-                self._fail(entry.request, _deadly(entry.index))
+                self._fail(entry.request, _deadly(entry.input))
 
     def _fail(self, request: QueuedRequest[PendingAnswer], error: ServerError) -> None:
         self.queue.discard(request)
@@ -264,8 +264,8 @@ class Batcher:
 
 def _fault_error(fault: Fault, entry: Entry[PendingAnswer]) -> ServerError:
     if fault is Fault.NOT_FINITE:
-        return NonFiniteVectorError.of(entry.index)
-    return DeviceMemoryError.of(entry.index, len(entry))
+        return NonFiniteVectorError.of(entry.input)
+    return DeviceMemoryError.of(entry.input, len(entry.encoding))
 
 
 def _deadly(index: int) -> BatchFailedError:

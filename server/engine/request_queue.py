@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
 
-from model.batch import BatchLimits, Encoding
+from model.batch import BatchLimits, Encoding, continues
 
 _LOOK_AHEAD = 32
 """How many requests whose next input does not fit are passed over before a batch is closed."""
@@ -31,6 +31,7 @@ class Entry(Generic[AnswerT]):
     encoding: Encoding
     index: int  # its place in the request
     request: QueuedRequest[AnswerT]
+    continues: bool = False  # a span of the sequence of the entry before it
     deaths: int = 0  # how many workers died with it in the batch that they ran
     deaths_alone: int = 0  # and how many of them with nothing else in the batch
     alone: bool = False  # it must have its batch to itself
@@ -41,7 +42,13 @@ class Entry(Generic[AnswerT]):
         self.key = self.request.salt + self.encoding.key
 
     def __len__(self) -> int:
-        return len(self.encoding)
+        """Tokens that it adds to those before it."""
+        return 0 if self.continues else len(self.encoding)
+
+    @property
+    def input(self) -> int:
+        """Which of the request's inputs it is of."""
+        return self.encoding.input(self.index)
 
 
 @dataclass(slots=True, eq=False)
@@ -72,9 +79,12 @@ class QueuedRequest(Generic[AnswerT]):
     ) -> QueuedRequest[AnswerT]:
         """known: indices of encodings whose vectors are known already."""
         request = cls(answer, deadline, arrived, priority, salt)
-        request.waiting.extend(
-            Entry(e, i, request) for i, e in enumerate(encodings) if i not in known
-        )
+        before: Encoding | None = None
+        for index, encoding in enumerate(encodings):
+            if index not in known:
+                entry = Entry(encoding, index, request, continues(encoding, before))
+                request.waiting.append(entry)
+                before = encoding
         request.is_query = len(request.waiting) == 1
         return request
 
@@ -183,15 +193,22 @@ class RequestQueue(Generic[AnswerT]):
                 self._drop(request)
                 expired.append(request)
             elif composition.may_join(request.waiting[0]):
-                entry = request.waiting.popleft()
-                self._count((entry,), -1)
-                composition.add(entry)
+                self._take_first(request, composition)
+                while request.waiting and composition.goes_with_last(request.waiting[0]):
+                    self._take_first(request, composition)
                 request.queued = bool(request.waiting)
                 if request.queued:
                     turns.append(request)
             else:
                 passed_over.append(request)
         turns.extendleft(reversed(passed_over))
+
+    def _take_first(
+        self, request: QueuedRequest[AnswerT], composition: _Composition[AnswerT]
+    ) -> None:
+        entry = request.waiting.popleft()
+        self._count((entry,), -1)
+        composition.add(entry)
 
     def _requests(self) -> Iterator[QueuedRequest[AnswerT]]:
         return chain.from_iterable(self._levels.values())
@@ -234,6 +251,10 @@ class _Composition(Generic[AnswerT]):
         if entry.alone:
             return False
         return self._is_free(entry) or (self._has_room(entry) and not self._is_held_back(entry))
+
+    def goes_with_last(self, entry: Entry[AnswerT]) -> bool:
+        """The spans of a sequence go together, in one forward of it."""
+        return entry.continues and not (entry.alone or self._is_lone)
 
     def add(self, entry: Entry[AnswerT]) -> None:
         if not self._is_free(entry):
