@@ -24,6 +24,7 @@ from tests.server.questions import RUNNERS
 
 MARKS_OF_FOLDERS = {
     "bench": ("process",),
+    "browser": ("process",),
     "chaos": ("process",),
     "model/training": ("process", "whole"),
 }
