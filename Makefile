@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -135,6 +135,9 @@ $(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package-lock
 	cp tests/browser/package*.json $(BROWSER)/node
 	cd $(BROWSER)/node && npm ci --no-audit --no-fund --loglevel=error
 	@touch $@
+
+test-examples: $(VENV)/.installed-test ## each example in a new environment of its own, with real stores
+	EXAMPLE_ENVIRONMENTS=build/examples $(BIN)/pytest tests/examples $(ARGS)
 
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)

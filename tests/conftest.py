@@ -25,6 +25,7 @@ from tests.server.questions import RUNNERS
 MARKS_OF_FOLDERS = {
     "bench": ("process",),
     "browser": ("process",),
+    "examples": ("process",),
     "chaos": ("process",),
     "model/training": ("process", "whole"),
 }
