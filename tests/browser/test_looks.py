@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from model import html_report
+from model.html_report import Bar, Chart, Table
 from tests.browser.conftest import SCHEMES, SIZES, Open, embedded
 from tests.server.processes import ROOT, ServerProcess
 
@@ -56,6 +58,22 @@ def test_the_field_for_a_key(
         page = open_page(path, of=keyed_server, size=size, scheme=scheme, refused=True)
         page.locator("#key-form").wait_for()
         check(page, scheme)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_report(chromium: Any, tmp_path: Path, scheme: str) -> None:
+    """Of `evaluate` and the benchmarks: a file."""
+    bars = [Bar("a set", 0.5, 0.4, 0.6), Bar("another", -0.1, -0.2, 0.05, colour=1)]
+    parts = [Chart("ndcg", bars), Table("Scores", ["set", "score"], [["a set", 0.5]])]
+    file = tmp_path / "report.html"
+    file.write_text(html_report.page("A report", {"model": "one"}, parts, {"a": 1}))
+    context = chromium.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.goto(file.as_uri())
+    page.locator("summary").click()
+    found = [(one["id"], one["impact"]) for one in violations(page)]
+    context.close()
+    assert not found
 
 
 def test_axe_finds_what_is_wrong(open_page: Open) -> None:
