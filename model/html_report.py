@@ -64,7 +64,7 @@ def page(
 ) -> str:
     """facts: what was measured, how and where. raw: everything, as JSON at the end."""
     known = [[escape(name), escape(str(value))] for name, value in facts.items()]
-    body = [f"<h1>{escape(title)}</h1>", _table(["what", "which"], known)]
+    body = [f"<h1>{escape(title)}</h1>", _table("About", ["what", "which"], known)]
     for part in parts:
         body.append(f"<h2>{escape(part.title)}</h2>")
         if isinstance(part, Chart):
@@ -72,16 +72,16 @@ def page(
             body.append(_svg(part))
         else:
             rows = [[escape(_shown(cell)) for cell in row] for row in part.rows]
-            body.append(_table([escape(head) for head in part.heads], rows))
+            body.append(_table(part.title, [escape(head) for head in part.heads], rows))
     numbers = escape(json.dumps(raw, ensure_ascii=False))
     body.append("<h2>All numbers</h2>")
     body.append(f"<details><summary>JSON</summary><pre>{numbers}</pre></details>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
-        + "\n</body></html>\n"
+        + "\n</main></body></html>\n"
     )
 
 
@@ -91,11 +91,12 @@ def _shown(cell: object) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """heads, rows: escaped. It scrolls by itself where it is too wide, by keyboard, too."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
     table = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
-    return f'<div tabindex="0" role="region" aria-label="Table">{table}</div>'
+    return f'<div tabindex="0" role="region" aria-label="Table: {escape(title)}">{table}</div>'
 
 
 def _svg(chart: Chart) -> str:

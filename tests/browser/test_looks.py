@@ -103,15 +103,13 @@ def check(page: Any, scheme: str) -> None:
 
 
 def keep(page: Any, name: str) -> None:
-    """As a PNG of few colours, which suffice for a page."""
+    """As WebP without a loss."""
     folder = os.environ.get("SCREENSHOTS")
     if folder is None:
         return
     from PIL import Image
 
+    file = Path(folder) / f"{name}.webp"
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    file = Path(folder) / f"{name}.png"
-    picture.quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        file, optimize=True
-    )
+    picture.save(file, lossless=True, method=6)
     assert file.stat().st_size < MOST_BYTES, file

@@ -223,7 +223,13 @@ function showMap(products) {
   const dots = places.map((i) =>
     draw("circle", { class: i ? "passage" : "query", cx: x(i), cy: y(i), r: i ? 4 : 6 }),
   );
-  const names = places.map((i) => draw("text", { x: x(i) + 8, y: y(i) + 4 }, nameOf(i)));
+  const besideAnother = (i) =>
+    places.some((j) => x(j) > x(i) && x(j) - x(i) < 28 && Math.abs(y(j) - y(i)) < 12);
+  const names = places.map((i) => {
+    const left = besideAnother(i) && x(i) > 30;
+    const at = { x: x(i) + (left ? -8 : 8), y: y(i) + 4, "text-anchor": left ? "end" : "start" };
+    return draw("text", at, nameOf(i));
+  });
   map.replaceChildren(frame, ...dots, ...names);
   const percent = shares.map((share) => `${Math.round(100 * share)} %`);
   byId("map-says").textContent =
