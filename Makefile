@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -113,6 +113,31 @@ $(CLIENTS)/node/.installed: tests/clients/node/package-lock.json tests/clients/n
 
 lock-clients: $(VENV)/.installed-test ## take the clients' newest releases (tests/clients/requirements-*.txt)
 	PYTHONPATH=. $(BIN)/python -m tests.clients.lock $(ARGS)
+
+# A missing tool fails: in the gate the pages are only served and computed with (test_pages.py).
+BROWSER := build/browser
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome))
+test-browser: $(VENV)/.installed-test $(BROWSER)/.installed ## the pages in headless Chromium, with axe-core
+	CHROMIUM="$(CHROMIUM)" PYTHONPATH=$(BROWSER)/python $(BIN)/pytest tests/browser $(ARGS)
+
+screenshots: ## renew the pictures of the playground in docs/
+	SCREENSHOTS=docs $(MAKE) test-browser ARGS="-k the_playground"
+
+browser-tools:
+	@test -n "$(CHROMIUM)" && command -v npm >/dev/null && node -e '$(NODE_20)' || { \
+	    echo "test-browser needs Chromium, Node 20 or later and npm; Debian: apt-get install chromium nodejs npm"; \
+	    exit 1; }
+
+$(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package-lock.json | $(VENV)/.installed-test browser-tools
+	@echo "Installing what drives the browser …"
+	rm -rf $(BROWSER) && mkdir -p $(BROWSER)/node
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(BROWSER)/python -r $<
+	cp tests/browser/package*.json $(BROWSER)/node
+	cd $(BROWSER)/node && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+test-examples: $(VENV)/.installed-test ## each example in a new environment of its own, with real stores
+	EXAMPLE_ENVIRONMENTS=build/examples $(BIN)/pytest tests/examples $(ARGS)
 
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)

@@ -1,8 +1,11 @@
-"""LangChain: a question and passages, each embedded on its own side."""
+"""LangChain: a retriever for a chat model, query and passages each embedded on its own side."""
 
 import os
 
+from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_openai import OpenAIEmbeddings
 
@@ -29,6 +32,10 @@ class NVEmbed(Embeddings):
         return self.queries.embed_query(text)
 
 
+def joined(documents: list[Document]) -> str:
+    return "\n".join(document.page_content for document in documents)
+
+
 store = InMemoryVectorStore(
     NVEmbed(
         os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
@@ -39,4 +46,8 @@ store = InMemoryVectorStore(
 store.add_texts(
     ["You can borrow books for four weeks.", "The canteen opens at noon.", "Dogs must be led."]
 )
-print(store.similarity_search("when is lunch served?", k=1)[0].page_content)
+retriever = store.as_retriever(search_kwargs={"k": 1})
+prompt = ChatPromptTemplate.from_template("Answer from this: {passages}\nQuestion: {question}")
+chain = {"passages": retriever | joined, "question": RunnablePassthrough()} | prompt
+# Behind it comes your chat model: chain | model | StrOutputParser()
+print(chain.invoke("when is lunch served?").to_string())

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from model.batch import (
     BATCH_SEQS,
@@ -29,6 +28,7 @@ from model.batch import (
 from model.errors import NoMemoryError, NonFiniteError
 from model.fitting import FittingRunner
 from model.hub import ModelSource, locate
+from model.progress import Progress
 from model.prompts import Prompt
 from model.runner import ModelRunner, Runner
 from model.tokenizer import NVEmbedTokenizer, Truncation
@@ -128,19 +128,18 @@ class Encoder:
         instruction: what stands around each text: verbatim before it, or a Prompt, as
         `tokenizer.family.prompt` makes it.
         max_tokens: the limit of one input, by default the model's own.
-        progress: a bar on stderr; None means when stderr is a terminal.
+        progress: a bar on stderr; None: on a terminal, and elsewhere a line a minute in the log.
         Raises InputTooLongError (naming the text), EmptyPoolError, NonFiniteError, NoMemoryError.
         """
         max_tokens = max_tokens or self.max_tokens
         vectors = np.empty((len(texts), self.runner.info.width), dtype=np.float32)
-        disable = None if progress is None else not progress
-        with tqdm(total=len(texts), desc="Embedding", unit=" texts", disable=disable) as bar:
+        with Progress(len(texts), unit="texts", shown=progress) as bar:
             for first in range(0, len(texts), _WINDOW):
                 window = texts[first : first + _WINDOW]
                 encodings = self._tokenize(window, first, instruction, max_tokens, truncate)
                 for batch, rows in self._batches(encodings, first):
                     vectors[[first + i for i in batch]] = rows
-                    bar.update(len(batch))
+                    bar.advance(len(batch))
         return vectors
 
     def embed(self, encodings: Sequence[Encoding]) -> NDArray[np.float32]:

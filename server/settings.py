@@ -342,6 +342,7 @@ class Settings(EncodeSettings, KeySettings):
         description="bytes of bodies and answers in memory at once; beyond it requests get 429",
     )
     docs: bool = Field(True, description="serve /docs, /redoc and /openapi.json")
+    playground: bool = Field(True, description="serve a page at / to try the model in a browser")
     metrics_need_key: bool = Field(
         False, description="ask for an API key at /metrics, too, when there are keys"
     )

@@ -24,6 +24,8 @@ from tests.server.questions import RUNNERS
 
 MARKS_OF_FOLDERS = {
     "bench": ("process",),
+    "browser": ("process",),
+    "examples": ("process",),
     "chaos": ("process",),
     "model/training": ("process", "whole"),
 }

@@ -113,6 +113,27 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), target
 
 
+def test_each_word_about_another_server_has_its_source() -> None:
+    """In the tables of docs/comparison.md; what is not known says so."""
+    text, sources = (DOCS / "comparison.md").read_text().split("\n## Sources\n")
+    listed = re.findall(r"^\| ([A-Z]\d) \| https://\S+", sources, re.MULTILINE)
+    cited = re.findall(r"\[([A-Z]\d)\](?!\()", text)
+    assert sorted(listed) == sorted(set(cited)), "each is named once, and used"
+    tables = text.split("## What each can do\n")[1].split("\n## ")[0].strip().split("\n\n")
+    assert len(tables) == 2
+    names: list[str] = []
+    for table in tables:
+        heads, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        names += heads
+        others = [column for column, head in enumerate(heads, start=1) if head != "this"]
+        assert len(rows) == 16
+        for row in rows:
+            for cell in (row[column] for column in others):
+                unknown = r"not (known|read)(; not (known|read))?"
+                assert re.search(r"\[[A-Z]\d\]", cell) or re.fullmatch(unknown, cell), row
+    assert {"this", "TEI", "vLLM", "Infinity", "llama.cpp server"} <= set(names)
+
+
 def test_decisions_are_numbered_and_say_what_follows() -> None:
     text = (ROOT / "DECISIONS.md").read_text()
     numbers = [int(number) for number in re.findall(r"^### D(\d+)$", text, re.MULTILINE)]

@@ -1,11 +1,14 @@
-"""Every example runs as its page says, against one server with the default model."""
+"""The examples run as their page says, against one server with the default model.
+
+Those whose packages the lock holds; `make test-examples` runs them all, each in an environment of
+its own.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.examples.cases import CASES, EXAMPLES, PAGE, PROGRAMS, Case
 from tests.server.processes import ROOT, ServerProcess
 
-EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.process
-PROGRAMS = sorted(p.name for p in EXAMPLES.iterdir() if p.suffix in (".py", ".sh"))
+ELSEWHERE = {"llama_index_retrieval.py", "pgvector_store.py", "lancedb_store.py"}
+"""Programs whose packages requirements-test.lock does not hold."""
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +49,26 @@ def run(*command: str, server: ServerProcess | None = None) -> list[str]:
     return done.stdout.splitlines()
 
 
-def needs(package: str) -> None:
-    """The gate installs the locked test packages, so that nothing is skipped there."""
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed; requirements-test.lock has it")
+def run_case(name: str, case: Case, server: ServerProcess, folder: Path) -> None:
+    shutil.copytree(EXAMPLES / "texts", folder / "texts")
+    arguments = [argument.replace("FOLDER", str(folder)) for argument in case.arguments]
+    python = [] if name.endswith(".sh") else [sys.executable]
+    lines = run(
+        *python, f"examples/{name}", *arguments, server=server if case.needs_server else None
+    )
+    case.check(lines, folder)
 
 
-def test_the_openai_client_finds_the_passage(server: ServerProcess) -> None:
-    lines = run(sys.executable, "examples/openai_client.py", server=server)
-    assert lines == ["The canteen opens at noon."]
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ELSEWHERE])
+def test_an_example_prints_what_it_must(name: str, server: ServerProcess, tmp_path: Path) -> None:
+    run_case(name, CASES[name], server, tmp_path)
 
 
 def test_langchain_embeds_each_side_as_it_should(server: ServerProcess, tmp_path: Path) -> None:
-    needs("langchain_openai")
-    program = "examples/langchain_retrieval.py"
-    assert run(sys.executable, program, server=server) == ["The canteen opens at noon."]
     # The right passage may be found on the wrong side, too: so compare the vectors themselves.
     probe = tmp_path / "probe.py"
     probe.write_text(
-        (ROOT / program).read_text()
+        (EXAMPLES / "langchain_retrieval.py").read_text()
         + "import json\nprint(json.dumps([store.embeddings.embed_query('noon'), "
         "*store.embeddings.embed_documents(['noon'])]))\n"
     )
@@ -74,33 +79,36 @@ def test_langchain_embeds_each_side_as_it_should(server: ServerProcess, tmp_path
     assert np.abs(np.subtract(query, passage)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("question", "file"),
-    [("when can I eat?", "canteen.txt"), ("may I bring my dog?", "campus.txt")],
-)
-def test_semantic_search_names_the_right_file(
-    server: ServerProcess, question: str, file: str
-) -> None:
-    lines = run(
-        sys.executable, "examples/semantic_search.py", "examples/texts", question, server=server
-    )
-    assert len(lines) == 3
-    assert re.match(rf"0\.\d+  {file}: ", lines[0]), lines
+def test_semantic_search_embeds_only_what_is_new(server: ServerProcess, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    shutil.copytree(EXAMPLES / "texts", folder)
+    before = server.metric("nv_embed_inputs_total")
 
+    def ask(question: str) -> str:
+        return run(
+            sys.executable, "examples/semantic_search.py", str(folder), question, server=server
+        )[0]
 
-def test_bulk_encode_writes_a_row_for_each_line(tmp_path: Path) -> None:
-    assert run("examples/bulk_encode.sh", str(tmp_path)) == ["3 rows in texts.npy", "(3, 256)"]
-    rows = np.load(tmp_path / "texts.npy")
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
-
-
-def test_a_batch_file_is_answered_line_by_line(tmp_path: Path) -> None:
-    lines = run("examples/batch_file.sh", str(tmp_path))
-    assert lines == ["2 rows in answers.jsonl", "q1 200 1", "p1 200 2"]
+    assert "canteen.txt: " in ask("when can I eat?")
+    assert server.metric("nv_embed_inputs_total") == before + 1 + 6
+    (folder / "more.txt").write_text("Umbrellas that were found are kept for a year.")
+    assert "more.txt: " in ask("where is my lost umbrella?")
+    assert server.metric("nv_embed_inputs_total") == before + 7 + 1 + 1
+    (folder / "more.txt").unlink()
+    assert "campus.txt: " in ask("may I bring my dog?")
+    assert server.metric("nv_embed_inputs_total") == before + 9 + 1
+    index = dict(np.load(folder / ".vectors.npz"))
+    np.savez(folder / ".vectors.npz", **{**index, "fingerprint": "of another model"})
+    ask("may I bring my dog?")
+    assert server.metric("nv_embed_inputs_total") == before + 10 + 1 + 6, "all anew"
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_examples_are_short_listed_and_run_here(name: str) -> None:
+def test_examples_are_short_listed_and_have_a_case(name: str) -> None:
     assert len((EXAMPLES / name).read_text().splitlines()) < 60
-    assert f"]({name})" in (EXAMPLES / "README.md").read_text()
-    assert f"examples/{name}" in Path(__file__).read_text()
+    assert f"]({name})" in PAGE
+    assert name in CASES
+
+
+def test_each_case_is_of_an_example() -> None:
+    assert sorted(CASES) == PROGRAMS

@@ -71,6 +71,8 @@ def test_the_wheel_serves_from_a_folder_with_a_server_py(tmp_path: Path) -> None
             f"{match[1]}/v1/embeddings", json={"model": "nv-embed-small", "input": "x"}, timeout=30
         )
         assert answer.status_code == 200, answer.text
+        page = httpx.get(f"{match[1]}/", timeout=30)  # its parts are no modules
+        assert page.text.startswith("<!doctype html>"), page.text
         process.terminate()
         assert process.wait(30) == 0, log.read_text()
     finally:  # without a word that would hide what went wrong

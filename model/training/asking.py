@@ -13,8 +13,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
 
-from tqdm import tqdm
-
+from model.progress import Progress
 from model.training.answers import Answers
 from model.training.chat import ChatModel
 from model.training.synthesis import Request, SynthesisSettings, pending
@@ -26,8 +25,8 @@ _LAST_ANSWERS_S = 30.0
 def ask_all(settings: SynthesisSettings, chat: ChatModel, store: Answers, at_once: int) -> None:
     """Raises what `chat` and `store` raise."""
     while requests := pending(settings, store.known):
-        with tqdm(total=len(requests), desc="Asking", unit=" answers", disable=None) as bar:
-            _ask(requests, chat, store, at_once, bar.update)
+        with Progress(len(requests), "Asking", "answers") as bar:
+            _ask(requests, chat, store, at_once, bar.advance)
 
 
 def _ask(

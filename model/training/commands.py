@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from model.errors import UnsupportedError
 from model.families import Side
 from model.hub import packaged_checkpoint
+from model.progress import Progress
 from model.tokenizer import Truncation
 from model.training import answers, bootstrap, evaluation, mteb_adapter, synthesis
 from model.training.asking import ask_all
@@ -29,6 +29,7 @@ from model.training.case import CASES, changed
 from model.training.chat import ChatModel
 from model.training.embedders import Embedder, LocalEmbedder
 from model.training.evaluation import NamedSet
+from model.training.evaluation_report import write_report
 from model.training.examples import (
     DataError,
     Example,
@@ -68,13 +69,14 @@ def mine_negatives(arguments: argparse.Namespace) -> int:
         raise DataError(f"{arguments.examples} is empty")
     embed = embedder(arguments)
     mined = mine(examples, embed, count=arguments.count, threshold=arguments.threshold)
-    bar = tqdm(mined, "Mining", total=len(examples), unit=" examples", disable=None)
     found: Counter[int] = Counter()
 
     def counted() -> Iterator[Example]:
-        for example in bar:
-            found[len(example.negatives)] += 1
-            yield example
+        with Progress(len(examples), "Mining", "examples") as bar:
+            for example in mined:
+                found[len(example.negatives)] += 1
+                bar.advance()
+                yield example
 
     write_examples(arguments.out, counted(), arguments.examples)
     few = sum(number for negatives, number in found.items() if negatives < arguments.count)
@@ -176,10 +178,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if not named.path.exists():
             raise DataError(f"there is no {named.path}")
     mteb_tasks = mteb_adapter.named_tasks(arguments.mteb) if arguments.mteb else []
-    if arguments.items:
+    if arguments.report and arguments.report == arguments.items:
+        raise UnsupportedError("--items and --report name the same file")
+    for output in filter(None, [arguments.items, arguments.report]):
         read = filter(None, [arguments.against, arguments.projection])
         files = chain.from_iterable(evaluation.files_of(named.path) for named in named_sets)
-        check_output(arguments.items, chain(read, files, _settings_files(arguments)))
+        check_output(output, chain(read, files, _settings_files(arguments)))
     other = bootstrap.Other(arguments.against) if arguments.against else None
     read_sets = _read(sets)
     if arguments.case:
@@ -205,8 +209,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     judged = list(bootstrap.judge(scores, others))
     for row in judged:
         print(row)
-    result = {"model": _name(arguments), "scores": scores}
-    print(json.dumps(result | bootstrap.as_json(judged)))
+    result = {"model": _name(arguments), "scores": scores} | bootstrap.as_json(judged)
+    if arguments.report:
+        write_report(arguments.report, judged, result, digests, arguments.against)
+    print(json.dumps(result))
     return 0
 
 

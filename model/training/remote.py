@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from model.families import Side
+from model.progress import Progress
 from model.tasks import prefix_of
 from model.training.embedders import TakenTasks
 from model.training.endpoint import Endpoint, NoJSONError, RemoteError, TooLargeError
@@ -60,10 +60,10 @@ class ServerEmbedder:
         else:
             around = {"input_type": side, "instruction": self._taken(task)}
         parts: list[NDArray[np.float32]] = []
-        with tqdm(total=len(texts), desc="Embedding", unit=" texts", disable=None) as bar:
+        with Progress(len(texts), unit="texts") as bar:
             for batch in request_batches(texts):
                 parts.append(self._embed(batch, around))
-                bar.update(len(batch))
+                bar.advance(len(batch))
         rows = np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32)
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)  # type: ignore[no-any-return]
 

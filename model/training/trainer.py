@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from model.batch import Encoding
 from model.errors import ModelError, PromptError
 from model.families import Family, Side
 from model.packing import pack
 from model.platform import resources
+from model.progress import Progress
 from model.prompts import Prompt
 from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
@@ -188,8 +188,7 @@ class Trainer:
         self.run_folder.claim(self.settings)
         self.step = self.run_folder.resume(self.model, self.optimizer)
         steps = self.settings.steps
-        disable = None if progress is None else not progress
-        with tqdm(total=steps, initial=self.step, desc="Training", disable=disable) as bar:
+        with Progress(steps, "Training", "steps", done=self.step, shown=progress) as bar:
             while self.step < steps:
                 metrics = self._train_step()
                 self.step += 1
@@ -197,8 +196,7 @@ class Trainer:
                 if last or self.step % self.settings.validate_every == 0:
                     metrics |= self.validate()
                 self.run_folder.log(metrics)
-                bar.update()
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                bar.advance(figures=f"loss {metrics['loss']:.4f}")
                 if last or self.step % self.settings.save_every == 0:
                     self.run_folder.save(self.step, self.model, self.optimizer)
                 if stop_after == self.step:

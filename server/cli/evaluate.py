@@ -98,6 +98,12 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         help="keep what each query, pair or text scored, for --against of another run",
     )
     parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write the scores as a page with plots (HTML, one file), too",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="FILE",

@@ -49,7 +49,7 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
         summary=SUMMARY,
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs else None,
-        docs_url=None,  # both pages are ours: they say what they need
+        docs_url=None,  # the pages are ours: the framework's load their scripts from elsewhere
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # nobody asked for it
     )
@@ -63,17 +63,18 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     # Not included, which has each request matched twice; before the framework's own; and those of
     # most requests first, for each is compared with the paths in turn.
     app.router.routes[:0] = [route for router in routers for route in router.routes]
-    if settings.docs:
-        add_pages(app)
-    _add_layers(app, settings, engine, metrics)
+    pages = add_pages(app, docs=settings.docs, playground=settings.playground)
+    _add_layers(app, settings, engine, metrics, pages)
     app.openapi = openapi_document  # type: ignore[method-assign]
     return app
 
 
-def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+def _add_layers(
+    app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics, pages: frozenset[str]
+) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
     open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
-    app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
+    app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths, pages=pages)
     paths = (route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(
         Refusals, paths=frozenset(path for path in paths if "{" not in path), shapes=_SHAPES

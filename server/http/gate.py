@@ -17,17 +17,28 @@ _KEY_HEADERS = (b"api-key", b"x-api-key")
 class Gate:
     """ASGI layer around all routes. Raises InvalidKeyError."""
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[bytes], open_paths: frozenset[str]) -> None:
-        self._app, self._open_paths = app, open_paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[bytes],
+        open_paths: frozenset[str],
+        pages: frozenset[str],
+    ) -> None:
+        """pages: paths whose GET needs no key: a browser cannot send one before the page has
+        asked for it, and what they show comes by requests of their own."""
+        self._app, self._open_paths, self._pages = app, open_paths, pages
         self._keys = [hashlib.sha256(key).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys:
-            self._check(context_of(scope))
+            self._check(context_of(scope), scope["method"])
         await self._app(scope, receive, send)
 
-    def _check(self, context: RequestContext) -> None:
+    def _check(self, context: RequestContext, method: str) -> None:
         if context.route_path in self._open_paths:
+            return
+        if method == "GET" and context.route_path in self._pages:
             return
         digest = hashlib.sha256(_key_of(context.headers)).digest()
         # Every key is compared, each in constant time.

@@ -23,6 +23,7 @@ from model.batch import RunnerInfo
 from model.errors import UnsupportedError
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
+from model.progress import Progress
 from model.prompts import Parts, Prompt, written
 from model.user_files import LockedError, locked
 from server.offline.job import Job, Row, Rows, Tokenize
@@ -35,7 +36,6 @@ from server.offline.manifest import (
     settled_by,
 )
 from server.offline.parts import Ledger, OutputError, Proof, Shard, proves
-from server.offline.progress import Progress
 from server.offline.shards import shards_of
 from server.offline.sources import Source
 from server.offline.text_files import InputFileError

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from model.html_report import Bar, Chart, Table, page
 from model.platform import resources
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,7 +65,7 @@ class Report:
         )
 
     def finish(self, results: Path, *, group: str, label: str, value: str, unit: str) -> None:
-        """Print the table, write NAME.json, NAME.png and NAME.svg, end with a line of JSON.
+        """Print the table, write NAME.json, .html, .png and .svg, end with a line of JSON.
 
         group, label, value: the columns that the plot's groups, bars and heights come from.
         """
@@ -82,7 +83,27 @@ class Report:
         whole = {**summary, "what": self.what, "raw": self.raw}
         (results / f"{self.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
         _plot(self.rows, results / self.name, group=group, label=label, value=value, unit=unit)
+        (results / f"{self.name}.html").write_text(self._page(summary, group, label, value, unit))
         print(json.dumps(summary), flush=True)
+
+    def _page(
+        self, summary: Mapping[str, Any], group: str, label: str, value: str, unit: str
+    ) -> str:
+        """One file to send and to open: the plot, the ratios, the table, what it ran on."""
+        rows = [row for row in self.rows if row.get(value) is not None]
+        labels = list(dict.fromkeys(str(row[label]) for row in rows))
+        bars = [
+            Bar(f"{row[group]}, {row[label]}", row[value], colour=labels.index(str(row[label])))
+            for row in rows
+        ]
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        parts: list[Chart | Table] = [Chart(unit, bars)]
+        if self.ratios:
+            parts.append(Table("Ratios", ["what", "ratio"], list(self.ratios.items())))
+        cells = [[row.get(name) for name in names] for row in self.rows]
+        parts.append(Table("Measured", names, cells))
+        facts = {"why": self.what, **self.machine, **self.settings}
+        return page(f"Benchmark: {self.name}", facts, parts, summary)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -32,6 +32,9 @@ def report_of(
     assert (raw["hardware"], raw["rows"]) == (summary["hardware"], summary["rows"])
     for suffix in (".png", ".svg"):
         assert (tmp_path / "results" / name).with_suffix(suffix).stat().st_size > 1000
+    page = (tmp_path / "results" / f"{name}.html").read_text()
+    assert page.count("<rect ") >= 1
+    assert page.count("<tr><td>") >= len(summary["rows"]) + len(summary["ratios"])
     return summary
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,14 @@ def test_evaluate_compares_two_runs(
     assert low <= bm25["scores"][two]["ndcg@10"] <= high
     assert "differences" not in bm25
     model = ["--model", str(tiny_checkpoint), "--dtype", "float32", "--threads", "1"]
-    found = evaluate(capsys, *model, *sets, "--against", items)
+    page = tmp_path / "report.html"
+    found = evaluate(capsys, *model, *sets, "--against", items, "--report", str(page))
+    shown = page.read_text()
+    for metric, score in found["scores"][one].items():
+        assert f"<tr><td>{one}</td><td>{metric}</td><td>{score:.4g}</td>" in shown
+        assert f"<h2>{metric}: differences</h2>" in shown
+    (raw,) = re.findall(r"<pre>(.*?)</pre>", shown)
+    assert json.loads(unescape(raw)) == found
     for name in (one, two, "all queries"):
         difference = found["scores"][name]["ndcg@10"] - bm25["scores"][name]["ndcg@10"]
         row = found["differences"][name]["ndcg@10"]

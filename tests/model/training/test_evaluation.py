@@ -291,6 +291,8 @@ def test_wrong_calls_say_what_is_wrong(
         (["--sts", "sts.jsonl", "--projection", "bad.jsonl"], "bad.jsonl"),
         (["--sts", "sts.jsonl", "--items", "sts.jsonl"], "sts.jsonl is sts.jsonl, which is read"),
         (["--sts", "sts.jsonl", "--items", "hard"], "hard is sts.jsonl, which is read"),
+        (["--sts", "sts.jsonl", "--report", "hard"], "hard is sts.jsonl, which is read"),
+        (["--sts", "sts.jsonl", "--items", "a", "--report", "a"], "name the same file"),
         (["--retrieval", "set", "--items", "set/corpus.jsonl"], "which is read"),
         (["--sts", "sts.jsonl", "--items", "empty"], "empty is a folder"),
         (["--sts", "sts.jsonl", "--items", "fifo"], "fifo is a pipe (FIFO)"),

@@ -58,7 +58,14 @@ READ_PATHS = {
     *("synthesize --teacher", "synthesize --chat-api-key-file"),
 }
 WRITTEN_PATHS = {
-    *("serve --uds", "encode --output", "train --out", "mine --out", "evaluate --items"),
+    *(
+        "serve --uds",
+        "encode --output",
+        "train --out",
+        "mine --out",
+        "evaluate --items",
+        "evaluate --report",
+    ),
     *("gpu-check --out", "export --output", "synthesize --out"),
 }
 URLS = ["nonsense", "file:///etc/passwd", "http://", "http://[", "http://a b/"]

@@ -40,7 +40,7 @@ def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path) -> None:
     with in_process(golden_checkpoint, root_path="/nv", api_key=["secret"]) as server:
         for path in ("/nv/livez", "/nv/readyz", "/nv/health", "/nv/metrics", "/livez"):
             assert server.client.get(path).status_code == 200, path
-        for path in ("/nv/info", "/nv/nv/livez", "/nvlivez", "/nv", "/nv/", "/nv//livez"):
+        for path in ("/nv/info", "/nv/nv/livez", "/nvlivez", "/nv", "/nv//livez"):
             assert server.client.get(path).status_code == 401, path
         for path in ("/nv/v1/embeddings", "/v1/embeddings"):
             assert server.client.post(path, json=body).status_code == 401
@@ -51,5 +51,5 @@ def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path) -> None:
         assert 'nv_embed_requests_total{route="embeddings",status="200"} 2.0' in metrics
         assert 'nv_embed_requests_total{route="models",status="200"} 1.0' in metrics
         assert "GET /nv/livez 200" not in server.log, "probes are not worth a line"
-        page = server.client.get("/nv/docs", headers=key).text
-        assert "/nv/openapi.json" in page
+        schema = server.client.get("/nv/openapi.json", headers=key).json()
+        assert schema["servers"] == [{"url": "/nv"}]

@@ -23,16 +23,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import progress
 from model.batch import BatchLimits, Encoding, RunnerOptions
 from model.encoder import Encoder
 from model.linear.packed_linear import PackedLinear
 from model.platform import products
 from model.platform.products import Candidate
+from model.progress import Progress
 from model.tokenizer import NVEmbedTokenizer
 from model.user_files import LockedError, locked
 from server import cli
-from server.offline import bulk, progress, shards, sources
-from server.offline.progress import Progress
+from server.offline import bulk, shards, sources
 from tests.server.runners import Hashing, vector_of
 
 pytestmark = pytest.mark.whole
@@ -767,7 +768,8 @@ def test_a_log_tells_how_far_it_is(
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 5
     for line, rows in zip(said, (2, 4, 6, 8, 10), strict=True):
-        assert re.search(rf"{rows} of 10 rows, \d+\.\d rows/s, about \d+ s left$", line), line
+        found = rf"Embedding: {rows} of 10 rows, \d+\.\d rows/s, about \d+ s left$"
+        assert re.search(found, line), line
 
 
 def test_a_terminal_sees_each_batch_and_earlier_rows_have_no_speed(
