@@ -63,6 +63,7 @@ SERVER = {  # by wing; "" are the files on top
         "inputs",
         "tokenizing",
         "metrics",
+        "key_shares",
         "request_queue",
         "quarantine",
         "vector_cache",

@@ -61,6 +61,7 @@ def test_the_table_of_metrics_is_complete() -> None:
         queued_inputs=lambda: 0,
         queued_tokens=lambda: 0,
         workers_ready=lambda: 0,
+        draining=lambda: 0,
         cache_bytes=lambda: 0,
     )
     names = set()

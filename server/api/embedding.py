@@ -103,7 +103,7 @@ class Embedding:
         hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
         try:
             with cancelled_on_disconnect(request):
-                result = await self.engine.embed(job)
+                result = await self.engine.embed(job, context_of(request.scope).key_name)
             how.check_vectors(result.vectors)
         except InvalidRequestError as error:
             raise _renamed(error, name) from None

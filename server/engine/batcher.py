@@ -59,7 +59,11 @@ class Batcher:
     # Requests
 
     def submit(
-        self, encodings: Sequence[Encoding], *, deadline: float = float("inf")
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        deadline: float = float("inf"),
+        key_name: str = "",
     ) -> QueuedRequest[PendingAnswer]:
         """Queue a request; `request.answer.future` gives its rows, one per encoding.
 
@@ -71,7 +75,12 @@ class Batcher:
             raise _deadly(culprit)
         known = self._cached(encodings) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, known=known
+            encodings,
+            PendingAnswer(len(encodings)),
+            deadline=deadline,
+            arrived=now,
+            known=known,
+            key_name=key_name,
         )
         for index, row in known.items():
             request.answer.set_row(index, row)

@@ -111,6 +111,7 @@ class Metrics:
         queued_inputs: Callable[[], float],
         queued_tokens: Callable[[], float],
         workers_ready: Callable[[], float],
+        draining: Callable[[], float],
         cache_bytes: Callable[[], float],
     ) -> None:
         """Gauges that are read when they are scraped."""
@@ -120,6 +121,7 @@ class Metrics:
             ("nv_embed_queued_inputs", "Inputs waiting for a batch", queued_inputs),
             ("nv_embed_queued_tokens", "Tokens waiting for a batch", queued_tokens),
             ("nv_embed_workers_ready", "Engine workers that are ready", workers_ready),
+            ("nv_embed_draining", "1 once the server is about to end", draining),
             (
                 "nv_embed_event_loop_tasks",
                 "Tasks of the event loop; one that only grows is a leak",

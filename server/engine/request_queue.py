@@ -1,12 +1,13 @@
 """The waiting inputs, and which of them make the next batch.
 
 Pure: no clock, event loop, torch or metrics; a time is an argument. Requests take turns, an input
-at a time, so that one query never waits behind a request of 2,048 inputs.
+at a time, so that one query never waits behind a request of 2,048 inputs; and so do the names of
+keys, a request at a time, so that nobody waits behind all requests of another.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -50,6 +51,7 @@ class QueuedRequest(Generic[AnswerT]):
     num_tokens: int = 0  # of the inputs that wait in the queue
     queued: bool = False  # whether the queue holds it
     is_query: bool = False  # one input was to be computed, and its vector is all that is missing
+    key_name: str = ""  # of the key that it came with
 
     @classmethod
     def of(
@@ -60,9 +62,10 @@ class QueuedRequest(Generic[AnswerT]):
         deadline: float = float("inf"),
         arrived: float = 0.0,
         known: Collection[int] = (),
+        key_name: str = "",
     ) -> QueuedRequest[AnswerT]:
         """known: indices of encodings whose vectors are known already."""
-        request = cls(answer, deadline, arrived)
+        request = cls(answer, deadline, arrived, key_name=key_name)
         request.waiting.extend(
             Entry(e, i, request) for i, e in enumerate(encodings) if i not in known
         )
@@ -74,26 +77,26 @@ class RequestQueue(Generic[AnswerT]):
     """Requests in the order of their turns."""
 
     def __init__(self) -> None:
-        self._turns: deque[QueuedRequest[AnswerT]] = deque()
+        # By the name of their key; names, and the requests of each, in the order of their turns.
+        self._turns: OrderedDict[str, deque[QueuedRequest[AnswerT]]] = OrderedDict()
         self.num_tokens = 0
         self.num_entries = 0
 
     def __repr__(self) -> str:
         return (
-            f"RequestQueue({len(self._turns)} requests, {self.num_entries} entries, "
+            f"RequestQueue({self.num_requests} requests, {self.num_entries} entries, "
             f"{self.num_tokens} tokens)"
         )
 
     @property
     def num_requests(self) -> int:
-        return len(self._turns)
+        return sum(map(len, self._turns.values()))
 
     def append(self, request: QueuedRequest[AnswerT]) -> None:
         """Admit all entries of a request, at the end of the turns."""
         assert request.waiting, request
         assert not request.queued, request
-        request.queued = True
-        self._turns.append(request)
+        self._add(request)
         self._count(request.waiting, 1)
 
     def put_back(self, entries: Iterable[Entry[AnswerT]]) -> None:
@@ -103,19 +106,18 @@ class RequestQueue(Generic[AnswerT]):
             request.waiting.appendleft(entry)
             self._count((entry,), 1)
             if request.queued:
-                self._turns.remove(request)
-            request.queued = True
-            self._turns.appendleft(request)
+                self._remove(request)
+            self._add_first(request)
 
     def discard(self, request: QueuedRequest[AnswerT]) -> None:
         """Drop what still waits of a request; harmless when nothing does."""
         if request.queued:
-            self._turns.remove(request)
+            self._remove(request)
             self._drop(request)
 
     def clear(self) -> list[QueuedRequest[AnswerT]]:
         """Drop everything that waits; returns the requests."""
-        requests = list(self._turns)
+        requests = self._requests()
         self._turns.clear()
         for request in requests:
             self._drop(request)
@@ -123,7 +125,7 @@ class RequestQueue(Generic[AnswerT]):
 
     def equal_to(self, key: bytes) -> list[Entry[AnswerT]]:
         """The entries that wait with this key."""
-        waiting = (entry for request in self._turns for entry in request.waiting)
+        waiting = (entry for request in self._requests() for entry in request.waiting)
         return [entry for entry in waiting if entry.key == key]
 
     def is_full(self, limits: BatchLimits) -> bool:
@@ -136,15 +138,15 @@ class RequestQueue(Generic[AnswerT]):
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
 
-        One entry of each request in turn, of those that may join (see _Composition). A request
-        whose next entry may not keeps its turn: it comes first in the next batch, so nothing
-        starves. at_work: keys of inputs that are being computed.
+        One entry of each request in turn, of each name's in turn, of those that may join (see
+        _Composition). A request whose next entry may not keeps its turn: it comes first in the next
+        batch, so nothing starves. at_work: keys of inputs that are being computed.
         """
         composition: _Composition[AnswerT] = _Composition(limits, at_work)
         expired: list[QueuedRequest[AnswerT]] = []
         passed_over: list[QueuedRequest[AnswerT]] = []
         while self._turns and composition.is_open and len(passed_over) < _LOOK_AHEAD:
-            request = self._turns.popleft()
+            request = self._take_turn()
             if request.deadline <= now:
                 self._drop(request)
                 expired.append(request)
@@ -154,11 +156,40 @@ class RequestQueue(Generic[AnswerT]):
                 composition.add(entry)
                 request.queued = bool(request.waiting)
                 if request.queued:
-                    self._turns.append(request)
+                    self._add(request)
             else:
                 passed_over.append(request)
-        self._turns.extendleft(reversed(passed_over))
+        for request in reversed(passed_over):
+            self._add_first(request)
         return composition.entries, expired
+
+    def _requests(self) -> list[QueuedRequest[AnswerT]]:
+        return [request for turns in self._turns.values() for request in turns]
+
+    def _take_turn(self) -> QueuedRequest[AnswerT]:
+        """The first request of the first name, which then comes last."""
+        name, turns = next(iter(self._turns.items()))
+        request = turns.popleft()
+        if turns:
+            self._turns.move_to_end(name)
+        else:
+            del self._turns[name]
+        return request
+
+    def _add(self, request: QueuedRequest[AnswerT]) -> None:
+        request.queued = True
+        self._turns.setdefault(request.key_name, deque()).append(request)
+
+    def _add_first(self, request: QueuedRequest[AnswerT]) -> None:
+        request.queued = True
+        self._turns.setdefault(request.key_name, deque()).appendleft(request)
+        self._turns.move_to_end(request.key_name, last=False)
+
+    def _remove(self, request: QueuedRequest[AnswerT]) -> None:
+        turns = self._turns[request.key_name]
+        turns.remove(request)
+        if not turns:
+            del self._turns[request.key_name]
 
     def _drop(self, request: QueuedRequest[AnswerT]) -> None:
         self._count(request.waiting, -1)

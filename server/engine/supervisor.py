@@ -66,8 +66,12 @@ class Supervisor:
         log_level: str = "info",
         width: int | None = None,
         load_timeout: float = _LOAD_S,
+        min_ready: int = 1,
+        most_failures: int | None = None,
     ) -> None:
-        """width: of the vectors that a worker must promise. load_timeout: see `load_timeout_of`."""
+        """width: of the vectors that a worker must promise. load_timeout: see `load_timeout_of`.
+        most_failures: starts that a worker may fail in a row before it counts as lost for good,
+        while there are others for `min_ready`; None: any number, once the server has served."""
         self._options, self._events = options, events
         self._width, self._load_timeout = width, load_timeout
         self._runner, self._log_format, self._log_level = runner, log_format, log_level
@@ -75,6 +79,8 @@ class Supervisor:
         self._was_ready = False
         self._settled: dict[int, RunnerInfo] = {}  # slot -> what its last worker was
         self._reasons: dict[int, list[str]] = {}  # slot -> the same one, in a row
+        self._min_ready, self._most_failures = min_ready, most_failures
+        self._failures = [0] * len(options)  # of each slot, in a row
         self._stopping = False
         self.trouble: dict[int, str] = {}
         """Slot -> why its worker is not ready."""
@@ -99,8 +105,8 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _keep_alive(self, slot: int) -> None:
-        failures = 0
         while True:
+            failures = self._failures[slot]
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
             life = _Life()
             try:
@@ -110,8 +116,9 @@ class Supervisor:
             except Exception:  # a fault of ours, in whoever handles the events
                 logger.exception("worker %d: an event could not be handled", slot)
                 life.was_ready = False
-            failures = 0 if life.was_ready else failures + 1
+            self._failures[slot] = 0 if life.was_ready else failures + 1
             self._give_up_if_hopeless(slot, life.reason)
+            self._give_up_if_too_few(slot)
 
     def _give_up_if_hopeless(self, slot: int, reason: str | None) -> None:
         """Raises StartError when no worker was ever ready and each fails for the same reason, again
@@ -126,6 +133,18 @@ class Supervisor:
         if not self._was_ready and all(len(reasons) >= _HOPELESS_AFTER for reasons in all_known):
             last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
             raise StartError(f"{last} (the same {_HOPELESS_AFTER} times in a row)")
+
+    def _give_up_if_too_few(self, slot: int) -> None:
+        """Raises StartError when so many workers are lost for good that too few are left: whoever
+        runs this process may have another machine for it."""
+        if self._most_failures is None:
+            return
+        left = sum(failures < self._most_failures for failures in self._failures)
+        if left < self._min_ready:
+            raise StartError(
+                f"worker {slot} has failed to start {self._failures[slot]} times in a row "
+                f"({self.trouble[slot]}); {left} of {self._min_ready} workers are left"
+            )
 
     async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
         """One worker's whole life."""

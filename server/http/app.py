@@ -14,6 +14,7 @@ from server.api.embedding import HEADERS, Embedding
 from server.api.openapi import METRICS_PATHS, OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
+from server.errors import SettingsError
 from server.http.gate import Gate
 from server.http.pages import add_pages
 from server.http.refusals import Refusals
@@ -73,7 +74,10 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
 def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
     open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
-    app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths)
+    keys = settings.api_keys()
+    if settings.max_key_share < 1 and not any(one.name for one in keys):
+        raise SettingsError("--max-key-share needs keys with names (name:key)")
+    app.add_middleware(Gate, keys=keys, open_paths=open_paths)
     paths = (route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(
         Refusals, paths=frozenset(path for path in paths if "{" not in path), shapes=_SHAPES
