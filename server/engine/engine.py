@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.key_shares import KeyShares
+from server.engine.loop_lag import LoopLag
 from server.engine.metrics import Metrics
 from server.engine.supervisor import Supervisor, load_timeout_of
 from server.engine.tokenizing import Tokenizing, Work
@@ -55,6 +57,7 @@ class EmbeddingEngine:
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
+        self._lag = LoopLag(self.metrics.loop_lag)
         self._tokenizing = Tokenizing(
             InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
         )
@@ -115,6 +118,25 @@ class EmbeddingEngine:
             draining=lambda: self._leaving,
             cache_bytes=lambda: self._batcher.cache.used,
         )
+        batches = [options.max_batch_tokens for options in self.worker_options]
+        for name, text, value in (
+            ("workers", "Engine workers that there should be", len(self.worker_options)),
+            ("min_ready_workers", "Of --min-ready-workers", self._min_ready),
+            ("max_queued_tokens", "Of --max-queued-tokens", self.max_queued_tokens),
+            ("max_batch_tokens", "Tokens in a batch, at most", max(batches)),
+            ("max_batch_inputs", "Of --max-batch-seqs", self.worker_options[0].max_batch_seqs),
+            ("max_input_tokens", "Tokens of an input, at most", self.max_input_tokens),
+        ):
+            self.metrics.constant(f"nv_embed_{name}", text, value)
+        self.metrics.show_workers([one.device for one in self.worker_options], self._build)
+
+    def _build(self) -> Iterator[tuple[str, ...]]:
+        """Of each worker, as nv_embed_build_info shows it; while none is ready, what is known."""
+        what = (version("nv-embed-server"), self.source.model_id, self.source.revision or "")
+        for one in self.runners:
+            yield (*what, one.dtype, one.quantization, one.attention, one.device_name)
+        if not self.runners:
+            yield (*what, *("",) * 4)
 
     def _input_limit(self, settings: Settings) -> int:
         most, asked = self.config.most_input_tokens, settings.max_input_tokens
@@ -159,6 +181,7 @@ class EmbeddingEngine:
         """Start the workers; `not_ready` tells when they can serve."""
         if self.source.notice:
             logger.warning(self.source.notice)
+        self._lag.start()
         self._supervisor.start()
 
     async def failed(self) -> None:
@@ -218,6 +241,7 @@ class EmbeddingEngine:
         """End the workers; what is unanswered fails."""
         self._leaving = self._draining = True
         self._batcher.fail_all(UnavailableError(_ENDING, retry_after=1))
+        self._lag.stop()
         await self._supervisor.stop()
         self._tokenizing.close()
 
@@ -233,15 +257,29 @@ class EmbeddingEngine:
         self._refuse_if_not_ready()
         work = self._admit(job, key_name)
         with self._accepted(key_name, work.tokens):
+            began = time.monotonic()
             encodings = await self._tokenizing.tokenize(job, work)
-            tokens = sum(len(encoding) for encoding in encodings)
+            tokens = self._count_tokens(encodings, time.monotonic() - began)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
             vectors = await self._run(encodings, job.deadline, key_name)
             cut = [index for index, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
+            if key_name:
+                self.metrics.key_tokens.add(key_name, tokens)
             return EmbedResult(vectors, tokens, cut)
+
+    def _count_tokens(self, encodings: list[Encoding], seconds: float) -> int:
+        """All of a request's, which took so long to find."""
+        self.metrics.tokenize_seconds.observe(seconds)
+        self.metrics.request_inputs.observe(len(encodings))
+        tokens, observe = 0, self.metrics.input_tokens.observe
+        for encoding in encodings:
+            length = len(encoding)
+            observe(length)
+            tokens += length
+        return tokens
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].
@@ -273,6 +311,7 @@ class EmbeddingEngine:
         work = self._tokenizing.expected_work(job)
         self._refuse_if_full(work.tokens)
         if not self._shares.has_room(key_name, work.tokens):
+            self.metrics.count_refused("key_share")
             raise OverloadedError(
                 "your key's share of the queue is full (--max-key-share)",
                 retry_after=self._batcher.seconds_of_work(),
@@ -298,12 +337,14 @@ class EmbeddingEngine:
 
     def _refuse_if_not_ready(self) -> None:
         if reason := self._refusing:
+            self.metrics.count_refused("draining" if self._draining else "not_ready")
             raise UnavailableError(f"not ready: {reason}", retry_after=2)
 
     def _refuse_if_full(self, tokens: int) -> None:
         waiting = self._batcher.queue.num_tokens + self._tokenizing.under_way
         if waiting and waiting + tokens > self.max_queued_tokens:
             self.metrics.rejected.inc()
+            self.metrics.count_refused("queue")
             raise OverloadedError(
                 f"the queue is full: {waiting} tokens wait, the limit is {self.max_queued_tokens}",
                 retry_after=self._batcher.seconds_of_work(),

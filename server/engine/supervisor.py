@@ -18,7 +18,8 @@ from typing import Any
 
 from model.batch import BatchLimits, RunnerInfo, RunnerOptions
 from server.engine import devices, worker_process
-from server.engine.wire import start_frame
+from server.engine.metrics import Death
+from server.engine.wire import POISONED, start_frame
 from server.engine.worker_link import (
     RefusedError,
     UselessWorkerError,
@@ -195,7 +196,7 @@ class Supervisor:
         writer: asyncio.StreamWriter,
     ) -> None:
         """From its greeting to its last answer; `life` gets how it went."""
-        options = self._options[slot]
+        options, started = self._options[slot], time.monotonic()
         try:
             async with asyncio.timeout(load_timeout):
                 info, tokens_per_s = await self._greet(slot, reader)
@@ -205,7 +206,8 @@ class Supervisor:
                 half_beside_query=info.device == "cpu",  # where it is measured
             )
             self._settled[slot] = info
-            life.worker = Worker(slot, info, limits, tokens_per_s, writer, process)
+            seconds = time.monotonic() - started
+            life.worker = Worker(slot, info, limits, tokens_per_s, writer, process, seconds)
             self.trouble.pop(slot, None)
             self._was_ready = life.was_ready = True
             life.patience = STOP_S
@@ -222,6 +224,8 @@ class Supervisor:
             life.reason = None if error.temporary else error.message
         except UselessWorkerError as error:
             logger.error("worker %d %s", slot, error)
+            if life.worker is not None:
+                life.worker.killed_for = "nonsense"
             life.trouble, life.patience = "its worker sent nonsense; see the log", 0.0
 
     def _tell_end(self, slot: int, life: _Life, status: int | None) -> None:
@@ -229,6 +233,7 @@ class Supervisor:
         self.trouble[slot] = life.trouble or f"its worker ended ({ended})"
         if not life.worker and not life.trouble and worker_process.is_its_own_doing(status):
             life.reason = f"a worker ended before it was ready ({ended})"
+        self._events.worker_ended(_cause(life.worker, status))
         when = "while serving" if life.worker else "before it was ready"
         logger.error("worker %d ended (%s) %s; starting it again", slot, ended, when)
 
@@ -264,6 +269,13 @@ class Supervisor:
             ", ".join(properties),
         )
         return info, tokens_per_s
+
+
+def _cause(worker: Worker | None, status: int | None) -> Death | None:
+    """Of which it died; None: it was never ready."""
+    if worker is None:
+        return None
+    return worker.killed_for or ("device" if status == POISONED else "crash")
 
 
 def _without_numbers(message: str) -> str:

@@ -9,6 +9,8 @@ REFUSED worker → front  JSON: why it cannot start, and whether trying again ma
 BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
 FAILED  worker → front  the error's text, for the log
+MEMORY  worker → front  rows: parts halved for want of memory since the last; then uint64, the bytes
+                        of its GPU that it has reserved
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ from model.batch import Encoding, RunnerInfo, RunnerOptions
 HEADER = struct.Struct("<5I")
 
 
+POISONED = 70
+"""Exit status of a worker when its process cannot use its device any more."""
+_BYTES = struct.Struct("<Q")
+
+
 class Kind(IntEnum):
     START = 1
     HELLO = 2
@@ -34,6 +41,7 @@ class Kind(IntEnum):
     BATCH = 4
     ROWS = 5
     FAILED = 6
+    MEMORY = 7
 
 
 class Fault(IntEnum):
@@ -76,6 +84,19 @@ def read_rows(
     values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
     pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
     return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
+
+
+def memory_frame(splits: int, device_bytes: int) -> bytes:
+    return frame(Kind.MEMORY, _BYTES.pack(device_bytes), rows=splits)
+
+
+def read_memory(payload: bytes) -> int:
+    """Bytes of the device. Raises ValueError."""
+    if len(payload) != _BYTES.size:
+        raise ValueError(len(payload))
+    (device_bytes,) = _BYTES.unpack(payload)
+    assert isinstance(device_bytes, int)
+    return device_bytes
 
 
 def rows_size(rows: int, width: int, faults: int) -> int:

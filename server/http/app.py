@@ -90,7 +90,11 @@ def _add_layers(app: FastAPI, settings: Settings, engine: Engine, metrics: Metri
             allow_headers=["*"],
             expose_headers=["x-request-id", IGNORED_HEADER, *HEADERS],
         )
-    budget = ByteBudget(settings.max_inflight_bytes)
+    budget = ByteBudget(settings.max_inflight_bytes, lambda: metrics.count_refused("bytes"))
+    metrics.constant(
+        "nv_embed_max_inflight_bytes", "Of --max-inflight-bytes", settings.max_inflight_bytes
+    )
+    metrics.name_keys({one.name for one in keys if one.name})
     metrics.gauge(
         "nv_embed_inflight_bytes",
         "Bytes of bodies and answers that requests hold in memory",

@@ -63,6 +63,11 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
     connections = _most_connections(settings, len(engine.worker_options))
     server = _Uvicorn(_uvicorn_config(settings, engine, connections))
+    open_connections = server.server_state.connections
+    engine.metrics.gauge(
+        "nv_embed_open_connections", "Connections of clients", lambda: len(open_connections)
+    )
+    engine.metrics.constant("nv_embed_max_connections", "Connections, at most", connections)
     listener, address = listen(settings)
     stop = _Signals()
     gc.collect()

@@ -312,7 +312,7 @@ def test_keys_have_names(tmp_path: Path, content: str) -> None:
 
 def test_a_key_has_one_name() -> None:
     for keys in (["a:some-key", "b:some-key"], ["a:some-key", "some-key"]):
-        with pytest.raises(SettingsError, match="one key has two names$"):
+        with pytest.raises(SettingsError, match="one key has two names"):
             load({"api_key": keys}, {}).api_keys()
 
 

@@ -50,7 +50,7 @@ def test_it_serves_on_while_the_load_balancer_takes_notice(
             continue
         seen[f"{answer.status_code} {answer.headers.get('connection')}"] += 1
     assert seen.keys() <= {"200 close", "503 close", "refused"}, seen
-    assert seen["200 close"] > 20, seen
+    assert seen["200 close"] >= 3, seen
     assert server.process.returncode == 0
     assert "leaving: not ready any more" in server.log
     assert "draining" in server.log
