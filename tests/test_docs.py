@@ -57,7 +57,7 @@ def test_messages_of_a_failed_start_are_those_of_the_code() -> None:
 
 def test_the_table_of_metrics_is_complete(golden_checkpoint: Path) -> None:
     text = OPERATIONS.split("## Metrics")[1].split("\n## ")[0]
-    settings = Settings(devices=["cpu"])
+    settings = Settings(devices=["cpu"], api_key=["name:some-key"])
     engine = EmbeddingEngine(settings, locate(str(golden_checkpoint)))
     create_app(settings, engine, engine.metrics)
     names = set()
