@@ -149,6 +149,7 @@ SERVER = {  # by wing; "" are the files on top
         "flags",
         "options",
         "serve",
+        "download",
         "encode",
         "verify",
         "gpu_check_server",

@@ -11,6 +11,11 @@ from typing import Any
 
 import yaml
 
+from model.hub import locate
+from server.engine.engine import EmbeddingEngine
+from server.http.app import create_app
+from server.settings import Settings
+
 MONITORING = Path(__file__).parents[2] / "docker/monitoring"
 _METRIC = re.compile(r"\b((?:nv_embed|process|vllm:)\w+)\b")
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -43,6 +48,18 @@ def queries() -> Iterator[Query]:
 def alerts(path: Path = MONITORING / "alerts.yml") -> list[dict[str, Any]]:
     groups = yaml.safe_load(path.read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
+
+
+def exported(checkpoint: Path) -> set[str]:
+    """Names of the metrics that a server has, as queries write them."""
+    settings = Settings(devices=["cpu"], api_key=["name:some-key"])
+    engine = EmbeddingEngine(settings, locate(str(checkpoint)))
+    create_app(settings, engine, engine.metrics)
+    registry = engine.metrics.registry
+    collectors = [name for name in registry._names_to_collectors if "event_loop_tasks" not in name]
+    families = registry.restricted_registry(collectors).collect()
+    ours = {one.name + "_total" * (one.type == "counter") for one in families}
+    return ours | {"process_resident_memory_bytes"}  # the library's, which does not say its names
 
 
 def metrics_named(text: str) -> set[str]:

@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from model.hub import locate
-from server.engine.engine import EmbeddingEngine
-from server.http.app import create_app
 from server.settings import ENV_PREFIX, Settings
 from tests.docker import dashboards
 
@@ -22,14 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def exported(golden_checkpoint: Path) -> set[str]:
-    """Names of the metrics that a server has, as queries write them."""
-    settings = Settings(devices=["cpu"], api_key=["name:some-key"])
-    engine = EmbeddingEngine(settings, locate(str(golden_checkpoint)))
-    create_app(settings, engine, engine.metrics)
-    registry = engine.metrics.registry
-    collectors = [name for name in registry._names_to_collectors if "event_loop_tasks" not in name]
-    families = registry.restricted_registry(collectors).collect()
-    return {one.name + "_total" * (one.type == "counter") for one in families}
+    return dashboards.exported(golden_checkpoint)
 
 
 def test_queries_name_metrics_that_there_are(exported: set[str]) -> None:
