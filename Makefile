@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -176,6 +176,9 @@ build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
+
+drill: $(VENV)/.installed-test ## renew servers behind HAProxy and nginx, under load: is a request lost?
+	PYTHONPATH=. $(BIN)/python -m tests.docker.drill $(ARGS)
 
 observability-check: $(VENV)/.installed-test ## alerts, and each query of the dashboard on a real Prometheus
 	PYTHONPATH=. $(BIN)/python -m tests.docker.observability $(ARGS)
