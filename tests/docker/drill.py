@@ -1,9 +1,9 @@
 """`make drill`: servers are renewed one by one behind real proxies, under 16 busy connections.
 
-The proxies run the examples of docker/, but for their addresses, and, where it shall be seen what the
-delay does, without their retries. Ends with status 1 where a request is lost that must not be, where
-none is lost without the delay, or where a server that is added later gets too little; also where a
-program is missing.
+The proxies run the examples of docker/, but for their addresses, and, where it shall be seen what
+the delay does, without their retries. Ends with status 1 where a request is lost that must not be,
+where none is lost without the delay, or where a server that is added later gets too little; also
+where a program is missing.
 """
 
 from __future__ import annotations
