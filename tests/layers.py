@@ -67,6 +67,7 @@ SERVER = {  # by wing; "" are the files on top
         "loop_lag",
         "metrics",
         "key_shares",
+        "key_turns",
         "request_queue",
         "quarantine",
         "vector_cache",

@@ -18,6 +18,7 @@ _WHOLE_ANSWER = 256 * 1024
 """Values of an answer that is sent at once, with its length in front: larger ones are sent as they
 are written, and never in memory as a whole."""
 _JSON = "application/json"
+_JSON_TYPE = (b"content-type", _JSON.encode())
 
 
 class AnswerWriter:
@@ -35,11 +36,11 @@ class AnswerWriter:
             began = time.monotonic()
             body = b"".join(pieces)
             context.serialize_seconds = time.monotonic() - began
-            return _DrainedResponse(body, headers=headers, media_type=_JSON)
+            return _DrainedResponse(body, headers)
         paced = self._paced(pieces, context)
         if values <= _WHOLE_ANSWER or request.scope["http_version"] == "1.0":  # has no pieces
             whole = b"".join([piece async for piece in paced])
-            return _DrainedResponse(whole, headers=headers, media_type=_JSON)
+            return _DrainedResponse(whole, headers)
         return _AnswerInPieces(paced, headers)
 
     async def _paced(
@@ -59,7 +60,13 @@ class AnswerWriter:
 
 class _DrainedResponse(Response):
     """Ends only when the client has taken most of it: uvicorn waits before the second send. What
-    is below its high-water mark it does not wait for."""
+    is below its high-water mark it does not wait for. Names of headers are in lower case."""
+
+    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
+        self.status_code, self.body, self.background = 200, body, None
+        length = (b"content-length", b"%d" % len(body))
+        given = [(name.encode("latin-1"), headers[name].encode("latin-1")) for name in headers]
+        self.raw_headers = [length, _JSON_TYPE, *given]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}

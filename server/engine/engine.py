@@ -15,13 +15,14 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.batch import Encoding, RunnerInfo, RunnerOptions, continues
 from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from model.weights.headers import weight_files
+from server.engine.averaging import averaged
 from server.engine.batcher import Batcher
 from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
@@ -259,26 +260,30 @@ class EmbeddingEngine:
         with self._accepted(key_name, work.tokens):
             began = time.monotonic()
             encodings = await self._tokenizing.tokenize(job, work)
-            tokens = self._count_tokens(encodings, time.monotonic() - began)
+            tokens = self._count_tokens(encodings, len(job.inputs), time.monotonic() - began)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            vectors = await self._run(encodings, job.deadline, key_name)
-            cut = [index for index, encoding in enumerate(encodings) if encoding.is_cut]
+            vectors = averaged(encodings, await self._run(encodings, job, key_name))
+            cut = [encoding.input(i) for i, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
             if key_name:
                 self.metrics.key_tokens.add(key_name, tokens)
-            return EmbedResult(vectors, tokens, cut)
+            spans = [encoding.span for encoding in encodings if encoding.span is not None]
+            return EmbedResult(vectors, tokens, cut, spans)
 
-    def _count_tokens(self, encodings: list[Encoding], seconds: float) -> int:
-        """All of a request's, which took so long to find."""
+    def _count_tokens(self, encodings: list[Encoding], inputs: int, seconds: float) -> int:
+        """All of a request's, which took so long to find; as `num_tokens` has it."""
         self.metrics.tokenize_seconds.observe(seconds)
-        self.metrics.request_inputs.observe(len(encodings))
-        tokens, observe = 0, self.metrics.input_tokens.observe
+        self.metrics.request_inputs.observe(inputs)
+        observe, tokens = self.metrics.input_tokens.observe, 0
+        before: Encoding | None = None
         for encoding in encodings:
-            length = len(encoding)
-            observe(length)
-            tokens += length
+            if encoding.span is None or not continues(encoding, before):
+                length = len(encoding)
+                observe(length)
+                tokens += length
+            before = encoding
         return tokens
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
@@ -319,9 +324,16 @@ class EmbeddingEngine:
         return work
 
     async def _run(
-        self, encodings: list[Encoding], deadline: float, key_name: str
+        self, encodings: list[Encoding], job: EmbedJob, key_name: str
     ) -> list[NDArray[np.float32]]:
-        request = self._batcher.submit(encodings, deadline=deadline, key_name=key_name)
+        deadline = job.deadline
+        request = self._batcher.submit(
+            encodings,
+            deadline=deadline,
+            priority=job.priority,
+            salt=job.salt,
+            key_name=key_name,
+        )
         timer = None
         if deadline != float("inf"):
             delay = max(0.0, deadline - time.monotonic())
