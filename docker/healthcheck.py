@@ -16,7 +16,8 @@ TIMEOUT_S = 4.0
 
 
 def main() -> int:
-    port = int(os.environ.get("NV_EMBED_PORT", "8000"))
+    given = os.environ.get("NV_EMBED_PORT", "")
+    port = int(given) if given.isdigit() else 8000  # Kubernetes may have put an address there
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:
         with contextlib.closing(connection):

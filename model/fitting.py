@@ -50,6 +50,8 @@ class FittingRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self.budget: int | None = None
+        self.splits = 0
+        """Parts that were halved because they did not fit."""
         self._most_done = 0  # tokens of the largest forward that fitted
         self._doubts = 0  # batches in a row with a part that failed though as much has fitted
 
@@ -78,6 +80,7 @@ class FittingRunner:
                     doubtful = True
                 self._learn(tokens, len(part))
                 if len(part) > 1:
+                    self.splits += 1
                     todo += _halves(part)
                 else:
                     too_large += part

@@ -30,6 +30,12 @@ from server.settings import (
     SettingsT,
 )
 
+_SERVICE = re.compile(
+    rf"{ENV_PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR))"
+)
+_PORT = re.compile(rf"{ENV_PREFIX}(\w+_)?PORT(_\d+_(TCP|UDP|SCTP))?")
+_ADDRESS = re.compile("(tcp|udp|sctp)://")
+
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The server's. Flags over environment over file over defaults. Raises SettingsError."""
@@ -41,10 +47,11 @@ def load_as(
 ) -> SettingsT:
     """As `load`, the fields of `kind` alone; names, but not values, are checked of the others."""
     known = ChatSettings.model_fields | Settings.model_fields
+    not_ours = service_links(environment)
     from_environment = {
         name.removeprefix(ENV_PREFIX).lower(): (name, value)
         for name, value in environment.items()
-        if name.startswith(ENV_PREFIX)
+        if name.startswith(ENV_PREFIX) and name not in not_ours
     }
     for option, (name, value) in from_environment.items():
         if option not in known and option != "config":
@@ -76,6 +83,16 @@ def load_as(
             raise SettingsError(problem["msg"].removeprefix("Value error, ")) from None
         option = str(problem["loc"][0])
         raise SettingsError(f"{given[option][0]}: {_words(problem, known[option])}") from None
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """The variables that Kubernetes puts into every pod beside a Service whose name begins with
+    nv-embed, unless the pod says `enableServiceLinks: false`. They are no options."""
+    return [
+        name
+        for name, value in environment.items()
+        if _SERVICE.fullmatch(name) or (_PORT.fullmatch(name) and _ADDRESS.match(value))
+    ]
 
 
 def _check_given(option: str, origin: str, value: object) -> None:

@@ -24,7 +24,14 @@ from pydantic import (
 
 from model.batch import BATCH_SEQS, CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, Quantization
 from model.tokenizer import Truncation
-from server.api_keys import checked, read_keys
+from server.api_keys import (
+    ApiKey,
+    checked,
+    checked_with_names,
+    named,
+    read_keys,
+    read_named_keys,
+)
 from server.errors import SettingsError
 
 ENV_PREFIX = "NV_EMBED_"
@@ -71,6 +78,7 @@ def _parts(item: object) -> list[object]:
 
 Words = Annotated[list[str], BeforeValidator(_split)]
 Keys = Annotated[list[SecretStr], BeforeValidator(checked)]
+NamedKeys = Annotated[list[SecretStr], BeforeValidator(checked_with_names)]
 
 
 class MachineSettings(BaseModel):
@@ -251,18 +259,28 @@ class EncodeSettings(ModelSettings):
 class KeySettings(ModelSettings):
     """The keys that a server asks for, and one of which its client sends."""
 
-    api_key: Keys = Field(
+    api_key: NamedKeys = Field(
         [],
-        description="key that clients must send as a bearer token; for several repeat the flag. "
-        "Everybody on the machine sees it in `ps`: prefer --api-key-file",
+        description="key that clients must send as a bearer token, or name:key, whose name then "
+        "stands in log lines and metrics; for several repeat the flag. Everybody on the machine "
+        "sees it in `ps`: prefer --api-key-file",
     )
     api_key_file: Path | None = Field(
-        None, description="file with one key in each line; # begins a comment line"
+        None,
+        description="file with a key, or name:key, in each line, where # begins a comment line; "
+        "or JSON: each name with its key or its list of keys",
     )
 
-    def api_keys(self) -> list[bytes]:
+    def api_keys(self) -> list[ApiKey]:
         """All keys of the flag, the environment and the file. Raises SettingsError."""
-        return _all_keys(self.api_key, self.api_key_file, "--api-key-file")
+        keys = [named(key.get_secret_value()) for key in self.api_key]
+        if self.api_key_file is not None:
+            keys += read_named_keys(self.api_key_file, "--api-key-file")
+        owners: dict[bytes, str] = {}
+        for one in keys:
+            if owners.setdefault(one.key, one.name) != one.name:
+                raise SettingsError("--api-key, --api-key-file: one key has two names")
+        return keys
 
 
 class ChatSettings(KeySettings):
@@ -276,15 +294,11 @@ class ChatSettings(KeySettings):
     chat_api_key_file: Path | None = Field(None, description="file that holds it")
 
     def chat_api_keys(self) -> list[bytes]:
-        """Likewise."""
-        return _all_keys(self.chat_api_key, self.chat_api_key_file, "--chat-api-key-file")
-
-
-def _all_keys(given: list[SecretStr], file: Path | None, flag: str) -> list[bytes]:
-    keys = [key.get_secret_value() for key in given]
-    if file is not None:
-        keys += read_keys(file, flag)
-    return [key.encode() for key in keys]
+        """All keys, none of which has a name: they are another server's. Raises SettingsError."""
+        keys = [key.get_secret_value() for key in self.chat_api_key]
+        if self.chat_api_key_file is not None:
+            keys += read_keys(self.chat_api_key_file, "--chat-api-key-file")
+        return [key.encode() for key in keys]
 
 
 class Settings(EncodeSettings, KeySettings):
@@ -312,6 +326,27 @@ class Settings(EncodeSettings, KeySettings):
         ge=1,
         le=_MOST_COUNT,
         description="tokens that may wait; beyond it requests get 429 and Retry-After",
+    )
+    max_key_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="part of --max-queued-tokens that the requests of one name's keys may take; "
+        "beyond it they get 429, and the others do not. Needs keys with names",
+    )
+    min_ready_workers: int = Field(
+        1,
+        ge=1,
+        le=_MOST_COUNT,
+        description="with fewer ready workers /readyz answers 503, so that a load balancer goes "
+        "elsewhere; requests that come nevertheless are served",
+    )
+    exit_after_failed_starts: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_COUNT,
+        description="end with status 1 when so many workers have failed to start so many times in "
+        "a row that --min-ready-workers cannot be met; default: try for ever, once it has served",
     )
     cache_bytes: int = Field(
         0,
@@ -373,11 +408,25 @@ class Settings(EncodeSettings, KeySettings):
         description="seconds without an answer after which a worker is killed and its batch given "
         "to another; more when the measured rate says that a batch takes long",
     )
+    max_connection_age: float | None = Field(
+        None,
+        gt=0,
+        le=_DAY_S,
+        description="seconds after which, at most, a connection's next answer closes it, so that "
+        "clients that keep theirs find new servers; default: never",
+    )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        le=_DAY_S,
+        description="seconds after SIGTERM, SIGINT or SIGHUP in which /readyz already answers 503 "
+        "and requests are still served: as long as a load balancer takes to notice",
+    )
     drain_timeout: float = Field(
         30.0,
         ge=0,
         le=_DAY_S,
-        description="seconds to finish accepted requests after SIGTERM, SIGINT or SIGHUP",
+        description="seconds to finish accepted requests after that",
     )
     access_log: bool = Field(True, description="one line per request, without its texts")
 

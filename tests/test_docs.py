@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from model.hub import locate
 from server import errors
+from server.engine.engine import EmbeddingEngine
 from server.engine.metrics import Metrics
+from server.http.app import create_app
 from server.settings import HIDDEN, Settings
 from tests.layers import MODEL, ROOT, SERVER
 
@@ -52,23 +55,17 @@ def test_messages_of_a_failed_start_are_those_of_the_code() -> None:
     assert not [message for message in quoted if message not in said]
 
 
-def test_the_table_of_metrics_is_complete() -> None:
+def test_the_table_of_metrics_is_complete(golden_checkpoint: Path) -> None:
     text = OPERATIONS.split("## Metrics")[1].split("\n## ")[0]
-    metrics = Metrics()
-    metrics.watch(
-        waiting_requests=lambda: 0,
-        running_requests=lambda: 0,
-        queued_inputs=lambda: 0,
-        queued_tokens=lambda: 0,
-        workers_ready=lambda: 0,
-        cache_bytes=lambda: 0,
-    )
+    settings = Settings(devices=["cpu"], api_key=["name:some-key"])
+    engine = EmbeddingEngine(settings, locate(str(golden_checkpoint)))
+    create_app(settings, engine, engine.metrics)
     names = set()
-    for line in metrics.registry.restricted_registry(_all_names(metrics)).collect():
+    for line in engine.metrics.registry.restricted_registry(_all_names(engine.metrics)).collect():
         if line.name.startswith(("nv_embed", "vllm")):
             names.add(line.name + ("_total" if line.type == "counter" else ""))
-    # The app's own (server/http/app.py), and one that is read in a running loop only.
-    names |= {"nv_embed_inflight_bytes", "nv_embed_event_loop_tasks"}
+    # Of the listening server (server/http/lifecycle.py), and one that needs a running loop.
+    names |= {"nv_embed_open_connections", "nv_embed_max_connections", "nv_embed_event_loop_tasks"}
     assert set(re.findall(r"`((?:nv_embed|vllm)[\w:]+)`", text)) == names
 
 

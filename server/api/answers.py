@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
-from server.api.request_context import disconnect_of
+from server.api.request_context import RequestContext, context_of, disconnect_of
 
 _SHORT_ANSWER = 32 * 1024
 """Values of an answer that is written at once."""
@@ -30,19 +31,27 @@ class AnswerWriter:
         self, request: Request, pieces: Iterator[bytes], values: int, headers: dict[str, str]
     ) -> Response:
         """JSON that comes in pieces and holds about so many values."""
+        context = context_of(request.scope)
         if values <= _SHORT_ANSWER:
-            return _DrainedResponse(b"".join(pieces), headers)
-        paced = self._paced(pieces)
+            began = time.monotonic()
+            body = b"".join(pieces)
+            context.serialize_seconds = time.monotonic() - began
+            return _DrainedResponse(body, headers)
+        paced = self._paced(pieces, context)
         if values <= _WHOLE_ANSWER or request.scope["http_version"] == "1.0":  # has no pieces
             whole = b"".join([piece async for piece in paced])
             return _DrainedResponse(whole, headers)
         return _AnswerInPieces(paced, headers)
 
-    async def _paced(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    async def _paced(
+        self, pieces: Iterator[bytes], context: RequestContext
+    ) -> AsyncIterator[bytes]:
         """Each piece is made in a turn of the event loop in which no other such piece is made."""
         while True:
             async with self._turn:
+                began = time.monotonic()
                 piece = next(pieces, None)
+                context.serialize_seconds += time.monotonic() - began
                 await asyncio.sleep(0)
             if piece is None:
                 return

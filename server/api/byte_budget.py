@@ -6,6 +6,7 @@ answers that a slow client has not read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -16,8 +17,8 @@ class ByteBudgetError(Exception):
 class ByteBudget:
     """`with budget.reservation() as reservation: reservation.add(n)`."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, on_refusal: Callable[[], None] = lambda: None) -> None:
+        self.limit, self.on_refusal = limit, on_refusal
         self.used = 0
 
     def reservation(self) -> Reservation:
@@ -35,6 +36,7 @@ class Reservation:
         """Raises ByteBudgetError when others hold too much; a request alone is always let in."""
         budget = self._budget
         if budget.used > self.held and budget.used + size > budget.limit:
+            budget.on_refusal()
             raise ByteBudgetError
         budget.used += size
         self.held += size

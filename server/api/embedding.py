@@ -106,7 +106,7 @@ class Embedding:
         hold(request, len(job.inputs) * size)
         try:
             with cancelled_on_disconnect(request):
-                result = await self.engine.embed(job)
+                result = await self.engine.embed(job, context_of(request.scope).key_name)
             if job.options.chunks is not None:
                 hold(request, (len(result.vectors) - 1) * size)
             how.check_vectors(result.vectors)

@@ -31,6 +31,10 @@ class RequestContext:
     """The bytes that the request holds until it is answered."""
     side: Side | None = None
     """Which side its path asks for, in front of the route's own."""
+    key_name: str = ""
+    """Of the key that it came with, if that has one."""
+    serialize_seconds: float = 0.0
+    """How long its answer took to write as JSON."""
     log: dict[str, Any] = field(default_factory=dict)
     """What its log line says besides."""
 

@@ -14,6 +14,7 @@ from model import console
 from model.errors import did_you_mean
 from model.platform import resources
 from server.cli import (
+    download,
     encode,
     evaluate,
     export,
@@ -30,7 +31,10 @@ from server.cli.streams import open_standard_streams
 from server.errors import SettingsError
 from server.settings import EMPTY
 
-COMMANDS = (serve, encode, verify, gpu_check, train, mine, synthesize, evaluate, export, openapi)
+COMMANDS = (
+    *(serve, download, encode, verify, gpu_check),
+    *(train, mine, synthesize, evaluate, export, openapi),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

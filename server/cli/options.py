@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import TypeVar
 
@@ -10,6 +11,8 @@ from server import configuration, logs
 from server.cli.flags import add_flags
 from server.cli.parsing import whole_number
 from server.settings import ENV_PREFIX, KeySettings, ModelSettings, SettingsT
+
+logger = logging.getLogger("nv_embed.cli")
 
 KeySettingsT = TypeVar("KeySettingsT", bound=KeySettings)
 
@@ -23,6 +26,12 @@ def settle(arguments: argparse.Namespace, kind: type[SettingsT]) -> SettingsT:
     given = {name: value for name, value in vars(arguments).items() if name in names}
     options = configuration.load_as(kind, given, os.environ)
     logs.configure(options.log_format, options.log_level)
+    if ignored := configuration.service_links(os.environ):
+        logger.warning(
+            "ignored, for Kubernetes makes them of a Service's name (enableServiceLinks: false "
+            "spares them): %s",
+            ", ".join(sorted(ignored)),
+        )
     vars(arguments).update({name: getattr(options, name) for name in kind.model_fields})
     return options
 
@@ -67,5 +76,5 @@ def settle_embedder(arguments: argparse.Namespace, kind: type[KeySettingsT]) -> 
     options = settle(arguments, kind)
     arguments.device = options.one_device()
     keys = options.api_keys() if arguments.url else []
-    arguments.api_key = keys[0].decode() if keys else None
+    arguments.api_key = keys[0].key.decode() if keys else None
     return options

@@ -70,6 +70,6 @@ def exposed_secrets(settings: Settings, config: str | None) -> Iterator[str]:
         mode = path.stat().st_mode & 0o777 if path is not None and path.is_file() else 0
         if mode & 0o077:
             yield f"{option}: {path} is open to others (mode {mode:04o}); chmod 600 closes it"
-    short = sum(len(key) < SHORT_KEY for key in settings.api_keys())
+    short = sum(len(one.key) < SHORT_KEY for one in settings.api_keys())
     if short:
         yield f"{short} API key(s) have fewer than {SHORT_KEY} characters and could be guessed"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from model.batch import Encoding, num_tokens
 from server.engine.batches_out import Batch, BatchesOut
-from server.engine.metrics import Metrics
+from server.engine.metrics import Death, Metrics
 from server.engine.pace import Pace
 from server.engine.pending_answer import PendingAnswer
 from server.engine.quarantine import Quarantine
@@ -65,6 +65,7 @@ class Batcher:
         deadline: float = float("inf"),
         priority: int = 0,
         salt: bytes = b"",
+        key_name: str = "",
     ) -> QueuedRequest[PendingAnswer]:
         """Queue a request; `request.answer.future` gives its rows, one per encoding.
 
@@ -84,6 +85,7 @@ class Batcher:
             known=known,
             priority=priority,
             salt=salt,
+            key_name=key_name,
         )
         for index, row in known.items():
             request.answer.set_row(index, row)
@@ -141,11 +143,14 @@ class Batcher:
 
     def worker_ready(self, worker: Worker) -> None:
         self._out.add_worker(worker)
+        tally = self._metrics.workers[worker.slot]
+        tally.pid, tally.start_seconds = worker.pid, worker.start_seconds
         self._schedule()
 
     def worker_lost(self, worker: Worker) -> None:
         batches = self._out.remove_worker(worker)
-        self._metrics.worker_deaths.inc()
+        tally = self._metrics.workers[worker.slot]
+        tally.pid, tally.device_bytes = None, 0
         try:
             if batches:
                 self._blame(batches[0])  # the others waited behind it
@@ -158,6 +163,16 @@ class Batcher:
                 for entry in batch.entries:
                     self._fail(entry.request, InternalError("the server failed on this request"))
         self._schedule()
+
+    def worker_ended(self, cause: Death | None) -> None:
+        if cause is None:
+            self._metrics.failed_starts.inc()
+        else:
+            self._metrics.count_death(cause)
+
+    def memory_told(self, worker: Worker, splits: int, device_bytes: int) -> None:
+        self._metrics.memory_splits.inc(splits)
+        self._metrics.workers[worker.slot].device_bytes = device_bytes
 
     def batch_done(
         self,
@@ -172,6 +187,8 @@ class Batcher:
             fault = faults.get(index)
             if fault is None:
                 self.cache.put(key, row)
+            elif fault is Fault.NOT_FINITE:
+                self._metrics.non_finite.inc(len(equal))
             for entry in equal:
                 if fault is not None:
                     self._fail(entry.request, _fault_error(fault, entry))
@@ -246,6 +263,7 @@ class Batcher:
         """Its worker died while it ran this batch."""
         culprit = self._quarantine.blame(batch.entries, time.monotonic())
         if culprit is not None:
+            self._metrics.quarantined.inc()
             logger.error(
                 "an input of %d tokens killed %d workers in a row, alone: requests with it fail",
                 len(culprit.encoding),

@@ -122,6 +122,9 @@ class BatchesOut:
         begun = max(batch.handed_over, self._last_answer.get(worker, 0.0))
         seconds = time.monotonic() - begun
         self._metrics.batch_seconds.observe(seconds)
+        tally = self._metrics.workers[worker.slot]
+        tally.busy_seconds += seconds
+        tally.batches += 1
         self._metrics.inputs.inc(len(batch.entries))
         self._metrics.tokens.inc(batch.tokens)
         self._pace.measure(worker.kind, batch.tokens, seconds)
@@ -144,4 +147,4 @@ class BatchesOut:
             self._watch(worker, batch)  # its answer may lie in the socket, unread
             return
         logger.error("worker %d gave no answer for too long: killing it", worker.slot)
-        worker.kill()
+        worker.kill("hang")

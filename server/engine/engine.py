@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo, RunnerOptions, num_tokens
+from model.batch import Encoding, RunnerInfo, RunnerOptions, continues
 from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
@@ -26,6 +27,8 @@ from server.engine.batcher import Batcher
 from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
+from server.engine.key_shares import KeyShares
+from server.engine.loop_lag import LoopLag
 from server.engine.metrics import Metrics
 from server.engine.supervisor import Supervisor, load_timeout_of
 from server.engine.tokenizing import Tokenizing, Work
@@ -37,6 +40,8 @@ from server.errors import (
 from server.settings import Settings
 
 logger = logging.getLogger("nv_embed.engine")
+
+_ENDING = "the server is shutting down"
 
 
 class EmbeddingEngine:
@@ -53,6 +58,7 @@ class EmbeddingEngine:
         self.metrics = Metrics()
         self.max_input_tokens = self._input_limit(settings)
         self.max_queued_tokens = settings.max_queued_tokens
+        self._lag = LoopLag(self.metrics.loop_lag)
         self._tokenizing = Tokenizing(
             InputTokenizer(tokenizer, self.max_input_tokens, settings.truncate)
         )
@@ -73,8 +79,13 @@ class EmbeddingEngine:
             log_level=settings.log_level,
             width=self.config.hidden_size,
             load_timeout=load_timeout_of(sum(file.size for file in weight_files(source.path))),
+            min_ready=settings.min_ready_workers,
+            most_failures=settings.exit_after_failed_starts,
         )
-        self._draining = False
+        self._min_ready = self._least_ready(settings)
+        share = settings.max_key_share
+        self._shares = KeyShares(int(share * settings.max_queued_tokens) if share < 1 else None)
+        self._leaving = self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -105,8 +116,28 @@ class EmbeddingEngine:
             queued_inputs=lambda: queue.num_entries,
             queued_tokens=lambda: queue.num_tokens,
             workers_ready=lambda: len(self._batcher.workers),
+            draining=lambda: self._leaving,
             cache_bytes=lambda: self._batcher.cache.used,
         )
+        batches = [options.max_batch_tokens for options in self.worker_options]
+        for name, text, value in (
+            ("workers", "Engine workers that there should be", len(self.worker_options)),
+            ("min_ready_workers", "Of --min-ready-workers", self._min_ready),
+            ("max_queued_tokens", "Of --max-queued-tokens", self.max_queued_tokens),
+            ("max_batch_tokens", "Tokens in a batch, at most", max(batches)),
+            ("max_batch_inputs", "Of --max-batch-seqs", self.worker_options[0].max_batch_seqs),
+            ("max_input_tokens", "Tokens of an input, at most", self.max_input_tokens),
+        ):
+            self.metrics.constant(f"nv_embed_{name}", text, value)
+        self.metrics.show_workers([one.device for one in self.worker_options], self._build)
+
+    def _build(self) -> Iterator[tuple[str, ...]]:
+        """Of each worker, as nv_embed_build_info shows it; while none is ready, what is known."""
+        what = (version("nv-embed-server"), self.source.model_id, self.source.revision or "")
+        for one in self.runners:
+            yield (*what, one.dtype, one.quantization, one.attention, one.device_name)
+        if not self.runners:
+            yield (*what, *("",) * 4)
 
     def _input_limit(self, settings: Settings) -> int:
         most, asked = self.config.most_input_tokens, settings.max_input_tokens
@@ -115,6 +146,14 @@ class EmbeddingEngine:
                 f"--max-input-tokens {asked} is more than the model's {most}: lower it"
             )
         return asked or self.config.max_input_tokens
+
+    def _least_ready(self, settings: Settings) -> int:
+        workers, asked = len(self.worker_options), settings.min_ready_workers
+        if asked > workers:
+            raise SettingsError(
+                f"--min-ready-workers {asked} is more than the {workers} that there are: lower it"
+            )
+        return asked
 
     @property
     def family(self) -> Family:
@@ -143,6 +182,7 @@ class EmbeddingEngine:
         """Start the workers; `not_ready` tells when they can serve."""
         if self.source.notice:
             logger.warning(self.source.notice)
+        self._lag.start()
         self._supervisor.start()
 
     async def failed(self) -> None:
@@ -151,41 +191,58 @@ class EmbeddingEngine:
 
     @property
     def not_ready(self) -> str | None:
-        """Why requests would be refused now; None when they are served."""
+        """Why no more requests should be sent here; None when they are welcome."""
+        if self._leaving:
+            return _ENDING
+        ready = len(self._batcher.workers)
+        if 0 < ready < self._min_ready:
+            return f"{ready} of {self._min_ready} workers are ready: {self._trouble()}"
+        return self._refusing
+
+    @property
+    def _refusing(self) -> str | None:
+        """Why requests that come nevertheless are refused; None when they are served."""
         if self._draining:
-            return "the server is shutting down"
+            return _ENDING
         if not self._batcher.workers:
-            reasons = sorted(set(self._supervisor.trouble.values())) or ["no worker is ready"]
-            return "; ".join(reasons)
+            return self._trouble()
         if self._batcher.is_stuck():
             return "no worker has answered lately"
         return None
 
+    def _trouble(self) -> str:
+        return "; ".join(sorted(set(self._supervisor.trouble.values()))) or "no worker is ready"
+
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._leaving
 
     @property
     def in_flight(self) -> int:
         """Requests that were accepted and not answered yet."""
         return self._in_flight
 
+    def leave(self) -> None:
+        """Send no more requests here, says `not_ready` from now on; those that come are served."""
+        self._leaving = True
+
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         """Refuse new requests and wait for the accepted ones; False if some were left."""
-        self._draining = True
+        self._leaving = self._draining = True
         try:
             async with asyncio.timeout(timeout):
                 await self._idle.wait()
         except TimeoutError:
             logger.warning("drain timed out with %d requests unanswered", self._in_flight)
-            self._batcher.fail_all(UnavailableError("the server is shutting down", retry_after=1))
+            self._batcher.fail_all(UnavailableError(_ENDING, retry_after=1))
             return False
         return True
 
     async def stop(self) -> None:
         """End the workers; what is unanswered fails."""
-        self._draining = True
-        self._batcher.fail_all(UnavailableError("the server is shutting down", retry_after=1))
+        self._leaving = self._draining = True
+        self._batcher.fail_all(UnavailableError(_ENDING, retry_after=1))
+        self._lag.stop()
         await self._supervisor.stop()
         self._tokenizing.close()
 
@@ -196,21 +253,38 @@ class EmbeddingEngine:
 
     # Requests
 
-    async def embed(self, job: EmbedJob) -> EmbedResult:
+    async def embed(self, job: EmbedJob, key_name: str = "") -> EmbedResult:
         """Raises ServerErrors; cancelling it frees the queue."""
         self._refuse_if_not_ready()
-        work = self._admit(job)
-        with self._accepted():
+        work = self._admit(job, key_name)
+        with self._accepted(key_name, work.tokens):
+            began = time.monotonic()
             encodings = await self._tokenizing.tokenize(job, work)
-            tokens = num_tokens(encodings)
+            tokens = self._count_tokens(encodings, len(job.inputs), time.monotonic() - began)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            vectors = averaged(encodings, await self._run(encodings, job))
+            vectors = averaged(encodings, await self._run(encodings, job, key_name))
             cut = [encoding.input(i) for i, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
+            if key_name:
+                self.metrics.key_tokens.add(key_name, tokens)
             spans = [encoding.span for encoding in encodings if encoding.span is not None]
             return EmbedResult(vectors, tokens, cut, spans)
+
+    def _count_tokens(self, encodings: list[Encoding], inputs: int, seconds: float) -> int:
+        """All of a request's, which took so long to find; as `num_tokens` has it."""
+        self.metrics.tokenize_seconds.observe(seconds)
+        self.metrics.request_inputs.observe(inputs)
+        observe, tokens = self.metrics.input_tokens.observe, 0
+        before: Encoding | None = None
+        for encoding in encodings:
+            if encoding.span is None or not continues(encoding, before):
+                length = len(encoding)
+                observe(length)
+                tokens += length
+            before = encoding
+        return tokens
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].
@@ -220,31 +294,45 @@ class EmbeddingEngine:
         if self._draining:
             self._refuse_if_not_ready()
         work = self._admit(job)
-        with self._accepted():
+        with self._accepted("", 0):
             return await self._tokenizing.tokenize(job, work)
 
     @contextmanager
-    def _accepted(self) -> Iterator[None]:
-        """What a drain waits for."""
+    def _accepted(self, key_name: str, tokens: int) -> Iterator[None]:
+        """What a drain waits for, and what counts against its key's share."""
         self._in_flight += 1
         self._idle.clear()
+        self._shares.take(key_name, tokens)
         try:
             yield
         finally:
+            self._shares.give_back(key_name, tokens)
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
 
-    def _admit(self, job: EmbedJob) -> Work:
+    def _admit(self, job: EmbedJob, key_name: str = "") -> Work:
         """Raises OverloadedError when there is no room for the tokens that are expected."""
         work = self._tokenizing.expected_work(job)
         self._refuse_if_full(work.tokens)
+        if not self._shares.has_room(key_name, work.tokens):
+            self.metrics.count_refused("key_share")
+            raise OverloadedError(
+                "your key's share of the queue is full (--max-key-share)",
+                retry_after=self._batcher.seconds_of_work(),
+            )
         return work
 
-    async def _run(self, encodings: list[Encoding], job: EmbedJob) -> list[NDArray[np.float32]]:
+    async def _run(
+        self, encodings: list[Encoding], job: EmbedJob, key_name: str
+    ) -> list[NDArray[np.float32]]:
         deadline = job.deadline
         request = self._batcher.submit(
-            encodings, deadline=deadline, priority=job.priority, salt=job.salt
+            encodings,
+            deadline=deadline,
+            priority=job.priority,
+            salt=job.salt,
+            key_name=key_name,
         )
         timer = None
         if deadline != float("inf"):
@@ -260,13 +348,15 @@ class EmbeddingEngine:
                 timer.cancel()
 
     def _refuse_if_not_ready(self) -> None:
-        if reason := self.not_ready:
+        if reason := self._refusing:
+            self.metrics.count_refused("draining" if self._draining else "not_ready")
             raise UnavailableError(f"not ready: {reason}", retry_after=2)
 
     def _refuse_if_full(self, tokens: int) -> None:
         waiting = self._batcher.queue.num_tokens + self._tokenizing.under_way
         if waiting and waiting + tokens > self.max_queued_tokens:
             self.metrics.rejected.inc()
+            self.metrics.count_refused("queue")
             raise OverloadedError(
                 f"the queue is full: {waiting} tokens wait, the limit is {self.max_queued_tokens}",
                 retry_after=self._batcher.seconds_of_work(),

@@ -118,14 +118,15 @@ class Engine(Protocol):
 
     @property
     def not_ready(self) -> str | None:
-        """Why jobs would be refused now; None when they are done."""
+        """Why no more jobs should be sent here now; None when they are welcome."""
 
     @property
     def draining(self) -> bool:
-        """Whether new jobs are refused because the server is about to end."""
+        """Whether the server is about to end: each answer is the last of its connection."""
 
-    async def embed(self, job: EmbedJob) -> EmbedResult:
-        """Cancelling it frees what waits."""
+    async def embed(self, job: EmbedJob, key_name: str = "") -> EmbedResult:
+        """Cancelling it frees what waits. key_name: of the key that it came with; turns and shares
+        of the queue go by it."""
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """One Encoding for each input, as `embed` would run it."""

@@ -1,7 +1,8 @@
 """The waiting inputs, and which of them make the next batch.
 
 Pure: no clock, event loop, torch or metrics; a time is an argument. Requests take turns, an input
-at a time, so that one query never waits behind a request of 2,048 inputs. A level of priority comes
+at a time, so that one query never waits behind a request of 2,048 inputs; and before them so do the
+names of keys. A level of priority comes
 before all higher numbers, but for every so many batches.
 """
 
@@ -14,6 +15,7 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from model.batch import BatchLimits, Encoding, continues
+from server.engine.key_turns import KeyTurns
 
 _LOOK_AHEAD = 32
 """How many requests whose next input does not fit are passed over before a batch is closed."""
@@ -64,6 +66,7 @@ class QueuedRequest(Generic[AnswerT]):
     num_tokens: int = 0  # of the inputs that wait in the queue
     queued: bool = False  # whether the queue holds it
     is_query: bool = False  # one input was to be computed, and its vector is all that is missing
+    key_name: str = ""  # of the key that it came with
 
     @classmethod
     def of(
@@ -76,9 +79,10 @@ class QueuedRequest(Generic[AnswerT]):
         known: Collection[int] = (),
         priority: int = 0,
         salt: bytes = b"",
+        key_name: str = "",
     ) -> QueuedRequest[AnswerT]:
         """known: indices of encodings whose vectors are known already."""
-        request = cls(answer, deadline, arrived, priority, salt)
+        request = cls(answer, deadline, arrived, priority, salt, key_name=key_name)
         before: Encoding | None = None
         for index, encoding in enumerate(encodings):
             if index not in known:
@@ -93,7 +97,7 @@ class RequestQueue(Generic[AnswerT]):
     """Requests by level of priority, in the order of their turns."""
 
     def __init__(self) -> None:
-        self._levels: dict[int, deque[QueuedRequest[AnswerT]]] = {}
+        self._levels: dict[int, KeyTurns[QueuedRequest[AnswerT]]] = {}
         self._passed: dict[int, int] = {}  # level -> batches in a row that took nothing of it
         self.num_tokens = 0
         self.num_entries = 0
@@ -158,8 +162,8 @@ class RequestQueue(Generic[AnswerT]):
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
 
-        Level by level, and in each one entry of each request in turn, of those that may join (see
-        _Composition). at_work: keys of inputs that are being computed.
+        Level by level, and in each one entry of each request in turn, and of each name's, of those
+        that may join (see _Composition). at_work: keys of inputs that are being computed.
         """
         composition: _Composition[AnswerT] = _Composition(limits, at_work)
         expired: list[QueuedRequest[AnswerT]] = []
@@ -180,7 +184,7 @@ class RequestQueue(Generic[AnswerT]):
     def _fill(
         self,
         composition: _Composition[AnswerT],
-        turns: deque[QueuedRequest[AnswerT]],
+        turns: KeyTurns[QueuedRequest[AnswerT]],
         now: float,
         expired: list[QueuedRequest[AnswerT]],
     ) -> None:
@@ -201,7 +205,8 @@ class RequestQueue(Generic[AnswerT]):
                     turns.append(request)
             else:
                 passed_over.append(request)
-        turns.extendleft(reversed(passed_over))
+        for request in reversed(passed_over):
+            turns.appendleft(request)
 
     def _take_first(
         self, request: QueuedRequest[AnswerT], composition: _Composition[AnswerT]
@@ -213,8 +218,8 @@ class RequestQueue(Generic[AnswerT]):
     def _requests(self) -> Iterator[QueuedRequest[AnswerT]]:
         return chain.from_iterable(self._levels.values())
 
-    def _turns_beside(self, request: QueuedRequest[AnswerT]) -> deque[QueuedRequest[AnswerT]]:
-        return self._levels.setdefault(request.priority, deque())
+    def _turns_beside(self, request: QueuedRequest[AnswerT]) -> KeyTurns[QueuedRequest[AnswerT]]:
+        return self._levels.setdefault(request.priority, KeyTurns())
 
     def _drop(self, request: QueuedRequest[AnswerT]) -> None:
         self._count(request.waiting, -1)

@@ -18,7 +18,8 @@ from typing import Any
 
 from model.batch import BatchLimits, RunnerInfo, RunnerOptions
 from server.engine import devices, worker_process
-from server.engine.wire import start_frame
+from server.engine.metrics import Death
+from server.engine.wire import POISONED, start_frame
 from server.engine.worker_link import (
     RefusedError,
     UselessWorkerError,
@@ -66,8 +67,12 @@ class Supervisor:
         log_level: str = "info",
         width: int | None = None,
         load_timeout: float = _LOAD_S,
+        min_ready: int = 1,
+        most_failures: int | None = None,
     ) -> None:
-        """width: of the vectors that a worker must promise. load_timeout: see `load_timeout_of`."""
+        """width: of the vectors that a worker must promise. load_timeout: see `load_timeout_of`.
+        most_failures: starts that a worker may fail in a row before it counts as lost for good,
+        while there are others for `min_ready`; None: any number, once the server has served."""
         self._options, self._events = options, events
         self._width, self._load_timeout = width, load_timeout
         self._runner, self._log_format, self._log_level = runner, log_format, log_level
@@ -75,6 +80,8 @@ class Supervisor:
         self._was_ready = False
         self._settled: dict[int, RunnerInfo] = {}  # slot -> what its last worker was
         self._reasons: dict[int, list[str]] = {}  # slot -> the same one, in a row
+        self._min_ready, self._most_failures = min_ready, most_failures
+        self._failures = [0] * len(options)  # of each slot, in a row
         self._stopping = False
         self.trouble: dict[int, str] = {}
         """Slot -> why its worker is not ready."""
@@ -99,8 +106,8 @@ class Supervisor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _keep_alive(self, slot: int) -> None:
-        failures = 0
         while True:
+            failures = self._failures[slot]
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
             life = _Life()
             try:
@@ -110,8 +117,9 @@ class Supervisor:
             except Exception:  # a fault of ours, in whoever handles the events
                 logger.exception("worker %d: an event could not be handled", slot)
                 life.was_ready = False
-            failures = 0 if life.was_ready else failures + 1
+            self._failures[slot] = 0 if life.was_ready else failures + 1
             self._give_up_if_hopeless(slot, life.reason)
+            self._give_up_if_too_few(slot)
 
     def _give_up_if_hopeless(self, slot: int, reason: str | None) -> None:
         """Raises StartError when no worker was ever ready and each fails for the same reason, again
@@ -126,6 +134,18 @@ class Supervisor:
         if not self._was_ready and all(len(reasons) >= _HOPELESS_AFTER for reasons in all_known):
             last = "; ".join(sorted({reasons[-1] for reasons in all_known}))
             raise StartError(f"{last} (the same {_HOPELESS_AFTER} times in a row)")
+
+    def _give_up_if_too_few(self, slot: int) -> None:
+        """Raises StartError when so many workers are lost for good that too few are left: whoever
+        runs this process may have another machine for it."""
+        if self._most_failures is None:
+            return
+        left = sum(failures < self._most_failures for failures in self._failures)
+        if left < self._min_ready:
+            raise StartError(
+                f"worker {slot} has failed to start {self._failures[slot]} times in a row "
+                f"({self.trouble[slot]}); {left} of {self._min_ready} workers are left"
+            )
 
     async def _run_once(self, slot: int, load_timeout: float, life: _Life) -> None:
         """One worker's whole life."""
@@ -176,7 +196,7 @@ class Supervisor:
         writer: asyncio.StreamWriter,
     ) -> None:
         """From its greeting to its last answer; `life` gets how it went."""
-        options = self._options[slot]
+        options, started = self._options[slot], time.monotonic()
         try:
             async with asyncio.timeout(load_timeout):
                 info, tokens_per_s = await self._greet(slot, reader)
@@ -186,7 +206,8 @@ class Supervisor:
                 half_beside_query=info.device == "cpu",  # where it is measured
             )
             self._settled[slot] = info
-            life.worker = Worker(slot, info, limits, tokens_per_s, writer, process)
+            seconds = time.monotonic() - started
+            life.worker = Worker(slot, info, limits, tokens_per_s, writer, process, seconds)
             self.trouble.pop(slot, None)
             self._was_ready = life.was_ready = True
             life.patience = STOP_S
@@ -203,6 +224,8 @@ class Supervisor:
             life.reason = None if error.temporary else error.message
         except UselessWorkerError as error:
             logger.error("worker %d %s", slot, error)
+            if life.worker is not None:
+                life.worker.killed_for = "nonsense"
             life.trouble, life.patience = "its worker sent nonsense; see the log", 0.0
 
     def _tell_end(self, slot: int, life: _Life, status: int | None) -> None:
@@ -210,6 +233,7 @@ class Supervisor:
         self.trouble[slot] = life.trouble or f"its worker ended ({ended})"
         if not life.worker and not life.trouble and worker_process.is_its_own_doing(status):
             life.reason = f"a worker ended before it was ready ({ended})"
+        self._events.worker_ended(_cause(life.worker, status))
         when = "while serving" if life.worker else "before it was ready"
         logger.error("worker %d ended (%s) %s; starting it again", slot, ended, when)
 
@@ -245,6 +269,13 @@ class Supervisor:
             ", ".join(properties),
         )
         return info, tokens_per_s
+
+
+def _cause(worker: Worker | None, status: int | None) -> Death | None:
+    """Of which it died; None: it was never ready."""
+    if worker is None:
+        return None
+    return worker.killed_for or ("device" if status == POISONED else "crash")
 
 
 def _without_numbers(message: str) -> str:

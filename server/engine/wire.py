@@ -10,6 +10,8 @@ BATCH   front → worker  lengths int32 [N], pool starts and ends int32 [N], ids
                         of 0: the ids of the one before; an end of 0: behind the last
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
 FAILED  worker → front  the error's text, for the log
+MEMORY  worker → front  rows: parts halved for want of memory since the last; then uint64, the bytes
+                        of its GPU that it has reserved
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ from model.batch import Encoding, RunnerInfo, RunnerOptions, Span, continues
 HEADER = struct.Struct("<5I")
 
 
+POISONED = 70
+"""Exit status of a worker when its process cannot use its device any more."""
+_BYTES = struct.Struct("<Q")
+
+
 class Kind(IntEnum):
     START = 1
     HELLO = 2
@@ -35,6 +42,7 @@ class Kind(IntEnum):
     BATCH = 4
     ROWS = 5
     FAILED = 6
+    MEMORY = 7
 
 
 class Fault(IntEnum):
@@ -87,6 +95,19 @@ def read_rows(
     values = np.frombuffer(payload, dtype="<f4", count=len(payload) // 4 - 2 * faults)
     pairs = np.frombuffer(payload, dtype="<i4", offset=values.nbytes).reshape(-1, 2)
     return values.reshape(rows, -1), {row: Fault(fault) for row, fault in pairs.tolist()}
+
+
+def memory_frame(splits: int, device_bytes: int) -> bytes:
+    return frame(Kind.MEMORY, _BYTES.pack(device_bytes), rows=splits)
+
+
+def read_memory(payload: bytes) -> int:
+    """Bytes of the device. Raises ValueError."""
+    if len(payload) != _BYTES.size:
+        raise ValueError(len(payload))
+    (device_bytes,) = _BYTES.unpack(payload)
+    assert isinstance(device_bytes, int)
+    return device_bytes
 
 
 def rows_size(rows: int, width: int, faults: int) -> int:

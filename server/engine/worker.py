@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,12 @@ from model.platform import resources
 from server import logs
 from server.engine.wire import (
     HEADER,
+    POISONED,
     Fault,
     Kind,
     frame,
     hello_frame,
+    memory_frame,
     read_batch,
     refused_frame,
     rows_frame,
@@ -47,8 +50,8 @@ logger = logging.getLogger("nv_embed.worker")
 MODEL_RUNNER = "model.runner:ModelRunner"
 CPU_NICENESS = 3
 """CPU workers yield to the front, which has little to do and must do it at once."""
-_POISONED = 70
-"""Exit status when the process cannot use its device any more."""
+_LOOK_S = 1.0
+"""Between two looks at the memory of a GPU: torch takes a tenth of a millisecond to say it."""
 _MOST_SAID = 2000
 """Characters of an error's text."""
 _PR_SET_PDEATHSIG = 1
@@ -158,7 +161,7 @@ def _capability(device: str) -> tuple[int, int]:
 
 
 def _serve(connection: _Connection, runner: Runner) -> int:
-    fitting = FittingRunner(runner)
+    fitting, memory = FittingRunner(runner), _Memory(runner.info.device)
     while True:
         kind, batch_id, count, payload = connection.receive()
         assert kind is Kind.BATCH, kind
@@ -168,10 +171,32 @@ def _serve(connection: _Connection, runner: Runner) -> int:
         except Exception as error:
             logger.exception("a batch of %d inputs failed", count)
             if loses_device(error) or not _device_answers(runner.info.device):
-                return _POISONED
+                return POISONED
             said = repr(error)[:_MOST_SAID].encode(errors="replace")
             answer = frame(Kind.FAILED, said, batch_id=batch_id)
-        connection.send(answer)
+        connection.send(memory.news(fitting.splits) + answer)
+
+
+class _Memory:
+    """What there is to tell of it, if that has changed."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device if device.startswith("cuda") else None
+        self._splits = self._bytes = 0
+        self._next_look = 0.0
+
+    def news(self, splits: int) -> bytes:
+        """A frame, or nothing. splits: so far."""
+        held, new = self._bytes, splits - self._splits
+        torch = sys.modules.get("torch")
+        if self._device and torch is not None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + _LOOK_S
+            with contextlib.suppress(Exception):  # no reason to fail a batch
+                held = int(torch.cuda.memory_reserved(self._device))
+        if not new and held == self._bytes:
+            return b""
+        self._splits, self._bytes = splits, held
+        return memory_frame(new, held)
 
 
 def _device_answers(device: str) -> bool:

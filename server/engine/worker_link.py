@@ -17,7 +17,16 @@ import orjson
 from numpy.typing import NDArray
 
 from model.batch import BatchLimits, Encoding, RunnerInfo
-from server.engine.wire import HEADER, Fault, Kind, batch_frame, read_rows, rows_size
+from server.engine.metrics import Death
+from server.engine.wire import (
+    HEADER,
+    Fault,
+    Kind,
+    batch_frame,
+    read_memory,
+    read_rows,
+    rows_size,
+)
 
 logger = logging.getLogger("nv_embed.supervisor")
 
@@ -57,6 +66,14 @@ class WorkerEvents(Protocol):
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None: ...
 
+    def memory_told(self, worker: Worker, splits: int, device_bytes: int) -> None:
+        """How often it has halved a batch since it told the last time, and what it holds now."""
+        ...
+
+    def worker_ended(self, cause: Death | None) -> None:
+        """Its process has ended; None: before it was ready."""
+        ...
+
 
 class Worker:
     """A live, ready worker. It knows which batches it has, and not what is in them."""
@@ -69,14 +86,21 @@ class Worker:
         tokens_per_s: float,
         writer: asyncio.StreamWriter,
         process: subprocess.Popen[bytes],
+        start_seconds: float = 0.0,
     ) -> None:
         """tokens_per_s: what its warming up has shown; 0 when it has not."""
         self.slot, self.info, self.limits, self.tokens_per_s = slot, info, limits, tokens_per_s
         self._writer, self._process = writer, process
         self._due: dict[int, int] = {}  # batch id -> its rows
+        self.start_seconds = start_seconds
+        self.killed_for: Death | None = None
 
     def __repr__(self) -> str:
         return f"Worker({self.slot}, {self.info.device})"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def is_cuda(self) -> bool:
@@ -98,9 +122,10 @@ class Worker:
         batch, or it was answered before."""
         return self._due.pop(batch_id, None)
 
-    def kill(self) -> None:
+    def kill(self, cause: Death = "crash") -> None:
         """End it at once; it is then reported as lost, even when the kernel cannot end it yet (a
         device that does not answer holds its process for as long as it likes)."""
+        self.killed_for = cause
         self._process.kill()
         self._writer.transport.abort()
 
@@ -129,6 +154,13 @@ async def relay(worker: Worker, reader: asyncio.StreamReader, events: WorkerEven
     """Tell `events` of each answer, until the socket closes or an answer cannot be."""
     while True:
         kind, batch_id, rows, faults, size = await _receive(reader)
+        if kind is Kind.MEMORY:
+            payload = await _text(reader, size)
+            try:
+                events.memory_told(worker, rows, read_memory(payload))
+            except ValueError:
+                raise UselessWorkerError("sent what tells nothing of memory") from None
+            continue
         due = worker.settle(batch_id)
         if due is None:
             raise UselessWorkerError(f"answered batch {batch_id}, which it does not have")

@@ -14,6 +14,7 @@ from server.api.embedding import HEADERS, Embedding
 from server.api.openapi import METRICS_PATHS, OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
+from server.errors import SettingsError
 from server.http.gate import Gate
 from server.http.pages import add_pages
 from server.http.refusals import Refusals
@@ -74,7 +75,10 @@ def _add_layers(
 ) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
     open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
-    app.add_middleware(Gate, keys=settings.api_keys(), open_paths=open_paths, pages=pages)
+    keys = settings.api_keys()
+    if settings.max_key_share < 1 and not any(one.name for one in keys):
+        raise SettingsError("--max-key-share needs keys with names (name:key)")
+    app.add_middleware(Gate, keys=keys, open_paths=open_paths, pages=pages)
     paths = (route.path for route in app.routes if isinstance(route, Route))
     app.add_middleware(
         Refusals, paths=frozenset(path for path in paths if "{" not in path), shapes=_SHAPES
@@ -87,7 +91,11 @@ def _add_layers(
             allow_headers=["*"],
             expose_headers=["x-request-id", IGNORED_HEADER, *HEADERS],
         )
-    budget = ByteBudget(settings.max_inflight_bytes)
+    budget = ByteBudget(settings.max_inflight_bytes, lambda: metrics.count_refused("bytes"))
+    metrics.constant(
+        "nv_embed_max_inflight_bytes", "Of --max-inflight-bytes", settings.max_inflight_bytes
+    )
+    metrics.name_keys({one.name for one in keys if one.name})
     metrics.gauge(
         "nv_embed_inflight_bytes",
         "Bytes of bodies and answers that requests hold in memory",

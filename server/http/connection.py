@@ -34,6 +34,7 @@ Knows nothing of routes. Whoever works on a request can ask whether its client h
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -60,6 +61,9 @@ _PIECE = 4 * 1024
 """Bytes that the parser is shown at once where it is not known how long the request is."""
 _PIECES = 16
 """Pieces in one turn of the event loop: a body may come in chunks, or pieces, of a few bytes."""
+_YOUNGEST = 0.75
+"""Part of max_connection_age after which a connection may count as old."""
+_ages = random.Random()  # noqa: S311  (no secrets)
 _BLANK_LINE = b"\r\n\r\n"
 _FRAMING = frozenset({b"content-length", b"transfer-encoding"})
 
@@ -74,6 +78,9 @@ class ProtocolLimits:
     max_connections: int
     max_header_bytes: int = 64 * 1024
     max_headers: int = 100
+    max_connection_age: float | None = None
+    """Then the next answer is the last: a client or a proxy that keeps its connections would never
+    find a server that was added later."""
     keep_alive_timeout: float = 75.0
     """Longer than clients keep idle connections (httpx: 5 s), so that they close first: one that
     the server closes while a request is on its way is an error to the client."""
@@ -162,6 +169,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._fruitless = 0  # bytes shown since the head began, or since the body's last data
         self._body_left = 0  # of a body of known length
         self._offer = False  # this request offers another protocol
+        age = self.limits.max_connection_age
+        # Not all of a crowd at once: those that came together would go together.
+        self._old_at = self.loop.time() + age * _ages.uniform(_YOUNGEST, 1) if age else None
         self._fault: ServerError | None = None  # why a callback ended the parser's run
 
     # What happens to a connection; each ends in `_settle`
@@ -382,6 +392,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self._stop(InvalidRequestError(problem))
         super().on_headers_complete()
         self.cycle.transport = self._door  # type: ignore[assignment]
+        if self._old_at is not None and self.loop.time() > self._old_at:
+            self.cycle.keep_alive = False  # and its answer says so
         self._body_left, self._fruitless = int(header.get(b"content-length", 0)), 0
         self._offer = self.parser.should_upgrade()
         self._enter(_BODY)

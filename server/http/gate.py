@@ -1,4 +1,4 @@
-"""Who may come in: asks for a key where one is needed."""
+"""Who may come in: asks for a key where one is needed, and notes its name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.request_context import RequestContext, context_of
+from server.api_keys import ApiKey
 from server.errors import InvalidKeyError
 
 _KEY_HEADERS = (b"api-key", b"x-api-key")
@@ -21,14 +22,14 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        keys: Sequence[bytes],
+        keys: Sequence[ApiKey],
         open_paths: frozenset[str],
         pages: frozenset[str],
     ) -> None:
         """pages: paths whose GET needs no key: a browser cannot send one before the page has
         asked for it, and what they show comes by requests of their own."""
         self._app, self._open_paths, self._pages = app, open_paths, pages
-        self._keys = [hashlib.sha256(key).digest() for key in keys]
+        self._keys = [(hashlib.sha256(one.key).digest(), one.name) for one in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._keys:
@@ -42,9 +43,11 @@ class Gate:
             return
         digest = hashlib.sha256(_key_of(context.headers)).digest()
         # Every key is compared, each in constant time.
-        found = [hmac.compare_digest(digest, known) for known in self._keys]
-        if not any(found):
+        found = [name for known, name in self._keys if hmac.compare_digest(digest, known)]
+        if not found:
             raise InvalidKeyError("Incorrect API key provided")
+        if found[0]:
+            context.key_name = context.log["key"] = found[0]
 
 
 def _key_of(headers: Mapping[bytes, bytes]) -> bytes:

@@ -66,6 +66,11 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
     connections = _most_connections(settings, len(engine.worker_options))
     server = _Uvicorn(_uvicorn_config(settings, engine, connections))
+    open_connections = server.server_state.connections
+    engine.metrics.gauge(
+        "nv_embed_open_connections", "Connections of clients", lambda: len(open_connections)
+    )
+    engine.metrics.constant("nv_embed_max_connections", "Connections, at most", connections)
     listener, address = listen(settings)
     stop = _Signals()
     gc.collect()
@@ -83,7 +88,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         if failing.done():
             failing.result()
         if stop.first.is_set():
-            await _drain(engine, stop, settings.drain_timeout)
+            await _drain(engine, stop, settings)
         if stop.second.is_set() and engine.in_flight:
             logger.warning(
                 "stopping at once: %d accepted requests get no answer but a 503", engine.in_flight
@@ -92,6 +97,8 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         return 0
     except StartError as error:
         logger.error("cannot start: %s", error)
+        if engine.runners:  # others serve: what they have accepted is answered first
+            await _drain(engine, stop, settings)
         return 1
     finally:
         stopping.cancel()
@@ -160,16 +167,29 @@ def _protocol_limits(settings: Settings, connections: int) -> ProtocolLimits:
         body_timeout=settings.body_timeout,
         write_timeout=settings.write_timeout,
         max_connections=connections,
+        max_connection_age=settings.max_connection_age,
     )
 
 
-async def _drain(engine: EmbeddingEngine, stop: _Signals, timeout: float) -> None:  # noqa: ASYNC109
-    logger.info("draining: new requests get a 503; again to stop at once")
-    draining = asyncio.create_task(engine.drain(timeout))
+async def _drain(engine: EmbeddingEngine, stop: _Signals, settings: Settings) -> None:
+    """Leave the load balancer, serving on; then finish what was accepted."""
+    draining = asyncio.create_task(_leave(engine, settings))
     hurry = asyncio.create_task(stop.second.wait())
     await asyncio.wait({draining, hurry}, return_when=asyncio.FIRST_COMPLETED)
     for task in (draining, hurry):
         task.cancel()
+
+
+async def _leave(engine: EmbeddingEngine, settings: Settings) -> None:
+    delay = settings.drain_delay if engine.runners else 0.0  # without a worker nothing is served
+    engine.leave()
+    if delay:
+        logger.info(
+            "leaving: not ready any more, but serving for %.0f s; again to stop at once", delay
+        )
+        await asyncio.sleep(delay)
+    logger.info("draining: new requests get a 503; again to stop at once")
+    await engine.drain(settings.drain_timeout)
 
 
 class _Signals:

@@ -23,6 +23,7 @@ from server.engine.metrics import ROUTES, Metrics
 
 logger = logging.getLogger("nv_embed.access")
 
+_FIRST_ERROR = 400
 CLIENT_CLOSED_REQUEST = 499
 _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the system takes 10 us)
 _SIDES: dict[str, Side] = {"query": "query", "passage": "passage"}
@@ -88,6 +89,8 @@ class RequestRecord:
             finally:
                 seconds = time.monotonic() - started
                 self._count(context.route_path, status or CLIENT_CLOSED_REQUEST, seconds)
+                if context.serialize_seconds:
+                    self._metrics.serialize_seconds.observe(context.serialize_seconds)
                 if self._access_log:
                     details = {"ms": round(seconds * 1000, 1), **context.log}
                     details["request_id"] = request_id
@@ -107,8 +110,9 @@ class RequestRecord:
             self._counters[key] = metrics.requests.labels(label, str(status))
         self._counters[key].inc()
         if label == "embeddings":
-            metrics.request_seconds.observe(seconds)
-            if status == CLIENT_CLOSED_REQUEST:
+            if status < _FIRST_ERROR:  # a refusal takes no time, and would show overload as speed
+                metrics.request_seconds.observe(seconds)
+            elif status == CLIENT_CLOSED_REQUEST:
                 metrics.cancelled.inc()
 
 

@@ -73,6 +73,7 @@ def test_workers_killed_at_random_lose_no_answer(golden_checkpoint: Path, tmp_pa
         for answer, (_, ids) in zip(answers, requests, strict=True):
             assert_answers(answer, ids)
         assert kills >= 2
+        server.wait_for_metric('nv_embed_worker_deaths_total{cause="crash"}', kills)
         assert server.metric("nv_embed_worker_deaths_total") == kills
 
 
@@ -108,6 +109,8 @@ def test_a_poison_input_among_500_requests(
                 assert_answers(answer, ids)
         server.wait_for_metric("nv_embed_workers_ready", 2)
         deaths = server.metric("nv_embed_worker_deaths_total")
+        assert server.metric("nv_embed_non_finite_vectors_total") == (runner == "NotANumber")
+        assert server.metric("nv_embed_quarantined_inputs_total") == (runner != "NotANumber")
         started = time.monotonic()
         again = server.embed(input=marked_ids())
         assert again.status_code == 500
@@ -126,7 +129,8 @@ def test_a_first_batch_that_hangs_is_ended_as_soon_as_any_other(
         started = time.monotonic()
         assert server.embed(input=marked_ids()).status_code == 500
         assert 2 <= time.monotonic() - started < 8
-        assert server.metric("nv_embed_worker_deaths_total") == 2
+        assert server.metric('nv_embed_worker_deaths_total{cause="hang"}') == 2
+        assert server.metric("nv_embed_quarantined_inputs_total") == 1
 
 
 @pytest.mark.timing
@@ -166,6 +170,7 @@ def test_an_input_beyond_the_devices_memory_is_a_400(
     with serving(golden_checkpoint, *options, log=tmp_path / "log") as server:
         answers = asyncio.run(ask_all(server, requests))
         log = server.log
+        assert server.metric("nv_embed_out_of_memory_splits_total") > 0
     refused = 0
     for answer, (_, ids) in zip(answers, requests, strict=True):
         if max(map(len, ids)) <= 64:

@@ -56,6 +56,15 @@ def test_the_servers_status_decides(
         assert healthcheck.main() == expected
 
 
+def test_an_address_from_kubernetes_is_no_port(
+    healthcheck: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NV_EMBED_PORT", "tcp://10.0.0.1:9")
+    healthcheck.main()
+    said = capsys.readouterr().out
+    assert "127.0.0.1:8000" in said or said.startswith(("200", "503"))
+
+
 def test_a_server_that_accepts_and_says_nothing_is_unhealthy_in_bounded_time(
     healthcheck: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

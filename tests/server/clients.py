@@ -33,11 +33,11 @@ class Asking:
         self.wait_until(lambda: self.metric(name) == value, f"{name} = {value}")
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
+        """The value of a metric, with or without its labels; without them the sum of its series."""
         text = self.client.get("/metrics").text
-        match = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
-        assert match is not None, name
-        return float(match[1])
+        found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+        assert found, name
+        return sum(map(float, found))
 
     def embed(self, **fields: object) -> httpx.Response:
         """POST /v1/embeddings to the model by its checkpoint folder's name."""

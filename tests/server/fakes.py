@@ -53,6 +53,8 @@ class FakeEngine:
         self.draining = False
         self._inputs = InputTokenizer(NVEmbedTokenizer.from_dir(model), most, settings.truncate)
 
+        self.key_names: list[str] = []
+        """Of the keys that jobs came with."""
         self.jobs: list[EmbedJob] = []
         """What came, in order."""
         self.error: BaseException | None = None
@@ -63,7 +65,8 @@ class FakeEngine:
         self.cancelled = 0
         """Calls that were cancelled while they waited."""
 
-    async def embed(self, job: EmbedJob) -> EmbedResult:
+    async def embed(self, job: EmbedJob, key_name: str = "") -> EmbedResult:
+        self.key_names.append(key_name)
         encodings = await self.tokenize(job)
         rows = [vector_of(encoding.ids) for encoding in encodings]
         times = self.dimensions // WIDTH

@@ -12,7 +12,7 @@ import pytest
 from server import settings
 from server.cli.flags import add_flags
 from server.cli.serve import exposed_secrets
-from server.configuration import is_number, load, load_as
+from server.configuration import is_number, load, load_as, service_links
 from server.errors import SettingsError
 from server.settings import EncodeSettings, ModelSettings, Settings
 
@@ -21,6 +21,10 @@ def parse(*arguments: str) -> dict:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     return vars(parser.parse_args(arguments))
+
+
+def keys_of(settings: Settings) -> list[bytes]:
+    return [one.key for one in settings.api_keys()]
 
 
 def test_defaults() -> None:
@@ -108,8 +112,8 @@ def test_keys_come_from_everywhere_and_never_show(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("key-3\n\n key-4 \n")
     got = load(parse("--api-key", "key-1", "--api-key", "key-2", "--api-key-file", str(file)), {})
-    assert got.api_keys() == [b"key-1", b"key-2", b"key-3", b"key-4"]
-    assert load({}, {"NV_EMBED_API_KEY": "key-1"}).api_keys() == [b"key-1"]
+    assert keys_of(got) == [b"key-1", b"key-2", b"key-3", b"key-4"]
+    assert keys_of(load({}, {"NV_EMBED_API_KEY": "key-1"})) == [b"key-1"]
     assert "key-1" not in repr(got)
     assert "key-1" not in str(got.model_dump())
     bad = tmp_path / "bad.yaml"
@@ -251,7 +255,7 @@ def test_a_file_of_keys_as_people_write_them(tmp_path: Path) -> None:
     keys = "# production\r\nfirst-key-of-all\r\n\r\n  # the second's\r\n\tsecond-key-of-all \r\n"
     for content in (keys.encode(), codecs.BOM_UTF8 + keys.encode()):
         file.write_bytes(content)
-        got = load({"api_key_file": str(file)}, {}).api_keys()
+        got = keys_of(load({"api_key_file": str(file)}, {}))
         assert got == [b"first-key-of-all", b"second-key-of-all"]
 
 
@@ -266,6 +270,18 @@ def test_a_file_of_keys_as_people_write_them(tmp_path: Path) -> None:
         ("some-key".encode("utf-16"), "is UTF-16, not UTF-8"),
         (b"some\x00key\n", "line 1: a key has a space or a character"),
         (b"schl\xfcssel\n", "line 1: not UTF-8"),
+        (b"a b:some-key\n", "line 1: what stands before the colon is the key's name"),
+        (b":some-key\n", "line 1: what stands before the colon is the key's name"),
+        (b"a:b\n", "line 1: a key has fewer than 4 characters"),
+        (b"{}", "holds no key"),
+        (b'{"a": "some-key"', "Expecting ',' delimiter"),
+        (b'{"a": "some-key", "a": "other-key"}', "entry 1: a name is no name, or stands there"),
+        (b'{"a": "some-key", "b c": "other-key"}', "entry 2: a name is no name"),
+        (b'{"a": {"b": "some-key"}}', "entry 1: must be a key or a list of keys"),
+        (b'{"a": []}', "entry 1: must be a key or a list of keys"),
+        (b'{"a": ["some-key", "b"]}', "entry 1: a key has fewer than 4"),
+        (b'{"a": 12345}', "entry 1: must be a key"),
+        (b'{"a": ' + b"[" * 100_000, "is nested too deeply"),
     ],
 )
 def test_a_file_that_holds_no_good_keys(tmp_path: Path, content: bytes, message: str) -> None:
@@ -274,6 +290,56 @@ def test_a_file_that_holds_no_good_keys(tmp_path: Path, content: bytes, message:
         load({"api_key_file": str(tmp_path / "keys")}, {}).api_keys()
     assert message in str(caught.value)
     assert "ssel" not in str(caught.value)
+    assert "some-key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "search:key-of-search\nbulk:key:with:colons\nbulk:key-of-bulk-2\nkey-of-nobody\n",
+        '{"search": "key-of-search", "bulk": ["key:with:colons", "key-of-bulk-2"]}',
+    ],
+)
+def test_keys_have_names(tmp_path: Path, content: str) -> None:
+    (tmp_path / "keys").write_text(content)
+    got = load({"api_key_file": str(tmp_path / "keys")}, {"NV_EMBED_API_KEY": "env:key-of-env"})
+    named = [("env", b"key-of-env"), ("search", b"key-of-search")]
+    named += [("bulk", b"key:with:colons"), ("bulk", b"key-of-bulk-2")]
+    named += [("", b"key-of-nobody")] * content.count("nobody")
+    assert [(one.name, one.key) for one in got.api_keys()] == named
+    assert "key-of" not in repr(got) + repr(got.api_keys())
+
+
+def test_a_key_has_one_name() -> None:
+    for keys in (["a:some-key", "b:some-key"], ["a:some-key", "some-key"]):
+        with pytest.raises(SettingsError, match="one key has two names"):
+            load({"api_key": keys}, {}).api_keys()
+
+
+LINKS = {  # as a kubelet sets them beside the Services nv-embed and nv-embed-metrics
+    "NV_EMBED_SERVICE_HOST": "10.0.0.1",
+    "NV_EMBED_SERVICE_PORT": "8000",
+    "NV_EMBED_SERVICE_PORT_HTTP": "8000",
+    "NV_EMBED_PORT": "tcp://10.0.0.1:8000",
+    "NV_EMBED_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "NV_EMBED_PORT_8000_TCP_PROTO": "tcp",
+    "NV_EMBED_PORT_8000_TCP_PORT": "8000",
+    "NV_EMBED_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "NV_EMBED_METRICS_SERVICE_HOST": "10.0.0.2",
+    "NV_EMBED_METRICS_PORT": "tcp://10.0.0.2:9090",
+}
+
+
+def test_what_kubernetes_makes_of_a_service_s_name_is_no_option() -> None:
+    assert load({}, {**LINKS, "NV_EMBED_HOST": "::1"}) == Settings(host="::1")
+    assert sorted(service_links({**LINKS, "NV_EMBED_HOST": "::1"})) == sorted(LINKS)
+    for name, value in (
+        ("NV_EMBED_PORT", "10.0.0.1:8000"),
+        ("NV_EMBED_PORT_8000", "1"),
+        ("NV_EMBED_SERVICE", "10.0.0.1"),
+    ):
+        with pytest.raises(SettingsError, match=name):
+            load({}, {name: value})
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ READ_PATHS = {
     ),
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     "export MODEL",
+    "download MODEL",
     *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
     *("synthesize --teacher", "synthesize --chat-api-key-file"),
 }
@@ -188,6 +189,7 @@ def calls(
                     **model,
                 },
                 "evaluate": {"--sts": [str(folder / "sts.jsonl")], **model},
+                "download": {"MODEL": [str(golden_checkpoint)], "--offline": []},
                 "export": {
                     "MODEL": [exported],
                     "--to": ["sentence-transformers"],
@@ -319,6 +321,17 @@ def test_an_ascii_terminal_gets_help_and_the_document_stays_utf8() -> None:
     assert (ended.returncode, ended.stderr) == (0, b"")
     elsewhere = run("openapi", capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
     assert ended.stdout == elsewhere.stdout
+
+
+def test_a_download_says_what_is_there(
+    golden_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["download", str(golden_checkpoint), "--offline"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{golden_checkpoint}\n"
+    assert re.search(r"golden: 0\.\d\d GB of weights$", err, re.MULTILINE)
+    assert cli.main(["download", "owner/name", "--offline"]) == 2
+    assert "not in the local cache, and --offline was given" in capsys.readouterr().err
 
 
 def test_no_command_is_answered_with_the_help(capsys: pytest.CaptureFixture[str]) -> None:

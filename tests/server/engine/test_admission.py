@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,43 @@ def test_a_full_queue_refuses_whole_requests(held_server: tuple[ServerProcess, P
         for answer in waiting:
             assert answer.result().status_code == 200, "there was room for it"
     server.wait_for_metric("nv_embed_queued_tokens", 0)
+
+
+@pytest.mark.process
+def test_no_key_takes_more_of_the_queue_than_its_share(
+    golden_checkpoint: Path, tmp_path: Path
+) -> None:
+    held = tmp_path / "held"
+    options = ("--runner", "tests.server.runners:Held", "--max-queued-tokens", "300000")
+    options += ("--max-key-share", "0.5", "--api-key-file", str(tmp_path / "keys"))
+    (tmp_path / "keys").write_text("bulk:key-of-bulk\nsearch:key-of-search\n")
+    env = {"FAKE_HELD": str(held)}
+    bulk = {"authorization": "Bearer key-of-bulk"}
+    search = {"authorization": "Bearer key-of-search"}
+    path = "/v1/embeddings"
+    # Expected to be 63,000 tokens; each time the same, yet of equal inputs only one is computed.
+    part = {"input": [f"{number} " + "word " * 1000 for number in range(40)]}
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        with ThreadPoolExecutor(4) as clients:
+            held.touch()
+            try:
+                ask = partial(server.client.post, path, json=part, headers=bulk)
+                waiting = [clients.submit(ask) for _ in range(2)]
+                server.wait_until(lambda: server.metric("nv_embed_queued_tokens") > 75_000, "full")
+                refused = ask()
+                assert refused.status_code == 429
+                assert "your key's share of the queue" in error_of(refused)["message"]
+                assert int(refused.headers["retry-after"]) >= 1
+                waiting += [
+                    clients.submit(server.client.post, path, json=part, headers=search),
+                    clients.submit(server.client.post, path, json={"input": "x"}, headers=search),
+                ]
+                server.wait_until(lambda: server.metric("nv_embed_queued_tokens") > 115_000, "in")
+            finally:
+                held.unlink()
+            for answer in waiting:
+                assert answer.result().status_code == 200
+        assert ask().status_code == 200, "what was answered is given back"
 
 
 @pytest.mark.process

@@ -17,6 +17,7 @@ from server.engine.metrics import Metrics
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
 from server.engine.worker_link import Worker
+from server.engine.worker_tallies import BUILD
 from server.errors import (
     BatchFailedError,
     DeadlineExceededError,
@@ -46,12 +47,22 @@ class RecordingWorker(Worker):
         rows = np.stack([vector_of(encoding.ids) for encoding in self.batches.pop(batch_id)])
         self._batcher.batch_done(self, batch_id, rows, faults or {})
 
-    def kill(self) -> None:
+    def kill(self, cause: str = "crash") -> None:
+        self.killed_for = cause
         self._batcher.worker_lost(self)
+
+    pid, start_seconds = 1, 2.5
 
     @property
     def sizes(self) -> list[int]:
         return [len(batch) for batch in self.batches.values()]
+
+
+def metrics_of_one() -> Metrics:
+    """Of a server with one place for workers."""
+    metrics = Metrics()
+    metrics.show_workers(["cpu"], lambda: [("",) * len(BUILD)])
+    return metrics
 
 
 def encoding(number: int, length: int = 5) -> Encoding:
@@ -65,7 +76,7 @@ def encodings(*numbers: int) -> list[Encoding]:
 def in_loop(test: Callable[[Batcher], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def run() -> None:
         async def body() -> None:
-            await test(Batcher(Metrics()))
+            await test(Batcher(metrics_of_one()))
 
         asyncio.run(body())
 
@@ -313,7 +324,7 @@ async def test_a_batch_behind_another_is_measured_from_the_other_ones_answer(
         seconds.append(time.monotonic() - started)
     first, second = (20 / one for one in seconds)
     assert batcher._pace.rate(worker.kind) == pytest.approx(0.8 * first + 0.2 * second, rel=0.1)
-    assert batcher._metrics.batch_seconds._sum.get() == pytest.approx(sum(seconds), rel=0.1)
+    assert batcher._metrics.batch_seconds.sum == pytest.approx(sum(seconds), rel=0.1)
 
 
 @in_loop
@@ -576,7 +587,7 @@ async def test_a_fault_is_told_to_each_by_its_own_index(batcher: Batcher) -> Non
 
 def test_the_cache_answers_what_was_computed() -> None:
     async def body() -> None:
-        batcher = Batcher(Metrics(), cache_bytes=10_000)
+        batcher = Batcher(metrics_of_one(), cache_bytes=10_000)
         worker = ready(batcher)
         first = batcher.submit(encodings(7))
         await turn()
@@ -598,7 +609,7 @@ def test_the_cache_answers_what_was_computed() -> None:
 
 def test_vectors_are_shared_within_a_salt_alone() -> None:
     async def body() -> None:
-        batcher = Batcher(Metrics(), cache_bytes=10_000)
+        batcher = Batcher(metrics_of_one(), cache_bytes=10_000)
         worker = ready(batcher)
         salts = [b"a" * 16, b"b" * 16, b""]
         together = [batcher.submit(encodings(7), salt=salt) for salt in (*salts, salts[0])]

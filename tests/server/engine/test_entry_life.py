@@ -20,7 +20,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from model.batch import BatchLimits, Encoding
 from server.engine.batcher import Batcher
-from server.engine.metrics import Metrics
 from server.engine.pending_answer import PendingAnswer
 from server.engine.request_queue import QueuedRequest
 from server.engine.wire import Fault
@@ -31,7 +30,7 @@ from server.errors import (
     NonFiniteVectorError,
     ServerError,
 )
-from tests.server.engine.test_batcher import RecordingWorker, turn
+from tests.server.engine.test_batcher import RecordingWorker, metrics_of_one, turn
 from tests.server.runners import vector_of
 
 FAULTS = {Fault.NOT_FINITE: NonFiniteVectorError, Fault.NO_MEMORY: DeviceMemoryError}
@@ -68,7 +67,7 @@ class EntryLife(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.surprises: list[Any] = []
         self.runner.get_loop().set_exception_handler(lambda _, what: self.surprises.append(what))
-        self.batcher = Batcher(Metrics())
+        self.batcher = Batcher(metrics_of_one())
         self.workers: list[Attentive] = []
         self.asked: list[Asked] = []
         self.by_encoding: dict[int, Asked] = {}

@@ -19,11 +19,15 @@ _NUMBERS = itertools.count()
 
 
 def request(
-    name: str, *lengths: int, deadline: float = float("inf"), priority: int = 0
+    name: str,
+    *lengths: int,
+    deadline: float = float("inf"),
+    priority: int = 0,
+    key: str = "",
 ) -> QueuedRequest[str]:
     """Inputs of these lengths, no two alike."""
     encodings = [Encoding(np.full(length, next(_NUMBERS), dtype=np.int32)) for length in lengths]
-    return QueuedRequest.of(encodings, name, deadline=deadline, priority=priority)
+    return QueuedRequest.of(encodings, name, deadline=deadline, priority=priority, key_name=key)
 
 
 def queue_of(*requests: QueuedRequest[str]) -> RequestQueue[str]:
@@ -61,6 +65,28 @@ def test_requests_take_turns() -> None:
     queue = queue_of(request("a", 2, 2, 2, 2), request("b", 2, 2), request("c", 2, 2))
     assert take(queue) == ["a0", "b0", "c0", "a1"]
     assert take(queue) == ["b1", "c1", "a2", "a3"]
+
+
+def test_names_of_keys_take_turns_before_their_requests_do() -> None:
+    """So that nobody waits behind all requests of another, however many these are."""
+    queue = queue_of(*(request(f"flood{n}-", 2, 2, key="bulk") for n in range(50)))
+    assert take(queue) == ["flood0-0", "flood1-0", "flood2-0", "flood3-0"]
+    queue.append(request("q", 2, 2, key="search"))
+    queue.append(request("nameless", 2))
+    assert take(queue) == ["flood4-0", "q0", "nameless0", "flood5-0"]
+    assert take(queue) == ["q1", "flood6-0", "flood7-0", "flood8-0"]
+    assert queue.num_requests == 50
+
+
+def test_who_does_not_fit_comes_first_in_the_next_batch_before_other_names() -> None:
+    long, other = request("long", 8, key="a"), request("x", 3, 3, 3, key="b")
+    queue = queue_of(request("short", 3, key="c"), long, other)
+    assert take(queue) == ["short0", "x0"], "half beside a query"
+    queue.append(request("late", 3, key="c"))
+    assert take(queue) == ["long0"]
+    queue.discard(other)
+    assert take(queue) == ["late0"]
+    assert repr(queue) == "RequestQueue(0 requests, 0 entries, 0 tokens)"
 
 
 def test_a_newcomer_is_in_the_next_batch() -> None:
@@ -199,7 +225,7 @@ def test_nothing_is_lost_repeated_or_too_large(
     requests: list[list[int]], levels: list[int], discarded: set[int]
 ) -> None:
     all_requests = [
-        request(str(i), *sizes, priority=level)
+        request(str(i), *sizes, priority=level, key=str(i % 3))
         for i, (sizes, level) in enumerate(zip(requests, levels, strict=False))
     ]
     queue = queue_of(*all_requests)

@@ -38,6 +38,8 @@ class Events:
     seen: list[str] = field(default_factory=list)
     ready: list[Worker] = field(default_factory=list)
     rows: dict[int, np.ndarray] = field(default_factory=dict)
+    ends: list[str | None] = field(default_factory=list)
+    splits: int = 0
 
     def _note(self, event: str) -> None:
         self.seen.append(event)
@@ -61,6 +63,12 @@ class Events:
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
         self._note("failed")
+
+    def memory_told(self, worker: Worker, splits: int, device_bytes: int) -> None:
+        self.splits += splits
+
+    def worker_ended(self, cause: str | None) -> None:
+        self.ends.append(cause)
 
     async def until(self, predicate: Callable[[Events], bool], seconds: float = 15) -> None:
         async with asyncio.timeout(seconds):
@@ -119,7 +127,9 @@ def test_a_worker_that_stops_while_it_loads_is_replaced(caplog: pytest.LogCaptur
         await events.until(lambda events: events.seen == ["ready"])
 
     # Half of what a start takes on a busy machine is enough at a later try: each has more.
-    supervised(test, "StoppedWhileLoading", timeout=2)
+    events = Events()
+    supervised(test, "StoppedWhileLoading", timeout=2, events=events)
+    assert events.ends[0] is None, "it was never ready"
     assert "worker 0 was not ready after 2 s: ending it" in caplog.text
 
 
@@ -245,7 +255,9 @@ def test_answers_that_are_none_cost_their_workers(
         for slot in range(len(says)):
             assert_answer(events, 10 + slot)
 
-    supervised(test, "RamblingOnMark", workers=len(says))
+    events = Events()
+    supervised(test, "RamblingOnMark", workers=len(says), events=events)
+    assert events.ends == ["nonsense"] * len(says)
     assert not any(record.exc_info for record in caplog.records)
 
 
@@ -499,5 +511,7 @@ def test_after_an_unexpected_error_the_device_is_asked(
         then = ["failed"] if device == "well" else ["lost", "ready"]
         await events.until(lambda events: events.seen == ["ready", *then])
 
-    supervised(test, "FailingOnCuda")
+    events = Events()
+    supervised(test, "FailingOnCuda", events=events)
+    assert events.ends == ["device"] * (device == "dead")
     assert ("worker 0 ended (status 70) while serving" in caplog.text) == (device == "dead")

@@ -232,8 +232,12 @@ def test_a_truncated_instruction_leaves_nothing_to_embed(server: AppInProcess) -
     assert "nothing is left to embed" in error_of(answer)["message"]
 
 
+DEATHS = ("crash", "hang", "device", "nonsense")
+REFUSALS = ("queue", "key_share", "bytes", "connections", "not_ready", "draining")
+
+
 def test_metrics_are_there_from_the_start(golden_checkpoint: Path) -> None:
-    settings = Settings()
+    settings = Settings(devices=["cpu"])
     engine = EmbeddingEngine(settings, locate(str(golden_checkpoint)))
     app = create_app(settings, engine, engine.metrics)
 
@@ -248,7 +252,13 @@ def test_metrics_are_there_from_the_start(golden_checkpoint: Path) -> None:
         "nv_embed_inputs_total 0.0",
         "nv_embed_tokens_total 0.0",
         "nv_embed_rejected_requests_total 0.0",
-        "nv_embed_worker_deaths_total 0.0",
+        *(f'nv_embed_worker_deaths_total{{cause="{cause}"}} 0.0' for cause in DEATHS),
+        *(f'nv_embed_refused_requests_total{{reason="{reason}"}} 0.0' for reason in REFUSALS),
+        'nv_embed_worker_busy_seconds_total{device="cpu",worker="0"} 0.0',
+        'nv_embed_request_duration_seconds_bucket{le="0.5"} 0.0',
+        "nv_embed_workers 1.0",
+        "nv_embed_max_queued_tokens 1e+06",
+        "nv_embed_max_batch_tokens 1024.0",
         "nv_embed_workers_ready 0.0",
         "nv_embed_batch_tokens_count 0.0",
         "nv_embed_inflight_bytes 0.0",

@@ -182,6 +182,7 @@ class Client:
 
     socket: socket.socket
     rest: bytes
+    head: bytes
 
     async def send(self, *pieces: bytes) -> None:
         """Each piece in a segment of its own."""
@@ -203,6 +204,7 @@ class Client:
             assert more, (self.rest, "closed before an answer")
             self.rest += more
         head, _, body = self.rest.partition(b"\r\n\r\n")
+        self.head = head
         length = re.search(rb"content-length: (\d+)", head)
         assert length, head
         while len(body) < int(length[1]):
@@ -774,6 +776,35 @@ def test_connections_beyond_the_cap_are_answered_and_bounded_too() -> None:
             client.socket.close()
 
     on_loop(test, replace(PATIENT, max_connections=2))
+
+
+def test_an_old_connection_s_next_answer_is_its_last() -> None:
+    async def test(server: Server) -> None:
+        client = await Client.to(server)
+        await client.send(ANSWERED)
+        await client.seen()
+        await asyncio.sleep(0.45)
+        assert not server.has_lost(await server.timers_of(client)), "it is idle: no request is lost"
+        await client.send(ANSWERED, b"GET / HT")
+        status, _ = await client.answer()
+        assert (status, client.head.lower().count(b"connection: close")) == (200, 1)
+        await client.closed()
+        assert server.requests == 2
+
+    on_loop(test, replace(PATIENT, max_connection_age=0.4))
+
+
+def test_connections_that_came_together_do_not_grow_old_together() -> None:
+    async def test(server: Server) -> None:
+        clients = [await Client.to(server) for _ in range(40)]
+        await until(lambda: len(server.connections) == 40)
+        ages = [made._old_at for one in server.connections if (made := one()) is not None]
+        assert len(ages) == 40
+        assert 20 < max(ages) - min(ages) < 30, "100 s less up to a quarter"
+        for client in clients:
+            client.socket.close()
+
+    on_loop(test, replace(PATIENT, max_connection_age=100.0))
 
 
 # What is written

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from server.errors import SettingsError
 from tests.server.fakes import in_process
 
 
@@ -53,3 +56,27 @@ def test_a_proxy_that_leaves_the_prefix(golden_checkpoint: Path) -> None:
         assert "GET /nv/livez 200" not in server.log, "probes are not worth a line"
         schema = server.client.get("/nv/openapi.json", headers=key).json()
         assert schema["servers"] == [{"url": "/nv"}]
+
+
+def test_a_key_s_name_stands_in_the_log_and_the_key_does_not(golden_checkpoint: Path) -> None:
+    keys = ["search:key-of-search", "bulk:key-of-bulk", "key-of-nobody"]
+    body = {"model": "golden-embed", "input": "a"}
+    with in_process(golden_checkpoint, api_key=keys) as server:
+        for key in ("key-of-bulk", "key-of-search", "key-of-nobody"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert server.client.post("/v1/embeddings", json=body, headers=headers).is_success
+        for wrong in ("search", "search:key-of-search", "bulk:key-of-search"):
+            headers = {"authorization": f"Bearer {wrong}"}
+            assert server.client.post("/v1/embeddings", json=body, headers=headers).is_client_error
+        assert server.engine.key_names == ["bulk", "search", ""]
+        lines = [line.partition(" key=") for line in server.log.splitlines() if " 200 " in line]
+        assert [name.split(" ")[0] for _, _, name in lines] == ["bulk", "search", ""]
+        assert "key-of" not in server.log
+
+
+def test_shares_of_the_queue_need_keys_with_names(golden_checkpoint: Path) -> None:
+    with (
+        pytest.raises(SettingsError, match="--max-key-share needs keys with names"),
+        in_process(golden_checkpoint, api_key=["key-of-nobody"], max_key_share=0.5),
+    ):
+        pass
