@@ -160,6 +160,16 @@ def test_text_on_the_heat_map_can_be_read() -> None:
         assert contrast >= 4.5, cell
 
 
+@pytest.mark.process
+def test_a_page_finds_its_server_behind_a_proxys_prefix() -> None:
+    paths = ["/", "/docs", "/redoc/", "/api", "/api/", "/api/docs", "/a/b/docs/", "/docsy"]
+    code = json.dumps((WEB / "client.js").read_text() + "; return BASE")
+    expression = f"""{json.dumps(paths)}.map((pathname) =>
+        new Function("location", {code})({{origin: "o", pathname}}))"""
+    bases = ["o", "o", "o", "o/api", "o/api", "o/api", "o/a/b", "o/docsy"]
+    assert run_in_node(expression) == bases
+
+
 ASKED = {
     "query": {"text": 'who said "it\'s" $HOME `x`?\\n', "fields": {"instruction": "Find é, 'or'"}},
     "passages": {
