@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,33 +23,76 @@ def default_batch_tokens(device: str) -> int:
     return GPU_BATCH_TOKENS if device.startswith("cuda") else CPU_BATCH_TOKENS
 
 
+class Span(NamedTuple):
+    """A run of an input's ids that has a vector of its own, out of the forward of all of them."""
+
+    end: int  # the position behind its last id, counted from BOS
+    sequence: bytes = b""  # a digest of the ids of the whole input
+    tokens: tuple[int, int] = (0, 0)  # of the text's own, the second not included
+    characters: tuple[int, int] = (0, 0)  # likewise
+
+
+class Part(NamedTuple):
+    """Where an input was too long for one sequence and became several."""
+
+    input: int  # which of the request's
+    weight: int  # how many ids of its text are in this one
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:
-    """One tokenized input.
+    """One tokenized input, a part of one, or a span of one.
 
-    ids: int32 [n], BOS and (unless truncated) EOS included.
+    ids: int32 [n], BOS and (unless truncated) EOS included. The spans of one input follow each
+        other and share this array.
     pool_start: how many leading positions stay out of the pool (BOS and instruction).
     is_cut: whether there was more of it.
+    span: where the pool ends before the sequence does.
     """
 
     ids: NDArray[np.int32]
     pool_start: int = 0
     is_cut: bool = False
+    span: Span | None = None
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         assert self.ids.dtype == np.int32, self.ids.dtype
-        assert 0 <= self.pool_start < len(self.ids), (self.pool_start, len(self.ids))
+        end = len(self.ids) if self.span is None else self.span.end
+        assert 0 <= self.pool_start < end <= len(self.ids), (self.pool_start, end, len(self.ids))
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def input(self, index: int) -> int:
+        """Which of a request's inputs it is of; index: its place among the encodings."""
+        if self.span is not None:  # then there is one input
+            return 0
+        return index if self.part is None else self.part.input
+
     @property
     def key(self) -> bytes:
-        """Equal for equal inputs only: ids and where the pool starts."""
-        return self.pool_start.to_bytes(4, "little") + self.ids.tobytes()
+        """Equal for equal inputs only: ids and where the pool starts; and ends, for a span."""
+        start = self.pool_start.to_bytes(4, "little")
+        if self.span is None:
+            return start + self.ids.tobytes()
+        return b"span" + start + self.span.end.to_bytes(4, "little") + self.span.sequence
 
     def __repr__(self) -> str:
         return f"Encoding({len(self.ids)} tokens, pool_start={self.pool_start})"
+
+
+def continues(encoding: Encoding, before: Encoding | None) -> bool:
+    """Whether it is another span of the sequence of the one before it."""
+    if encoding.span is None or before is None or before.span is None:
+        return False
+    return encoding.ids is before.ids
+
+
+def num_tokens(encodings: Sequence[Encoding]) -> int:
+    """Tokens of a forward of these: a sequence counts once, however many spans of it follow."""
+    pairs = zip(encodings, (None, *encodings), strict=False)
+    return sum(len(encoding) for encoding, before in pairs if not continues(encoding, before))
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,12 @@ class GraphedForward:
             )
 
     def __call__(self, encodings: Sequence[Encoding]) -> Tensor | None:
-        """[N, D], to be read before the next call; None for a batch that is too large."""
+        """[N, D], to be read before the next call; None for a batch that is too large, or has
+        spans."""
         tokens = sum(map(len, encodings))
         if tokens > SIZES[-1] or len(encodings) > MAX_SEQS:
+            return None
+        if any(encoding.span is not None for encoding in encodings):
             return None
         size = next(size for size in SIZES if tokens <= size)
         recording = self._recordings[size]

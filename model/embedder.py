@@ -23,5 +23,8 @@ class Embedder(nn.Module):
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""
-        hidden_states = self.backbone(batch, attend)
-        return F.normalize(self.pooler(hidden_states, batch.pooled), dim=-1)
+        hidden_states, segments = self.backbone(batch, attend), batch.pooled
+        if batch.spans is not None:
+            hidden_states = hidden_states.index_select(0, batch.spans.rows)
+            segments = batch.spans.segments
+        return F.normalize(self.pooler(hidden_states, segments), dim=-1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding
+from model.batch import Encoding, num_tokens
 
 if TYPE_CHECKING:
     from model.runner import Runner
@@ -61,7 +61,7 @@ class FittingRunner:
         fitted, doubtful = 0, False
         while todo:
             part = todo.pop()
-            tokens = sum(len(encodings[index]) for index in part)
+            tokens = num_tokens([encodings[index] for index in part])
             if len(part) > 1 and self.budget is not None and tokens > self.budget:
                 todo += _halves(part)
                 continue

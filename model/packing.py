@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.batch import Encoding
+from model.batch import Encoding, continues
 from model.families import Pooled
 
 ROUND_TO = 16
@@ -45,6 +45,14 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """What is pooled where a sequence has several vectors. Spans may overlap."""
+
+    rows: Tensor  # [S] int32 rows of the T, those of a span in a run
+    segments: Segments  # the vectors over the S rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
     """One forward's worth of tokens, on the device."""
 
@@ -53,6 +61,7 @@ class PackedBatch:
     seqs: Segments  # the N sequences over the T tokens
     pool_rows: Tensor | None  # [P] int32 rows of the T that are pooled; None: all of them
     pooled: Segments  # the N sequences over the P pooled rows
+    spans: Spans | None = None  # what to pool in their place, when all rows have gone through
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +91,8 @@ def pack(
     planner: prepares attention for all layers; None: the kernel wants nothing prepared.
     """
     assert encodings, "an empty batch"
+    if any(e.span is not None for e in encodings):
+        return _pack_spans(encodings, device, pooled, filler, planner)
     lengths = np.array([len(e) for e in encodings], dtype=np.int32)
     starts = _pool_starts(encodings, lengths, pooled)
     bounds = _bounds(lengths)
@@ -102,6 +113,30 @@ def pack(
     if planner is not None:
         chosen = replace(chosen, plan=planner(chosen, seqs, len(tensors[3]), rows))
     return PackedBatch(tensors[0], tensors[1], seqs, tensors[3], chosen)
+
+
+def _pack_spans(
+    encodings: Sequence[Encoding],
+    device: torch.device,
+    pooled: Pooled,
+    filler: bool,
+    planner: Planner | None,
+) -> PackedBatch:
+    """Each sequence once, all rows through all layers, and then those of each span."""
+    pairs = list(zip(encodings, (None, *encodings), strict=False))
+    is_first = np.array([not continues(encoding, before) for encoding, before in pairs])
+    sequences = [Encoding(e.ids) for e, before in pairs if not continues(e, before)]
+    batch = pack(sequences, device, pooled="all", filler=filler, planner=planner)
+    own = np.array([len(e) for e in encodings], dtype=np.int32)
+    ends = np.array([len(e) if e.span is None else e.span.end for e in encodings])
+    starts = _pool_starts(encodings, own, pooled)
+    lengths = (ends - starts).astype(np.int32)
+    bounds = _bounds(lengths)
+    first_rows = _bounds(own[is_first])[np.cumsum(is_first) - 1] + starts
+    rows = np.arange(bounds[-1], dtype=np.int32) + np.repeat(first_rows - bounds[:-1], lengths)
+    fill = _filled if filler else _as_it_is
+    there = _upload([fill(rows.astype(np.int32)), bounds], device)
+    return replace(batch, spans=Spans(there[0], _segments(lengths, there[1])))
 
 
 def _pool_starts(encodings: Sequence[Encoding], lengths: np.ndarray, pooled: Pooled) -> np.ndarray:

@@ -9,6 +9,7 @@ before truncation, truncation keeps the first tokens, and the pool leaves out
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -19,9 +20,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from model import families
-from model.batch import Encoding
+from model.batch import Encoding, Part, Span
+from model.chunks import Chunks, own_places
 from model.config import ModelConfig
-from model.errors import CheckpointError, EmptyPoolError, InputTooLongError
+from model.errors import CheckpointError, EmptyPoolError, InputTooLongError, UnsupportedError
 from model.families import NV_EMBED, Family
 from model.prompts import NO_PROMPT, Marker, Parts, Prompt, joined
 from model.tokenizer_file import is_byte_level, read_tokenizer
@@ -264,6 +266,66 @@ class NVEmbedTokenizer:
             # Its traceback holds this frame, which holds it: the texts would stay until the next
             # collection of cycles.
             return error.with_traceback(None)
+
+    def parts(self, text: str, prompt: Prompt, *, max_tokens: int, number: int) -> list[Encoding]:
+        """A text that is too long, as several inputs with the prompt around each: as many ids of
+        it as fit, and in the last those that are left.
+
+        number: of the text among a request's inputs. Raises EmptyPoolError where the prompt leaves
+        no room, UnsupportedError for a family that tokenizes twice.
+        """
+        before, ids, behind = self._around(text, prompt)
+        room = max_tokens + self._frame_of(prompt).uncounted - len(before) - len(behind)
+        if room < 1:
+            raise EmptyPoolError(len(before), max_tokens)
+        start = self._frame_of(prompt).pool_start
+        pieces = [ids[first : first + room] for first in range(0, len(ids), room)]
+        return [
+            Encoding(
+                np.array([*before, *piece, *behind], dtype=np.int32),
+                start,
+                part=Part(number, len(piece)),
+            )
+            for piece in pieces
+        ]
+
+    def _around(self, text: str, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:
+        """All ids: before the text's own, those, and what is behind. What a prompt's last space
+        and the first word have in common counts as the text's."""
+        if prompt.round_trip:
+            raise UnsupportedError(f"a {self.family.name} model's texts cannot be split")
+        frame = self._frame_of(prompt)
+        (ids,) = self._ids([frame.lead + text + frame.trail])
+        whole = [BOS_ID, *frame.head, *ids]
+        first, last = max(frame.kept, 1), len(whole) - len(frame.trail_ids)
+        eos = [] if self.family.keeps_eos is None else [EOS_ID]
+        return whole[:first], whole[first:last], [*frame.tail, *eos]
+
+    def spans(
+        self, text: str, prompt: Prompt, chunks: Chunks, *, max_tokens: int
+    ) -> list[Encoding]:
+        """Runs of a text's ids, each to be pooled out of the forward of the whole text.
+
+        A token is in the span of characters that holds its first character that is no space.
+        Raises InputTooLongError, ChunksError, UnsupportedError for a family that pools one row.
+        """
+        if self.family.pooled == "last":
+            raise UnsupportedError(f"a {self.family.name} model pools one row: it has no chunks")
+        before, own, behind = self._around(text, prompt)
+        num_tokens = len(before) + len(own) + len(behind)
+        if num_tokens > max_tokens:
+            raise InputTooLongError(num_tokens, max_tokens)
+        frame = self._frame_of(prompt)
+        written = frame.lead + text + frame.trail
+        offsets = self._tokenizer.encode(written, add_special_tokens=False).offsets
+        first = len(before) - 1 - len(frame.head)
+        places = own_places(offsets[first : first + len(own)], written, len(frame.lead), len(text))
+        ids = np.array([*before, *own, *behind], dtype=np.int32)
+        digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+        return [
+            Encoding(ids, len(before) + a, span=Span(len(before) + b, digest, (a, b), characters))
+            for (a, b), characters in chunks.resolve(places)
+        ]
 
     def to_encoding(self, ids: list[int], max_tokens: int, truncate: Truncation) -> Encoding:
         """Ids as a client sent them: from BOS, and to EOS where the family has it."""

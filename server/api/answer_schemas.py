@@ -7,10 +7,18 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 
+class Chunk(BaseModel):
+    """Runs from the first to behind the last."""
+
+    characters: tuple[int, int]
+    tokens: tuple[int, int] = Field(description="Of the text's own.")
+
+
 class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
+    chunk: Chunk | None = Field(None, description="What it is of, where `chunks` was sent.")
 
 
 class Usage(BaseModel):
@@ -28,7 +36,7 @@ class EmbeddingsResponse(BaseModel):
 
 
 class TokenizedInput(BaseModel):
-    index: int
+    index: int = Field(description="Of the input; parts of one that is AVERAGEd have the same.")
     ids: list[int]
     count: int
     instruction_tokens: int = Field(

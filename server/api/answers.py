@@ -17,6 +17,7 @@ _WHOLE_ANSWER = 256 * 1024
 """Values of an answer that is sent at once, with its length in front: larger ones are sent as they
 are written, and never in memory as a whole."""
 _JSON = "application/json"
+_JSON_TYPE = (b"content-type", _JSON.encode())
 
 
 class AnswerWriter:
@@ -30,11 +31,11 @@ class AnswerWriter:
     ) -> Response:
         """JSON that comes in pieces and holds about so many values."""
         if values <= _SHORT_ANSWER:
-            return _DrainedResponse(b"".join(pieces), headers=headers, media_type=_JSON)
+            return _DrainedResponse(b"".join(pieces), headers)
         paced = self._paced(pieces)
         if values <= _WHOLE_ANSWER or request.scope["http_version"] == "1.0":  # has no pieces
             whole = b"".join([piece async for piece in paced])
-            return _DrainedResponse(whole, headers=headers, media_type=_JSON)
+            return _DrainedResponse(whole, headers)
         return _AnswerInPieces(paced, headers)
 
     async def _paced(self, pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
@@ -50,7 +51,13 @@ class AnswerWriter:
 
 class _DrainedResponse(Response):
     """Ends only when the client has taken most of it: uvicorn waits before the second send. What
-    is below its high-water mark it does not wait for."""
+    is below its high-water mark it does not wait for. Names of headers are in lower case."""
+
+    def __init__(self, body: bytes, headers: dict[str, str]) -> None:
+        self.status_code, self.body, self.background = 200, body, None
+        length = (b"content-length", b"%d" % len(body))
+        given = [(name.encode("latin-1"), headers[name].encode("latin-1")) for name in headers]
+        self.raw_headers = [length, _JSON_TYPE, *given]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}

@@ -26,6 +26,7 @@ IGNORED_HEADER = "x-ignored-fields"
 _DISCARD_FACTOR = 4
 """Bodies up to so many times the limit are read to their end and dropped before the 413: a client
 that is still sending would see a broken connection instead."""
+_JSON = b"application/json"
 _UTF8_NAMES = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 
 
@@ -71,7 +72,8 @@ def hold(request: Request, size: int) -> None:
 async def _read_body(request: Request, limit: int) -> bytes | bytearray:
     """The whole body. Raises UnsupportedMediaTypeError or BodyTooLargeError."""
     header = context_of(request.scope).headers
-    _check_media_type(header.get(b"content-type", b"application/json"))
+    if (media_type := header.get(b"content-type", _JSON)) != _JSON:
+        _check_media_type(media_type)
     coding = header.get(b"content-encoding", b"").strip().lower()
     if coding not in (b"", b"identity"):
         raise UnsupportedMediaTypeError(
@@ -120,7 +122,7 @@ def _check_media_type(given: bytes) -> None:
     """
     media_type, _, parameters = given.partition(b";")
     media_type = media_type.strip().lower()
-    if media_type != b"application/json" and not media_type.endswith(b"+json"):
+    if media_type != _JSON and not media_type.endswith(b"+json"):
         came = f", and it came as {_shown(given)}" if given else ""
         raise UnsupportedMediaTypeError(
             f"The body must be JSON{came}: send the header Content-Type: application/json"

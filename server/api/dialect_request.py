@@ -25,7 +25,7 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 class DialectRequest(Wire):
     """A body of another protocol. The fields of /v1/embeddings that it has no place for would
-    change the numbers: each is refused, but for what is harmless."""
+    change the numbers, or who shares them: each is refused, but for what is harmless."""
 
     @classmethod
     def _unfolded(cls, body: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class DialectRequest(Wire):
                 raise InvalidRequestError(f"{name}: {REFUSED[name]}", param=name)
             if body[name] not in _HARMLESS.get(name, ()):
                 raise InvalidRequestError(
-                    f"{name}: this route has no such field, and the numbers would be others; POST "
+                    f"{name}: this route has no such field, and leaves nothing out unsaid; POST "
                     "/v1/embeddings takes it, and /query or /passage before any path says the side",
                     param=name,
                 )

@@ -6,6 +6,7 @@ headers tell which side it was, which inputs were cut, and which vectors these a
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -31,6 +32,7 @@ SIDE_HEADER = "x-nv-embed-input-type"
 CUT_HEADER = "x-nv-embed-truncated"
 FINGERPRINT_HEADER = "x-nv-embed-fingerprint"
 HEADERS = (SIDE_HEADER, CUT_HEADER, FINGERPRINT_HEADER)
+_WANTED = FINGERPRINT_HEADER.encode()
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
 
@@ -100,10 +102,13 @@ class Embedding:
         self.check(how)
         fingerprint = self.fingerprint(how.dimensions or width)
         self._refuse_others(request, fingerprint)
-        hold(request, len(job.inputs) * width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES))
+        size = width * (_BASE64_BYTES if how.base64 else _FLOAT_BYTES)
+        hold(request, len(job.inputs) * size)
         try:
             with cancelled_on_disconnect(request):
                 result = await self.engine.embed(job)
+            if job.options.chunks is not None:
+                hold(request, (len(result.vectors) - 1) * size)
             how.check_vectors(result.vectors)
         except InvalidRequestError as error:
             raise _renamed(error, name) from None
@@ -130,7 +135,7 @@ class Embedding:
         return self._fingerprints.get(dimensions, "")
 
     def _refuse_others(self, request: Request, fingerprint: str) -> None:
-        wanted = context_of(request.scope).headers.get(FINGERPRINT_HEADER.encode())
+        wanted = context_of(request.scope).headers.get(_WANTED)
         if wanted is not None and wanted.decode("latin-1") != fingerprint:
             raise OtherVectorsError(
                 f"{FINGERPRINT_HEADER} asks for other vectors than this server's {fingerprint}: "
@@ -144,6 +149,11 @@ def side_of(job: EmbedJob) -> str:
     if not job.prompted or asked == "query":
         return asked
     return "query" if job.prompted == len(job.inputs) else "mixed"
+
+
+def salt_of(text: str | None) -> bytes:
+    """Of a `cache_salt`, of one length, so that no salt and key together are another's."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest() if text else b""
 
 
 def _renamed(error: InvalidRequestError, name: str) -> InvalidRequestError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from model.chunks import Chunks
 from model.families import Family, Side
 from model.tokenizer import Truncation
 from server.api import parsing
@@ -28,6 +30,28 @@ def encoding_options(
     path_side: Side | None = None,
 ) -> EncodingOptions:
     """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
+    options = _without_chunks(wire, model, names, defaults, path_side)
+    chunks = getattr(wire, "chunks", None)
+    return options if chunks is None else _with_chunks(options, wire, chunks)
+
+
+def _with_chunks(
+    options: EncodingOptions, wire: InstructedInput, chunks: Chunks
+) -> EncodingOptions:
+    if wire.truncate_prompt_tokens is not None or wire.truncate not in (None, Truncation.NONE):
+        raise InvalidRequestError(
+            "chunks are of a whole text: leave truncation out", param="chunks"
+        )
+    return replace(options, truncate=Truncation.NONE, chunks=chunks)
+
+
+def _without_chunks(
+    wire: InstructedInput,
+    model: str | None,
+    names: ServedNames,
+    defaults: Defaults,
+    path_side: Side | None,
+) -> EncodingOptions:
     model_side = names.side(model) if model is not None else None
     prompt, side = choose_prompt(defaults, wire, model_side, path_side)
     is_default = prompt is None
@@ -40,8 +64,18 @@ def encoding_options(
                 param="truncate_prompt_tokens",
             )
         cut = _cut(wire, Truncation.START)
-        return EncodingOptions(prompt, cut, None if tokens < 0 else tokens, is_default, side)
-    return EncodingOptions(prompt, _cut(wire, wire.truncate), None, is_default, side)
+        most = None if tokens < 0 else tokens
+        return EncodingOptions(prompt, cut, most, is_default=is_default, side=side)
+    asked = wire.truncate
+    if asked == "average":
+        if wire.truncation_side is not None:
+            raise InvalidRequestError(
+                "truncation_side says where an input is cut, and truncate: AVERAGE cuts none",
+                param="truncation_side",
+            )
+        none = Truncation.NONE
+        return EncodingOptions(prompt, none, is_default=is_default, side=side, averages=True)
+    return EncodingOptions(prompt, _cut(wire, asked), None, is_default=is_default, side=side)
 
 
 def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
@@ -95,9 +129,9 @@ _NOTHING = (None,) * 5
 
 def vector_format(wire: EmbeddingsRequest) -> VectorFormat:
     """How the answer holds its vectors."""
-    return VectorFormat(
-        wire.output_dtype or "float32",
-        wire.encoding_format == "base64",
-        wire.endianness == "big",
-        wire.dimensions,
-    )
+    base64, big_endian = wire.encoding_format == "base64", wire.endianness == "big"
+    return _format(wire.output_dtype or "float32", base64, big_endian, wire.dimensions)
+
+
+_format = functools.lru_cache(maxsize=64)(VectorFormat)
+"""Most requests of a client ask for the same, and a frozen object takes long to make."""

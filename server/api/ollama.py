@@ -85,7 +85,7 @@ class _Endpoints:
         result, said = await self._run(
             request, wire.prompt, wire.model, cut, how, arrived, "prompt"
         )
-        pieces = iter([b'{"embedding":%b}' % how.written(result.vectors[0])])
+        pieces = iter([b'{"embedding":', *how.written(result.vectors[0]), b"}"])
         return await self._answers.response(request, pieces, 1, headers | said)
 
     async def _run(

@@ -6,6 +6,7 @@ A body becomes an EmbedJob, an EmbedResult becomes the answer. Knows no queue an
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,7 +17,7 @@ from server.api import answer_schemas, schemas, serialize
 from server.api.answers import AnswerWriter
 from server.api.body import BodyReader, hold
 from server.api.disconnects import cancelled_on_disconnect, patience
-from server.api.embedding import SIDE_HEADER, Embedding, side_of
+from server.api.embedding import SIDE_HEADER, Embedding, salt_of, side_of
 from server.api.encoding_options import vector_format
 from server.api.request_context import context_of
 from server.api.routing import ERRORS, READ_ERRORS, RequestRoute, body_schema, json_response
@@ -43,12 +44,18 @@ class _Endpoints:
         if (deployment := request.path_params.get("model_id")) is not None:
             wire.model = deployment
         job = self._embedding.job(request, wire, wire.model, arrived + patience(request))
+        if wire.cache_salt is not None or wire.priority is not None:
+            job = replace(job, priority=wire.priority or 0, salt=salt_of(wire.cache_salt))
         how = vector_format(wire)
         result, said = await self._embedding.embed(request, job, how)
+        values = len(result.vectors) * self._engine.dimensions
         pieces = serialize.embeddings_pieces(
-            result.vectors, model=self._names.shown(wire.model), tokens=result.tokens, how=how
+            result.vectors,
+            model=self._names.shown(wire.model),
+            tokens=result.tokens,
+            how=how,
+            spans=result.spans,
         )
-        values = len(job.inputs) * self._engine.dimensions
         return await self._answers.response(request, pieces, values, headers | said)
 
     async def tokenize(self, request: Request) -> Response:

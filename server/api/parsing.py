@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from server.api import json_fields, schemas
 from server.api.json_text import JSONTextError, loads
@@ -52,17 +51,14 @@ def parse_fields(wire: type[WireT], fields: dict[str, Any]) -> WireT:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
     first, *inside = problem["loc"]
-    name = "".join([str(first), *(f"[{x}]" if isinstance(x, int) else f".{x}" for x in inside)])
+    sent = wire.name_in({k: v for k, v in fields.items() if v is not None}, str(first))
+    name = "".join([sent, *(f"[{x}]" if isinstance(x, int) else f".{x}" for x in inside)])
     if problem["type"] == "missing":
         raise InvalidRequestError(f"you must provide the field '{name}'", param=name)
-    if problem["type"] == "literal_error" and (field := _field_of(wire, name)):
+    if problem["type"] == "literal_error" and (field := wire.model_fields.get(str(first))):
         raise InvalidRequestError(f"{name}: {problem['msg']}. {field.description}", param=name)
     what = "an object is needed" if problem["type"] == "model_type" else problem["msg"]
     raise InvalidRequestError(f"{name}: {what}", param=name)
-
-
-def _field_of(wire: type[Wire], name: str) -> FieldInfo | None:
-    return wire.model_fields.get(wire.other_names().get(name, name))
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from pydantic import AliasChoices, BeforeValidator, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr
 
 from model.tokenizer import Truncation
 from server.api import tei
@@ -29,7 +29,7 @@ from server.api.request_context import context_of
 from server.api.routing import RequestRoute, json_response
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.api.wire import lower, truncation
+from server.api.wire import lower, or_named, truncation
 from server.engine.interface import EmbedResult
 from server.errors import InvalidRequestError, ServerError
 from server.settings import Settings
@@ -51,21 +51,21 @@ _NOT_DONE = {
 
 class _Asked(DialectRequest):
     model: StrictStr | None = None
-    truncate: Annotated[Truncation | None, BeforeValidator(truncation)] = Field(
-        None, validation_alias=AliasChoices("truncate", "truncation")
+    truncate: Annotated[Truncation | None, or_named("truncation"), BeforeValidator(truncation)] = (
+        None
     )
-    truncation_side: Annotated[Literal["left", "right"] | None, BeforeValidator(lower)] = Field(
-        None, validation_alias=AliasChoices("truncation_side", "truncation_direction")
-    )
+    truncation_side: Annotated[
+        Literal["left", "right"] | None, or_named("truncation_direction"), BeforeValidator(lower)
+    ] = None
     instruction: StrictStr | None = None
     task: StrictStr | None = None
 
 
 class RerankRequest(_Asked):
     query: Any
-    documents: Any = Field(None, validation_alias=AliasChoices("documents", "passages"))
+    documents: Annotated[Any, or_named("passages")] = None
     texts: Any = Field(None, description="TEI's name, which asks for its answer, too.")
-    top_n: StrictInt | None = Field(None, ge=1, validation_alias=AliasChoices("top_n", "top_k"))
+    top_n: Annotated[StrictInt | None, or_named("top_k")] = Field(None, ge=1)
     return_documents: StrictBool | None = None
     return_text: StrictBool | None = None
     raw_scores: StrictBool | None = Field(None, description="A cosine is one, either way.")
@@ -79,8 +79,8 @@ class RerankRequest(_Asked):
 
 
 class ScoreRequest(_Asked):
-    text_1: Any = Field(validation_alias=AliasChoices("text_1", "queries", "data_1"))
-    text_2: Any = Field(validation_alias=AliasChoices("text_2", "documents", "items", "data_2"))
+    text_1: Annotated[Any, or_named("queries", "data_1")]
+    text_2: Annotated[Any, or_named("documents", "items", "data_2")]
 
 
 class _Endpoints:
@@ -144,7 +144,7 @@ class _Endpoints:
                 ],
             }
             if path == VOYAGE_PATH:
-                answer = {"object": "list", "data": answer["results"], **answer}
+                answer["data"] = answer["results"]  # no `object`: Infinity's client knows another
         return _with(json_response(answer), headers | said)
 
     async def score(self, request: Request) -> Response:

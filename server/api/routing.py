@@ -12,9 +12,11 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from server.api import answer_schemas
+from server.api.request_context import context_of
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Responses = dict[int | str, dict[str, Any]]
@@ -54,6 +56,16 @@ class RequestRoute(APIRoute):
             await response(scope, receive, send)
 
         self.app = answer
+        self._is_one_path = not self.param_convertors
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """A path without parameters is one string, and needs no pattern."""
+        if not self._is_one_path:
+            return super().matches(scope)
+        if scope["type"] != "http" or context_of(scope).route_path != self.path:
+            return Match.NONE, {}
+        chosen = {"endpoint": self.endpoint, "path_params": {}, "route": self}
+        return Match.FULL if scope["method"] in (self.methods or ()) else Match.PARTIAL, chosen
 
 
 def body_schema(name: str) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AliasChoices,
     BeforeValidator,
     Field,
+    PlainValidator,
     StrictBool,
     StrictInt,
     StrictStr,
     WithJsonSchema,
 )
 
+from model.chunks import Chunks
 from model.tokenizer import Truncation
+from server.api.chunks import CHUNKS_SCHEMA, chunks_of
 from server.api.vector_format import OutputDtype
-from server.api.wire import Wire, lower, must_be, truncation
+from server.api.wire import Wire, lower, must_be, or_named, truncation_or_average
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
 
@@ -68,7 +70,7 @@ def _zero_is_absent(value: object) -> object:
 class FewShotExample(Wire):
     """One query of a task and what answers it."""
 
-    instruction: StrictStr = Field(validation_alias=AliasChoices("instruction", "instruct"))
+    instruction: Annotated[StrictStr, or_named("instruct")]
     query: StrictStr
     response: StrictStr
 
@@ -91,15 +93,15 @@ class InstructedInput(Wire):
     task: StrictStr | None = Field(
         None, description="Name of a task that GET /v1/instructions lists."
     )
-    input_type: StrictStr | None = Field(
+    input_type: Annotated[StrictStr | None, or_named("prompt_name")] = Field(
         None,
-        validation_alias=AliasChoices("input_type", "prompt_name"),
         description="query or search_query: the server's query instruction. passage, document or "
         "search_document: none.",
     )
     truncate: Annotated[
-        Truncation | None,
-        BeforeValidator(truncation),
+        Truncation | Literal["average"] | None,
+        or_named("truncation"),
+        PlainValidator(truncation_or_average),
         WithJsonSchema(
             {
                 "anyOf": [
@@ -107,7 +109,7 @@ class InstructedInput(Wire):
                     {
                         "type": "string",
                         "pattern": "^([Nn][Oo][Nn][Ee]|[Ee][Nn][Dd]|[Ss][Tt][Aa][Rr][Tt]"
-                        "|[Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt])$",
+                        "|[Rr][Ii][Gg][Hh][Tt]|[Ll][Ee][Ff][Tt]|[Aa][Vv][Ee][Rr][Aa][Gg][Ee])$",
                     },
                     {"type": "null"},
                 ]
@@ -115,12 +117,13 @@ class InstructedInput(Wire):
         ),
     ] = Field(
         None,
-        validation_alias=AliasChoices("truncate", "truncation"),
         description="Too long inputs: false/NONE refuses them, true/END/RIGHT keeps the first "
-        "tokens, START/LEFT keeps the instruction and the last tokens.",
+        "tokens, START/LEFT keeps the instruction and the last tokens, AVERAGE splits a text into "
+        "parts that fit and averages their vectors by length.",
     )
     truncation_side: Annotated[
         Literal["left", "right"] | None,
+        or_named("truncation_direction"),
         BeforeValidator(lower),
         WithJsonSchema(
             {
@@ -135,7 +138,6 @@ class InstructedInput(Wire):
         ),
     ] = Field(
         None,
-        validation_alias=AliasChoices("truncation_side", "truncation_direction"),
         description="Where a too long input is cut, beside `truncate: true` or "
         "`truncate_prompt_tokens`: right keeps the first tokens, left the last ones.",
     )
@@ -180,6 +182,7 @@ class EmbeddingsRequest(InstructedInput):
     )
     output_dtype: Annotated[
         OutputDtype | None,
+        or_named("embed_dtype", "embedding_type"),
         BeforeValidator(_dtype),
         WithJsonSchema(
             {
@@ -191,7 +194,6 @@ class EmbeddingsRequest(InstructedInput):
         ),
     ] = Field(
         None,
-        validation_alias=AliasChoices("output_dtype", "embed_dtype", "embedding_type"),
         description="Of the numbers: float32 (or float; the default), float16, int8, uint8, "
         "binary or ubinary (a bit a number, eight to a byte).",
     )
@@ -200,24 +202,40 @@ class EmbeddingsRequest(InstructedInput):
     )
     dimensions: Annotated[
         StrictInt | None,
+        or_named("output_dimension"),
         BeforeValidator(_zero_is_absent),
         WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}]}),
     ] = Field(
         None,
         ge=1,
-        validation_alias=AliasChoices("dimensions", "output_dimension"),
         description="The model's own width (also as 0); smaller ones need "
         "--allow-truncated-dimensions.",
     )
-    normalize: Annotated[StrictBool | None, *must_be(True)] = Field(
-        None,
-        validation_alias=AliasChoices("normalize", "normalized", "use_activation", "activation"),
-        description="Vectors have length 1.",
+    normalize: Annotated[
+        StrictBool | None,
+        or_named("normalized", "use_activation", "activation"),
+        *must_be(True),
+    ] = Field(None, description="Vectors have length 1.")
+    late_chunking: Annotated[StrictBool | None, or_named("return_multivector"), *must_be(False)] = (
+        Field(None, description="An input has one vector.")
     )
-    late_chunking: Annotated[StrictBool | None, *must_be(False)] = Field(
+    chunks: Annotated[Chunks | None, BeforeValidator(chunks_of), WithJsonSchema(CHUNKS_SCHEMA)] = (
+        Field(
+            None,
+            description="Of one text: a vector for each run of it, out of one forward of the whole "
+            "(late chunking). A number of tokens, or runs [first, behind the last] of its "
+            'characters, or {"tokens": runs}. Each vector comes with its `chunk`.',
+        )
+    )
+    cache_salt: Annotated[str | None, Field(strict=True, min_length=1, max_length=1024)] = Field(
         None,
-        validation_alias=AliasChoices("late_chunking", "return_multivector"),
-        description="An input has one vector.",
+        description="Vectors that are cached, or are being computed, are shared with requests of "
+        "the same salt alone: no other tenant sees by its speed what was asked before.",
+    )
+    priority: Annotated[int, Field(strict=True, ge=-10, le=10)] | None = Field(
+        None,
+        description="Of what waits, the lower comes sooner (0: the default). Within a level "
+        "requests take turns, and no level waits for ever.",
     )
     user: Any = Field(None, description="Ignored.")
 

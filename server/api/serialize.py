@@ -12,8 +12,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.batch import Encoding
+from model.batch import Encoding, Span
 from model.prompts import Prompt, written
+from server.api.chunks import said_of
 from server.api.vector_format import VectorFormat
 
 PIECE_VALUES = 8 * 1024
@@ -22,40 +23,53 @@ _BASE64_VALUES = 32 * 1024
 
 
 def embeddings_body(
-    vectors: Sequence[NDArray[np.float32]], *, model: str, tokens: int, how: VectorFormat
+    vectors: Sequence[NDArray[np.float32]],
+    *,
+    model: str,
+    tokens: int,
+    how: VectorFormat,
+    spans: Sequence[Span] = (),
 ) -> bytes:
     """The body of an answer of /v1/embeddings."""
-    return b"".join(embeddings_pieces(vectors, model=model, tokens=tokens, how=how))
+    return b"".join(embeddings_pieces(vectors, model=model, tokens=tokens, how=how, spans=spans))
 
 
 def embeddings_pieces(
-    vectors: Sequence[NDArray[np.float32]], *, model: str, tokens: int, how: VectorFormat
+    vectors: Sequence[NDArray[np.float32]],
+    *,
+    model: str,
+    tokens: int,
+    how: VectorFormat,
+    spans: Sequence[Span] = (),
 ) -> Iterator[bytes]:
     """The same in pieces. A vector is let go when it is written: many at once, with those of other
-    requests in the same batch, would take long to free."""
-    yield b'{"object":"list","data":['
+    requests in the same batch, would take long to free.
+
+    spans: what each vector is of, where there are chunks."""
     step = max(1, (_BASE64_VALUES if how.base64 else PIECE_VALUES) // len(vectors[0]))
     left, index = deque(vectors), 0
     del vectors
+    parts = [b'{"object":"list","data":[']
     while left:
-        items: list[bytes] = []
-        while left and len(items) < step:
-            item = index, how.written(left.popleft())
-            items.append(b'{"object":"embedding","index":%d,"embedding":%b}' % item)
+        for _ in range(min(step, len(left))):
+            comma = b"," if index else b""
+            parts.append(b'%b{"object":"embedding","index":%d,"embedding":' % (comma, index))
+            parts += how.written(left.popleft())
+            parts.append(b',"chunk":%b}' % orjson.dumps(said_of(spans[index])) if spans else b"}")
             index += 1
-        yield b",".join([*items, b""] if left else items)
-    yield b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (
-        orjson.dumps(model),
-        tokens,
-        tokens,
-    )
+        if left:
+            yield b"".join(parts)
+            parts = []
+    tail = orjson.dumps(model), tokens, tokens
+    parts.append(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % tail)
+    yield b"".join(parts)
 
 
 def rows_pieces(vectors: Sequence[NDArray[np.float32]], how: VectorFormat) -> Iterator[bytes]:
     """A bare JSON list of vectors, in pieces."""
     step = max(1, PIECE_VALUES // len(vectors[0]))
     for first in range(0, len(vectors), step):
-        rows = b",".join(how.written(vector) for vector in vectors[first : first + step])
+        rows = b",".join(b"".join(how.written(row)) for row in vectors[first : first + step])
         yield b"%b%b" % (b"," if first else b"[", rows)
     yield b"]"
 
@@ -72,7 +86,7 @@ def tokens_pieces(
     values = 0
     for index, encoding in enumerate(encodings):
         item = {
-            "index": index,
+            "index": encoding.input(index),
             "ids": encoding.ids,
             "count": len(encoding),
             "instruction_tokens": encoding.pool_start,

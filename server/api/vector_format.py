@@ -74,15 +74,16 @@ class VectorFormat:
                     param="output_dtype",
                 )
 
-    def written(self, vector: NDArray[np.float32]) -> bytes:
-        """As JSON: a list of numbers, or base64 in quotes, whose characters need no escaping."""
+    def written(self, vector: NDArray[np.float32]) -> tuple[bytes, ...]:
+        """As JSON, in parts to be joined: a list of numbers, or base64 in quotes, whose characters
+        need no escaping."""
         row = cut(vector, self.dimensions)
         numbers = _NUMBERS[self.dtype](row)
         if not self.base64:
-            return orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY)
+            return (orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY),)
         order = numbers.dtype.newbyteorder(">" if self.big_endian else "<")
         ordered = np.ascontiguousarray(numbers, dtype=order)
-        return b'"%b"' % pybase64.b64encode(ordered.data)
+        return b'"', pybase64.b64encode(ordered.data), b'"'
 
 
 def cut(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float32]:

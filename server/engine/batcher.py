@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding
+from model.batch import Encoding, num_tokens
 from server.engine.batches_out import Batch, BatchesOut
 from server.engine.metrics import Metrics
 from server.engine.pace import Pace
@@ -59,19 +59,31 @@ class Batcher:
     # Requests
 
     def submit(
-        self, encodings: Sequence[Encoding], *, deadline: float = float("inf")
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        deadline: float = float("inf"),
+        priority: int = 0,
+        salt: bytes = b"",
     ) -> QueuedRequest[PendingAnswer]:
         """Queue a request; `request.answer.future` gives its rows, one per encoding.
 
+        priority: the lower the sooner. salt: vectors are shared with those of the same one alone.
         Raises BatchFailedError for an input that is known to kill workers.
         """
         now = time.monotonic()
         culprit = self._quarantine.first_culprit(encodings, now)
         if culprit is not None:
-            raise _deadly(culprit)
-        known = self._cached(encodings) if self.cache.limit else {}
+            raise _deadly(encodings[culprit].input(culprit))
+        known = self._cached(encodings, salt) if self.cache.limit else {}
         request = QueuedRequest.of(
-            encodings, PendingAnswer(len(encodings)), deadline=deadline, arrived=now, known=known
+            encodings,
+            PendingAnswer(len(encodings)),
+            deadline=deadline,
+            arrived=now,
+            known=known,
+            priority=priority,
+            salt=salt,
         )
         for index, row in known.items():
             request.answer.set_row(index, row)
@@ -80,8 +92,8 @@ class Batcher:
             self._schedule()
         return request
 
-    def _cached(self, encodings: Sequence[Encoding]) -> dict[int, NDArray[np.float32]]:
-        rows = {i: self.cache.get(encoding.key) for i, encoding in enumerate(encodings)}
+    def _cached(self, encodings: Sequence[Encoding], salt: bytes) -> dict[int, NDArray[np.float32]]:
+        rows = {i: self.cache.get(salt + encoding.key) for i, encoding in enumerate(encodings)}
         known = {index: row for index, row in rows.items() if row is not None}
         self._metrics.cache_hits.inc(len(known))
         self._metrics.cache_misses.inc(len(rows) - len(known))
@@ -227,7 +239,7 @@ class Batcher:
             return
         encodings = [equal[0].encoding for equal in rows.values()]
         worker.send(self._out.add(worker, rows), encodings)
-        self._metrics.batch_tokens.observe(sum(map(len, encodings)))
+        self._metrics.batch_tokens.observe(num_tokens(encodings))
         self._metrics.batch_inputs.observe(len(encodings))
 
     def _blame(self, batch: Batch) -> None:
@@ -236,14 +248,14 @@ class Batcher:
         if culprit is not None:
             logger.error(
                 "an input of %d tokens killed %d workers in a row, alone: requests with it fail",
-                len(culprit),
+                len(culprit.encoding),
                 culprit.deaths_alone,
             )
             key = culprit.key
             computed = (batch, *self._out)
             equal = [entry for one in computed for entry in one.rows.get(key, ())]
             for entry in equal + self.queue.equal_to(key):
-                self._fail(entry.request, _deadly(entry.index))
+                self._fail(entry.request, _deadly(entry.input))
 
     def _fail(self, request: QueuedRequest[PendingAnswer], error: ServerError) -> None:
         self.queue.discard(request)
@@ -252,8 +264,8 @@ class Batcher:
 
 def _fault_error(fault: Fault, entry: Entry[PendingAnswer]) -> ServerError:
     if fault is Fault.NOT_FINITE:
-        return NonFiniteVectorError.of(entry.index)
-    return DeviceMemoryError.of(entry.index, len(entry))
+        return NonFiniteVectorError.of(entry.input)
+    return DeviceMemoryError.of(entry.input, len(entry.encoding))
 
 
 def _deadly(index: int) -> BatchFailedError:

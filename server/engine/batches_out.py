@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from model.batch import num_tokens
 from server.engine.metrics import Metrics
 from server.engine.pace import Pace
 from server.engine.pending_answer import PendingAnswer
@@ -96,7 +97,7 @@ class BatchesOut:
     def add(self, worker: Worker, rows: Mapping[bytes, list[Entry[PendingAnswer]]]) -> int:
         """A batch that is about to be handed over. -> its id."""
         self._ids = (self._ids + 1) % (1 << 32)
-        tokens = sum(len(equal[0]) for equal in rows.values())
+        tokens = num_tokens([equal[0].encoding for equal in rows.values()])
         in_hand = tokens + sum(batch.tokens for batch in self._of[worker].values())
         patience = self._pace.patience(worker.kind, in_hand)
         batch = Batch(dict(rows), tokens, time.monotonic(), patience)

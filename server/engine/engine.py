@@ -14,13 +14,14 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.batch import Encoding, RunnerInfo, RunnerOptions, num_tokens
 from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from model.weights.headers import weight_files
+from server.engine.averaging import averaged
 from server.engine.batcher import Batcher
 from server.engine.devices import child_environment, choose, worker_options
 from server.engine.inputs import InputTokenizer
@@ -201,14 +202,15 @@ class EmbeddingEngine:
         work = self._admit(job)
         with self._accepted():
             encodings = await self._tokenizing.tokenize(job, work)
-            tokens = sum(len(encoding) for encoding in encodings)
+            tokens = num_tokens(encodings)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            vectors = await self._run(encodings, job.deadline)
-            cut = [index for index, encoding in enumerate(encodings) if encoding.is_cut]
+            vectors = averaged(encodings, await self._run(encodings, job))
+            cut = [encoding.input(i) for i, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
-            return EmbedResult(vectors, tokens, cut)
+            spans = [encoding.span for encoding in encodings if encoding.span is not None]
+            return EmbedResult(vectors, tokens, cut, spans)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].
@@ -239,8 +241,11 @@ class EmbeddingEngine:
         self._refuse_if_full(work.tokens)
         return work
 
-    async def _run(self, encodings: list[Encoding], deadline: float) -> list[NDArray[np.float32]]:
-        request = self._batcher.submit(encodings, deadline=deadline)
+    async def _run(self, encodings: list[Encoding], job: EmbedJob) -> list[NDArray[np.float32]]:
+        deadline = job.deadline
+        request = self._batcher.submit(
+            encodings, deadline=deadline, priority=job.priority, salt=job.salt
+        )
         timer = None
         if deadline != float("inf"):
             delay = max(0.0, deadline - time.monotonic())

@@ -6,9 +6,11 @@ Owns every refusal of an input, with its place in the request. Runs on any threa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
-from model.batch import Encoding
-from model.errors import EmptyPoolError, InputTooLongError, ModelError
+from model.batch import Encoding, Part, num_tokens
+from model.chunks import Chunks, ChunksError
+from model.errors import EmptyPoolError, InputTooLongError, ModelError, UnsupportedError
 from model.prompts import Prompt, num_chars
 from model.tokenizer import (
     BOS_ID,
@@ -18,7 +20,7 @@ from model.tokenizer import (
 )
 from server.engine.interface import EncodingOptions, Input, PromptedText
 from server.errors import ContextLengthExceededError, InvalidRequestError
-from server.settings import MAX_REQUEST_TOKENS
+from server.settings import MAX_REQUEST_INPUTS, MAX_REQUEST_TOKENS
 
 _CHARS_AT_ONCE = 256 * 1024
 """About a tenth of a second of one core."""
@@ -65,6 +67,8 @@ class InputTokenizer:
         truncate = self._truncate if options.truncate is None else options.truncate
         max_tokens = min(options.max_tokens or self.max_input_tokens, self.max_input_tokens)
         prompt = options.prompt
+        if options.chunks is not None:
+            return self._spans(inputs, prompt, options.chunks, max_tokens)
         texts = [text for text in inputs if isinstance(text, str)]
         prompted = []
         if len(texts) < len(inputs):
@@ -78,22 +82,71 @@ class InputTokenizer:
         for own in prompted:
             self._refuse_if_hopeless([own.text], own.prompt, max_tokens)
         encoded = self._encoded(texts, prompt, max_tokens, truncate, abandoned)
-        encodings = []
+        encodings: list[Encoding] = []
         total = 0
         for index, item in enumerate(inputs):
             param = "input" if len(inputs) == 1 else f"input[{index}]"
+            result: Encoding | ModelError
             if isinstance(item, str):
-                encodings.append(self._checked(next(encoded), param))
+                result = next(encoded)
             elif isinstance(item, PromptedText):
-                (alone,) = self.tokenizer.encode_batch(
+                (result,) = self.tokenizer.encode_batch(
                     [item.text], item.prompt, max_tokens=max_tokens, truncate=truncate
                 )
-                encodings.append(self._checked(alone, param))
             else:
-                encodings.append(self._from_ids(item, param, max_tokens, truncate))
-            total += len(encodings[-1])
+                result = self._from_ids(item, param, max_tokens, truncate)
+            if options.averages and isinstance(result, InputTooLongError):
+                if abandoned():
+                    raise AbandonedError
+                encodings += self._parts(item, prompt, max_tokens, index, param)
+                total = num_tokens(encodings)
+            else:
+                encoding = self._checked(result, param)
+                if options.averages:  # its place among the encodings says no more which it is
+                    encoding = replace(encoding, part=Part(index, len(encoding)))
+                encodings.append(encoding)
+                total += len(encoding)
             if total > MAX_REQUEST_TOKENS:
                 raise _too_many_tokens()
+        return encodings
+
+    def _parts(
+        self, item: Input, prompt: Prompt, max_tokens: int, index: int, param: str
+    ) -> list[Encoding]:
+        """Of a text that is too long."""
+        text, prompt = _text_and_prompt(item, prompt)
+        if len(text) // self.tokenizer.max_piece_chars > MAX_REQUEST_TOKENS:
+            raise _too_many_tokens()
+        try:
+            return self.tokenizer.parts(text, prompt, max_tokens=max_tokens, number=index)
+        except EmptyPoolError as error:
+            raise InvalidRequestError(f"{error}", param=param) from None
+        except UnsupportedError as error:
+            raise InvalidRequestError(f"truncate: {error}", param="truncate") from None
+
+    def _spans(
+        self, inputs: Sequence[Input], prompt: Prompt, chunks: Chunks, max_tokens: int
+    ) -> list[Encoding]:
+        """Of the one text that may have them."""
+        if len(inputs) != 1 or isinstance(inputs[0], list):
+            raise InvalidRequestError("chunks: they are of one text: send one", param="chunks")
+        text, prompt = _text_and_prompt(inputs[0], prompt)
+        if len(text) > self.tokenizer.max_piece_chars * max_tokens:
+            raise _too_long(None, max_tokens, "input")
+        try:
+            encodings = self.tokenizer.spans(text, prompt, chunks, max_tokens=max_tokens)
+        except InputTooLongError as error:
+            raise _too_long(error.num_tokens, error.max_tokens, "input") from None
+        except UnsupportedError as error:
+            raise InvalidRequestError(f"chunks: {error}", param="chunks") from None
+        except ChunksError as error:
+            param = "chunks" if error.index is None else f"chunks[{error.index}]"
+            raise InvalidRequestError(f"{param}: {error}", param=param) from None
+        if len(encodings) > MAX_REQUEST_INPUTS:
+            raise InvalidRequestError(
+                f"chunks: {len(encodings)} vectors, the limit is {MAX_REQUEST_INPUTS}",
+                param="chunks",
+            )
         return encodings
 
     def _encoded(
@@ -168,6 +221,12 @@ class InputTokenizer:
             return self.tokenizer.to_encoding(ids, max_tokens, truncate)
         except InputTooLongError as error:
             raise _too_long(error.num_tokens, error.max_tokens, param) from None
+
+
+def _text_and_prompt(item: Input, prompt: Prompt) -> tuple[str, Prompt]:
+    """prompt: of texts that bring none."""
+    assert not isinstance(item, list), "ids are no text"
+    return (item, prompt) if isinstance(item, str) else (item.text, item.prompt)
 
 
 _FOREIGN_IDS = (

@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo
+from model.batch import Encoding, RunnerInfo, Span
+from model.chunks import Chunks
 from model.families import Family, Side
 from model.hub import ModelSource
 from model.prompts import NO_PROMPT, Prompt
@@ -39,6 +40,8 @@ class EncodingOptions:
     prompt: Prompt = NO_PROMPT  # what stands around each text
     truncate: Truncation | None = None  # None: the server's default
     max_tokens: int | None = None  # a request's own, lower limit
+    averages: bool = False  # a too long text is split, and its parts' vectors averaged
+    chunks: Chunks | None = None  # of the one input: a vector for each
     is_default: bool = False  # whether nobody asked for `prompt`: token ids go without it
     side: Side | None = None  # which was asked for
 
@@ -53,18 +56,24 @@ class EmbedJob:
     """On time.monotonic's clock."""
     prompted: int = 0
     """How many of the inputs are PromptedTexts."""
+    priority: int = 0
+    """Of what waits, the lower comes sooner."""
+    salt: bytes = b""
+    """Vectors in the cache and in flight are shared with jobs of the same salt alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbedResult:
     """The answer to an EmbedJob."""
 
-    vectors: list[NDArray[np.float32]]
-    """One [D] for each input, of length one."""
+    vectors: Sequence[NDArray[np.float32]]
+    """One [D] for each input or chunk, of length one."""
     tokens: int
     """Ids that ran: BOS, EOS and prefix counted, after truncation."""
     cut: Sequence[int] = ()
     """Which inputs were truncated."""
+    spans: Sequence[Span] = ()
+    """Where there are chunks: of each vector."""
 
 
 @dataclass(frozen=True, slots=True)

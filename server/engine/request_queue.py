@@ -1,20 +1,24 @@
 """The waiting inputs, and which of them make the next batch.
 
 Pure: no clock, event loop, torch or metrics; a time is an argument. Requests take turns, an input
-at a time, so that one query never waits behind a request of 2,048 inputs.
+at a time, so that one query never waits behind a request of 2,048 inputs. A level of priority comes
+before all higher numbers, but for every so many batches.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Generic, TypeVar
 
-from model.batch import BatchLimits, Encoding
+from model.batch import BatchLimits, Encoding, continues
 
 _LOOK_AHEAD = 32
 """How many requests whose next input does not fit are passed over before a batch is closed."""
+_MOST_PASSED = 8
+"""After so many batches in a row that had no place for a level of priority, it comes first."""
 
 AnswerT = TypeVar("AnswerT")
 """What stands for the answer of a request; the queue carries it and never looks at it."""
@@ -27,16 +31,24 @@ class Entry(Generic[AnswerT]):
     encoding: Encoding
     index: int  # its place in the request
     request: QueuedRequest[AnswerT]
+    continues: bool = False  # a span of the sequence of the entry before it
     deaths: int = 0  # how many workers died with it in the batch that they ran
     deaths_alone: int = 0  # and how many of them with nothing else in the batch
     alone: bool = False  # it must have its batch to itself
-    key: bytes = field(init=False, repr=False)  # of the encoding: equal for equal inputs only
+    key: bytes = field(init=False, repr=False)  # equal for equal inputs of one salt only
 
     def __post_init__(self) -> None:
-        self.key = self.encoding.key  # copies all ids, and is asked for at every composition
+        # Copies all ids, and is asked for at every composition.
+        self.key = self.request.salt + self.encoding.key
 
     def __len__(self) -> int:
-        return len(self.encoding)
+        """Tokens that it adds to those before it."""
+        return 0 if self.continues else len(self.encoding)
+
+    @property
+    def input(self) -> int:
+        """Which of the request's inputs it is of."""
+        return self.encoding.input(self.index)
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +58,8 @@ class QueuedRequest(Generic[AnswerT]):
     answer: AnswerT
     deadline: float = float("inf")  # on the caller's clock
     arrived: float = 0.0  # on the caller's clock
+    priority: int = 0  # the lower the sooner
+    salt: bytes = b""  # vectors are shared with requests of the same one alone
     waiting: deque[Entry[AnswerT]] = field(default_factory=deque)
     num_tokens: int = 0  # of the inputs that wait in the queue
     queued: bool = False  # whether the queue holds it
@@ -60,40 +74,46 @@ class QueuedRequest(Generic[AnswerT]):
         deadline: float = float("inf"),
         arrived: float = 0.0,
         known: Collection[int] = (),
+        priority: int = 0,
+        salt: bytes = b"",
     ) -> QueuedRequest[AnswerT]:
         """known: indices of encodings whose vectors are known already."""
-        request = cls(answer, deadline, arrived)
-        request.waiting.extend(
-            Entry(e, i, request) for i, e in enumerate(encodings) if i not in known
-        )
+        request = cls(answer, deadline, arrived, priority, salt)
+        before: Encoding | None = None
+        for index, encoding in enumerate(encodings):
+            if index not in known:
+                entry = Entry(encoding, index, request, continues(encoding, before))
+                request.waiting.append(entry)
+                before = encoding
         request.is_query = len(request.waiting) == 1
         return request
 
 
 class RequestQueue(Generic[AnswerT]):
-    """Requests in the order of their turns."""
+    """Requests by level of priority, in the order of their turns."""
 
     def __init__(self) -> None:
-        self._turns: deque[QueuedRequest[AnswerT]] = deque()
+        self._levels: dict[int, deque[QueuedRequest[AnswerT]]] = {}
+        self._passed: dict[int, int] = {}  # level -> batches in a row that took nothing of it
         self.num_tokens = 0
         self.num_entries = 0
 
     def __repr__(self) -> str:
         return (
-            f"RequestQueue({len(self._turns)} requests, {self.num_entries} entries, "
+            f"RequestQueue({self.num_requests} requests, {self.num_entries} entries, "
             f"{self.num_tokens} tokens)"
         )
 
     @property
     def num_requests(self) -> int:
-        return len(self._turns)
+        return sum(map(len, self._levels.values()))
 
     def append(self, request: QueuedRequest[AnswerT]) -> None:
-        """Admit all entries of a request, at the end of the turns."""
+        """Admit all entries of a request, at the end of its level's turns."""
         assert request.waiting, request
         assert not request.queued, request
         request.queued = True
-        self._turns.append(request)
+        self._turns_beside(request).append(request)
         self._count(request.waiting, 1)
 
     def put_back(self, entries: Iterable[Entry[AnswerT]]) -> None:
@@ -102,28 +122,30 @@ class RequestQueue(Generic[AnswerT]):
             request = entry.request
             request.waiting.appendleft(entry)
             self._count((entry,), 1)
+            turns = self._turns_beside(request)
             if request.queued:
-                self._turns.remove(request)
+                turns.remove(request)
             request.queued = True
-            self._turns.appendleft(request)
+            turns.appendleft(request)
 
     def discard(self, request: QueuedRequest[AnswerT]) -> None:
         """Drop what still waits of a request; harmless when nothing does."""
         if request.queued:
-            self._turns.remove(request)
+            self._turns_beside(request).remove(request)
             self._drop(request)
 
     def clear(self) -> list[QueuedRequest[AnswerT]]:
         """Drop everything that waits; returns the requests."""
-        requests = list(self._turns)
-        self._turns.clear()
+        requests = list(self._requests())
+        self._levels.clear()
+        self._passed.clear()
         for request in requests:
             self._drop(request)
         return requests
 
     def equal_to(self, key: bytes) -> list[Entry[AnswerT]]:
         """The entries that wait with this key."""
-        waiting = (entry for request in self._turns for entry in request.waiting)
+        waiting = (entry for request in self._requests() for entry in request.waiting)
         return [entry for entry in waiting if entry.key == key]
 
     def is_full(self, limits: BatchLimits) -> bool:
@@ -136,29 +158,63 @@ class RequestQueue(Generic[AnswerT]):
         """Take the entries of one batch; also returns the requests whose deadline has passed,
         which are dropped.
 
-        One entry of each request in turn, of those that may join (see _Composition). A request
-        whose next entry may not keeps its turn: it comes first in the next batch, so nothing
-        starves. at_work: keys of inputs that are being computed.
+        Level by level, and in each one entry of each request in turn, of those that may join (see
+        _Composition). at_work: keys of inputs that are being computed.
         """
         composition: _Composition[AnswerT] = _Composition(limits, at_work)
         expired: list[QueuedRequest[AnswerT]] = []
+        for level in self._in_order():
+            taken = len(composition.entries)
+            self._fill(composition, self._levels[level], now, expired)
+            starved = len(composition.entries) == taken
+            self._passed[level] = self._passed.get(level, 0) + 1 if starved else 0
+            if not self._levels[level]:
+                del self._levels[level], self._passed[level]  # what comes next waits anew
+        return composition.entries, expired
+
+    def _in_order(self) -> list[int]:
+        """The levels, those that were passed over for long first."""
+        passed = self._passed
+        return sorted(self._levels, key=lambda level: (passed.get(level, 0) < _MOST_PASSED, level))
+
+    def _fill(
+        self,
+        composition: _Composition[AnswerT],
+        turns: deque[QueuedRequest[AnswerT]],
+        now: float,
+        expired: list[QueuedRequest[AnswerT]],
+    ) -> None:
+        """With what may join. A request whose next entry may not keeps its turn: it comes first in
+        the next batch, so nothing starves."""
         passed_over: list[QueuedRequest[AnswerT]] = []
-        while self._turns and composition.is_open and len(passed_over) < _LOOK_AHEAD:
-            request = self._turns.popleft()
+        while turns and composition.is_open and len(passed_over) < _LOOK_AHEAD:
+            request = turns.popleft()
             if request.deadline <= now:
                 self._drop(request)
                 expired.append(request)
             elif composition.may_join(request.waiting[0]):
-                entry = request.waiting.popleft()
-                self._count((entry,), -1)
-                composition.add(entry)
+                self._take_first(request, composition)
+                while request.waiting and composition.goes_with_last(request.waiting[0]):
+                    self._take_first(request, composition)
                 request.queued = bool(request.waiting)
                 if request.queued:
-                    self._turns.append(request)
+                    turns.append(request)
             else:
                 passed_over.append(request)
-        self._turns.extendleft(reversed(passed_over))
-        return composition.entries, expired
+        turns.extendleft(reversed(passed_over))
+
+    def _take_first(
+        self, request: QueuedRequest[AnswerT], composition: _Composition[AnswerT]
+    ) -> None:
+        entry = request.waiting.popleft()
+        self._count((entry,), -1)
+        composition.add(entry)
+
+    def _requests(self) -> Iterator[QueuedRequest[AnswerT]]:
+        return chain.from_iterable(self._levels.values())
+
+    def _turns_beside(self, request: QueuedRequest[AnswerT]) -> deque[QueuedRequest[AnswerT]]:
+        return self._levels.setdefault(request.priority, deque())
 
     def _drop(self, request: QueuedRequest[AnswerT]) -> None:
         self._count(request.waiting, -1)
@@ -195,6 +251,10 @@ class _Composition(Generic[AnswerT]):
         if entry.alone:
             return False
         return self._is_free(entry) or (self._has_room(entry) and not self._is_held_back(entry))
+
+    def goes_with_last(self, entry: Entry[AnswerT]) -> bool:
+        """The spans of a sequence go together, in one forward of it."""
+        return entry.continues and not (entry.alone or self._is_lone)
 
     def add(self, entry: Entry[AnswerT]) -> None:
         if not self._is_free(entry):

@@ -1,7 +1,7 @@
 """Vectors that were computed already, by the exact input. Pure; least recently used go first.
 
 A server has one model, and the whole vector is kept, whatever `dimensions` a request asks for: so
-the ids and the pool's start are the whole key.
+the ids and the pool's start are the whole key, behind a tenant's salt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class VectorCache:
         return len(self._rows)
 
     def get(self, key: bytes) -> NDArray[np.float32] | None:
-        """The vector of the input with this key (`Encoding.key`), if it is held."""
+        """The vector of the input with this key (`Entry.key`), if it is held."""
         row = self._rows.get(key)
         if row is not None:
             self._rows.move_to_end(key)

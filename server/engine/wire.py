@@ -6,7 +6,8 @@ a payload:
 START   front → worker  JSON: RunnerOptions, the runner's name, log settings
 HELLO   worker → front  JSON: RunnerInfo, tokens a second (0: unknown); warmed up and ready
 REFUSED worker → front  JSON: why it cannot start, and whether trying again may help
-BATCH   front → worker  lengths int32 [N], pool starts int32 [N], ids int32 [T]
+BATCH   front → worker  lengths int32 [N], pool starts and ends int32 [N], ids int32 [T]; a length
+                        of 0: the ids of the one before; an end of 0: behind the last
 ROWS    worker → front  float32 [N, D], then int32 (row, Fault) for each row that is no vector
 FAILED  worker → front  the error's text, for the log
 """
@@ -22,7 +23,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo, RunnerOptions
+from model.batch import Encoding, RunnerInfo, RunnerOptions, Span, continues
 
 HEADER = struct.Struct("<5I")
 
@@ -50,17 +51,27 @@ def frame(
 
 
 def batch_frame(batch_id: int, encodings: Sequence[Encoding]) -> bytes:
-    lengths = np.array([len(e) for e in encodings], dtype="<i4")
+    own = [
+        None if continues(encoding, before) else encoding.ids
+        for encoding, before in zip(encodings, (None, *encodings), strict=False)
+    ]
+    lengths = np.array([0 if ids is None else len(ids) for ids in own], dtype="<i4")
     starts = np.array([e.pool_start for e in encodings], dtype="<i4")
-    payload = b"".join([lengths.tobytes(), starts.tobytes(), *(e.ids.tobytes() for e in encodings)])
+    ends = np.array([0 if e.span is None else e.span.end for e in encodings], dtype="<i4")
+    arrays = (lengths, starts, ends, *(ids for ids in own if ids is not None))
+    payload = b"".join([array.tobytes() for array in arrays])
     return frame(Kind.BATCH, payload, batch_id=batch_id, rows=len(encodings))
 
 
 def read_batch(rows: int, payload: bytes) -> list[Encoding]:
     numbers = np.frombuffer(payload, dtype="<i4")
-    lengths, starts, ids = np.split(numbers, [rows, 2 * rows])
+    lengths, starts, ends, ids = np.split(numbers, [rows, 2 * rows, 3 * rows])
+    encodings: list[Encoding] = []
     parts = np.split(ids, np.cumsum(lengths)[:-1])
-    return [Encoding(part, int(start)) for part, start in zip(parts, starts, strict=True)]
+    for own, start, end in zip(parts, starts.tolist(), ends.tolist(), strict=True):
+        shared = own if len(own) else encodings[-1].ids
+        encodings.append(Encoding(shared, start, span=Span(end) if end else None))
+    return encodings
 
 
 def rows_frame(batch_id: int, rows: NDArray[np.float32], faults: Mapping[int, Fault]) -> bytes:

@@ -34,6 +34,9 @@ logger = logging.getLogger("nv_embed")
 _SWITCH_S = 0.0005
 """How long a thread may keep the interpreter when the event loop wants it; Python's own 5 ms are as
 long as many answers take (D106)."""
+_YOUNG = 20_000
+"""New containers after which the collector looks for cycles. Python's own 700 are what a dozen
+requests in flight hold: it looked all the time, and found nothing (D108)."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -67,6 +70,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     stop = _Signals()
     gc.collect()
     gc.freeze()  # what has been made by now stays: no collection need look at it again
+    gc.set_threshold(_YOUNG, 20, 20)
     logger.info("listening on %s; the model is loading", address)
     names = ServedNames(source.model_id, settings.served_model_name).names
     logger.info("clients name the model %s", ", ".join(names))

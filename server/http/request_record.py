@@ -25,7 +25,8 @@ logger = logging.getLogger("nv_embed.access")
 
 CLIENT_CLOSED_REQUEST = 499
 _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the system takes 10 us)
-_SIDES: tuple[Side, ...] = ("query", "passage")
+_SIDES: dict[str, Side] = {"query": "query", "passage": "passage"}
+"""By the first folder of a path."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _LABELS = {
     **dict.fromkeys(
@@ -128,13 +129,13 @@ def _side_of(scope: Scope) -> tuple[str, Side | None]:
         bare = path.rstrip("/") or "/"
         scope["path"] = scope["path"][: len(scope["path"]) - len(path)] + bare
         path = bare
-    for side in _SIDES:
-        if path.startswith(f"/{side}/") or path == f"/{side}":
-            before = len(scope["path"]) - len(path)
-            rest = path[len(side) + 1 :] or "/"  # Hugging Face's clients post to the URL itself
-            scope["path"] = scope["path"][:before] + rest
-            return rest, side
-    return path, None
+    side = _SIDES.get(path[1:].partition("/")[0])
+    if side is None:
+        return path, None
+    before = len(scope["path"]) - len(path)
+    rest = path[len(side) + 1 :] or "/"  # Hugging Face's clients post to the URL itself
+    scope["path"] = scope["path"][:before] + rest
+    return rest, side
 
 
 def _request_id(given: bytes) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from model.batch import Encoding
+from model.batch import Encoding, num_tokens
 from model.errors import did_you_mean
 from model.fingerprint import kind_of_vectors, of_vectors
 from server.api import parsing, schemas, serialize
@@ -25,6 +25,7 @@ from server.api.hints import ignored_names
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
 from server.api.openai_errors import error_body
+from server.engine.averaging import averaged
 from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
 from server.offline.sources import Source
@@ -166,7 +167,7 @@ class _Answers:
             facts: dict[str, Any] = {}
             if error is None:
                 facts["fingerprint"] = self.fingerprint(wire)
-                if cut := [index for index, e in enumerate(encodings) if e.is_cut]:
+                if cut := [e.input(index) for index, e in enumerate(encodings) if e.is_cut]:
                     facts["truncated"] = cut
             answer = {
                 "id": f"batch_req_{index}",
@@ -191,11 +192,12 @@ class _Answers:
         """What is wrong with a request's vectors."""
         for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
             if row in self.lost:
-                return DeviceMemoryError.of(place, len(encoding))
+                return DeviceMemoryError.of(encoding.input(place), len(encoding))
             if not np.isfinite(vectors[row]).all():
-                return NonFiniteVectorError.of(place)
+                return NonFiniteVectorError.of(encoding.input(place))
         try:
-            vector_format(wire).check_vectors(list(vectors[rows.start : rows.stop]))
+            own = averaged(encodings, list(vectors[rows.start : rows.stop]))
+            vector_format(wire).check_vectors(own)
         except ServerError as error:
             return error
         return None
@@ -205,7 +207,10 @@ def _answer(
     wire: schemas.EmbeddingsRequest, encodings: Sequence[Encoding], vectors: NDArray[np.float32]
 ) -> bytes:
     assert wire.model is not None  # BatchAnswers has put it
-    tokens = sum(map(len, encodings))
     return serialize.embeddings_body(
-        list(vectors), model=wire.model, tokens=tokens, how=vector_format(wire)
+        averaged(encodings, list(vectors)),
+        model=wire.model,
+        tokens=num_tokens(encodings),
+        how=vector_format(wire),
+        spans=[encoding.span for encoding in encodings if encoding.span is not None],
     )

@@ -7,7 +7,8 @@ returns stored bytes under the same uvicorn, uvloop and httptools. Each front pr
 one core; the worker and the load generator (wrk) share another. Rounds alternate; ratios are
 medians over the rounds. `front_cpu_us` is the processor time that the front process took for a
 request: where it has its core to itself and is busy, requests/s are a million divided by it, and on
-a machine that does other work, too, it is the steadier figure.
+a machine that does other work, too, it is the steadier figure. With --against the server of another
+checkout takes its turns as well: many short rounds tell small differences.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from tests.bench import report
 from tests.bench.runners import WIDTH
 from tests.checkpoints import official_tokenizer
 from tests.model.test_config import OFFICIAL
-from tests.server.processes import ServerProcess
+from tests.server.processes import ROOT, ServerProcess
 
 KEY = "a-key-of-the-bench"
 TEXT = "how does a search engine find the passages that answer a question"
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--inputs", default="1,32")
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", default="", help="another checkout")
     options = parser.parse_args(arguments)
     if shutil.which("wrk") is None:
         parser.exit(2, "this benchmark needs wrk: apt-get install wrk\n")
@@ -79,25 +81,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.exit(2, "this benchmark needs two cores: one for the front, one for the load\n")
     out = report.Report("front", __doc__ or "", report.settings_of(options))
     out.start()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _nv_embed(Path(folder), cores) as (url, ours),
-        _bare(cores) as (bare, theirs),
-    ):
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        model = checkpoint(folder)
+        checkouts = {"nv-embed": ROOT}
+        if options.against:
+            checkouts["against"] = Path(options.against).resolve()
+        servers = {
+            name: stack.enter_context(_nv_embed(model, folder / f"{name}.log", checkout, cores))
+            for name, checkout in checkouts.items()
+        }
+        bare, theirs = stack.enter_context(_bare(cores))
         for inputs in map(int, options.inputs.split(",")):
             texts = [f"{TEXT}, part {index} of NUMBER" for index in range(inputs)]
             for encoding in ("base64", "float"):
                 body = json.dumps({"input": texts, "model": "front", "encoding_format": encoding})
-                _store_answer(url, bare, f"{encoding}-{inputs}", body)
+                _store_answer(servers["nv-embed"][0], bare, f"{encoding}-{inputs}", body)
                 targets = {
-                    "nv-embed": (f"{url}/v1/embeddings", ours),
-                    "bare": (f"{bare}/{encoding}-{inputs}", theirs),
+                    name: (f"{url}/v1/embeddings", pid) for name, (url, pid) in servers.items()
                 }
+                targets["bare"] = (f"{bare}/{encoding}-{inputs}", theirs)
                 for connections in map(int, options.connections.split(",")):
                     runs: dict[str, list[dict[str, float]]] = {name: [] for name in targets}
                     for _ in range(options.rounds):
                         for name, (target, pid) in targets.items():
-                            script = Path(folder) / "wrk.lua"
+                            script = folder / "wrk.lua"
                             script.write_text(_SCRIPT.replace("{key}", KEY).replace("{body}", body))
                             before = cpu_ns(pid)
                             run = _wrk(target, script, connections, options.seconds, cores[1])
@@ -120,13 +128,14 @@ def _report(
     for server, figures in runs.items():
         middle = {key: statistics.median(run[key] for run in figures) for key in figures[0]}
         out.add(workload=workload, server=server, **middle)
-    pairs = list(zip(runs["nv-embed"], runs["bare"], strict=True))
-    out.ratios[f"{workload}: requests/s, nv-embed / bare"] = statistics.median(
-        ours["requests_per_s"] / bare["requests_per_s"] for ours, bare in pairs
-    )
-    out.ratios[f"{workload}: CPU, bare / nv-embed"] = statistics.median(
-        bare["front_cpu_us"] / ours["front_cpu_us"] for ours, bare in pairs
-    )
+    for name in runs.keys() - {"nv-embed"}:
+        pairs = list(zip(runs["nv-embed"], runs[name], strict=True))
+        out.ratios[f"{workload}: requests/s, nv-embed / {name}"] = statistics.median(
+            ours["requests_per_s"] / other["requests_per_s"] for ours, other in pairs
+        )
+        out.ratios[f"{workload}: CPU, {name} / nv-embed"] = statistics.median(
+            other["front_cpu_us"] / ours["front_cpu_us"] for ours, other in pairs
+        )
     out.raw[workload] = runs
 
 
@@ -141,11 +150,13 @@ def checkpoint(folder: Path) -> Path:
 
 
 @contextmanager
-def _nv_embed(folder: Path, cores: Sequence[int]) -> Iterator[tuple[str, int]]:
+def _nv_embed(
+    model: Path, log: Path, checkout: Path, cores: Sequence[int]
+) -> Iterator[tuple[str, int]]:
     """A server with the null runner: its address and its process id."""
-    model = checkpoint(folder)
-    runner = ("--runner", "tests.bench.runners:Null")
-    server = ServerProcess(model, *runner, "--api-key", KEY, log=folder / "log")
+    options = ("--runner", "tests.bench.runners:Null", "--api-key", KEY)
+    environment = {"PYTHONPATH": str(checkout)}
+    server = ServerProcess(model, *options, log=log, env=environment, ids_of=None)
     try:
         server.wait_ready()
         pin(server.process.pid, cores[0])

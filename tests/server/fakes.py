@@ -20,12 +20,13 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 
-from model.batch import Encoding, RunnerInfo
+from model.batch import Encoding, RunnerInfo, num_tokens
 from model.families import NV_EMBED
 from model.fingerprint import fingerprint
 from model.hub import locate
 from model.tokenizer import NVEmbedTokenizer
 from server import logs
+from server.engine.averaging import averaged
 from server.engine.inputs import InputTokenizer
 from server.engine.interface import EmbedJob, EmbedResult, EngineLimits
 from server.engine.metrics import Metrics
@@ -68,7 +69,8 @@ class FakeEngine:
         times = self.dimensions // WIDTH
         vectors = [np.tile(row, times) / np.float32(np.sqrt(times)) for row in rows]
         cut = tuple(index for index, encoding in enumerate(encodings) if encoding.is_cut)
-        return EmbedResult(vectors, sum(map(len, encodings)), cut)
+        spans = [encoding.span for encoding in encodings if encoding.span is not None]
+        return EmbedResult(averaged(encodings, vectors), num_tokens(encodings), cut, spans)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         self.jobs.append(job)

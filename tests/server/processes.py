@@ -39,15 +39,17 @@ class ServerProcess(Asking):
         env: dict[str, str] | None = None,
         verify: ssl.SSLContext | None = None,
         program: str = "server.cli",
+        ids_of: str | None = "model",
     ) -> None:
+        """ids_of: whose ids inputs are; None for an earlier server, which has no such option."""
         self.log_file = log
         command = [sys.executable, "-m", program, "serve"]
         command += ["--model", str(model)] if model else []
         command += ["--port", "0", "--dtype", "float32"]
         command += [] if "--devices" in options else ["--devices", "cpu"]
         command += ["--threads", "1"]  # the models are tiny, and the machine is shared
-        if "--token-ids" not in options:
-            command += ["--token-ids", "model"]  # most tests know inputs by their ids
+        if ids_of is not None and "--token-ids" not in options:
+            command += ["--token-ids", ids_of]  # most tests know inputs by their ids
         # The tests' own runners are found through PYTHONPATH.
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         with log.open("wb") as file:

@@ -141,6 +141,5 @@ def test_a_vector_is_let_go_when_it_is_written(packed: bool) -> None:
     for _ in pieces:
         left.append(sum(one() is not None for one in alive))
     steps = [before - after for before, after in zip([40, *left], left, strict=False)]
-    assert left[0] == 40, "nothing has been written yet"
     assert max(steps) <= 8
     assert left[-1] == 0

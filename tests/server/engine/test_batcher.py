@@ -594,3 +594,22 @@ def test_the_cache_answers_what_was_computed() -> None:
         assert (hits._value.get(), misses._value.get()) == (3, 3)
 
     asyncio.run(body())
+
+
+def test_vectors_are_shared_within_a_salt_alone() -> None:
+    async def body() -> None:
+        batcher = Batcher(Metrics(), cache_bytes=10_000)
+        worker = ready(batcher)
+        salts = [b"a" * 16, b"b" * 16, b""]
+        together = [batcher.submit(encodings(7), salt=salt) for salt in (*salts, salts[0])]
+        await turn()
+        assert worker.sizes == [3], "in flight: one of each"
+        worker.answer()
+        for request in together:
+            np.testing.assert_array_equal(
+                (await request.answer.future)[0], vector_of(encoding(7).ids)
+            )
+        assert all(batcher.submit(encodings(7), salt=salt).answer.done for salt in salts)
+        assert not batcher.submit(encodings(7), salt=b"c" * 16).answer.done
+
+    asyncio.run(body())

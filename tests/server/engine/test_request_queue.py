@@ -18,10 +18,12 @@ LIMITS = BatchLimits(max_tokens=10, max_seqs=4)
 _NUMBERS = itertools.count()
 
 
-def request(name: str, *lengths: int, deadline: float = float("inf")) -> QueuedRequest[str]:
+def request(
+    name: str, *lengths: int, deadline: float = float("inf"), priority: int = 0
+) -> QueuedRequest[str]:
     """Inputs of these lengths, no two alike."""
     encodings = [Encoding(np.full(length, next(_NUMBERS), dtype=np.int32)) for length in lengths]
-    return QueuedRequest.of(encodings, name, deadline=deadline)
+    return QueuedRequest.of(encodings, name, deadline=deadline, priority=priority)
 
 
 def queue_of(*requests: QueuedRequest[str]) -> RequestQueue[str]:
@@ -188,11 +190,18 @@ lengths = st.lists(st.integers(1, 14), min_size=1, max_size=12)
 
 
 @settings(max_examples=200, deadline=None)
-@given(requests=st.lists(lengths, max_size=12), discarded=st.sets(st.integers(0, 11)))
+@given(
+    requests=st.lists(lengths, max_size=12),
+    levels=st.lists(st.integers(-2, 2), min_size=12, max_size=12),
+    discarded=st.sets(st.integers(0, 11)),
+)
 def test_nothing_is_lost_repeated_or_too_large(
-    requests: list[list[int]], discarded: set[int]
+    requests: list[list[int]], levels: list[int], discarded: set[int]
 ) -> None:
-    all_requests = [request(str(i), *sizes) for i, sizes in enumerate(requests)]
+    all_requests = [
+        request(str(i), *sizes, priority=level)
+        for i, (sizes, level) in enumerate(zip(requests, levels, strict=False))
+    ]
     queue = queue_of(*all_requests)
     for index in discarded:
         if index < len(all_requests):
@@ -229,6 +238,42 @@ def test_nobody_starves(first: int, rivals: list[int], ahead: int) -> None:
             return
         queue.append(request("rival", *rivals))
     raise AssertionError("passed over for too long")
+
+
+def test_lower_levels_come_first_and_share_the_room_that_is_left() -> None:
+    queue = queue_of(
+        request("low", 3, 3, priority=5), request("a", 3, 3), request("high", 3, priority=-1)
+    )
+    assert [take(queue), take(queue)] == [["high0", "a0", "a1"], ["low0", "low1"]]
+
+
+def test_requests_of_one_level_take_turns() -> None:
+    queue = queue_of(request("a", 2, 2, 2, priority=3), request("b", 2, 2, priority=3))
+    assert take(queue) == ["a0", "b0", "a1", "b1"]
+
+
+@pytest.mark.parametrize("rivals", [1, 3])
+def test_no_level_starves(rivals: int) -> None:
+    """However others keep coming, each level has a whole batch now and then."""
+    queue = queue_of(*[request(f"low{n}", 9, priority=n) for n in range(1, rivals + 1)])
+    batches = []
+    while queue.num_entries:
+        queue.append(request("high", 9))
+        batches.append(take(queue)[0])
+        assert len(batches) < 20, "a level waits for ever"
+        if any(b.startswith(f"low{rivals}") for b in batches):
+            break
+    assert [b for b in batches if b.startswith("low")] == [f"low{n}0" for n in range(1, rivals + 1)]
+    assert batches[:8] == ["high0"] * 8, "and not before its time"
+
+
+def test_a_level_that_is_put_back_keeps_its_place() -> None:
+    queue = queue_of(request("low", 9, priority=1), request("high", 9))
+    entries, _ = queue.next_batch(LIMITS, 0.0)
+    queue.append(request("later", 9))
+    queue.put_back(entries)
+    assert [take(queue) for _ in range(3)] == [["high0"], ["later0"], ["low0"]]
+    assert (queue.num_requests, queue.num_tokens) == (0, 0)
 
 
 def equal(name: str, count: int, number: int, length: int = 6) -> QueuedRequest[str]:
