@@ -163,9 +163,9 @@ def test_text_on_the_heat_map_can_be_read() -> None:
 @pytest.mark.process
 def test_a_page_finds_its_server_behind_a_proxys_prefix() -> None:
     paths = ["/", "/docs", "/redoc/", "/api", "/api/", "/api/docs", "/a/b/docs/", "/docsy"]
-    code = (WEB / "client.js").read_text()
-    base = f'new Function("location", {json.dumps(code)} + "; return BASE")'
-    expression = f"{json.dumps(paths)}.map((pathname) => {base}({{origin: 'o', pathname}}))"
+    code = json.dumps((WEB / "client.js").read_text() + "; return BASE")
+    expression = f"""{json.dumps(paths)}.map((pathname) =>
+        new Function("location", {code})({{origin: "o", pathname}}))"""
     bases = ["o", "o", "o", "o/api", "o/api", "o/api", "o/a/b", "o/docsy"]
     assert run_in_node(expression) == bases
 
