@@ -205,7 +205,7 @@ build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed
 drill: $(VENV)/.installed-test ## renew servers behind HAProxy and nginx, under load: is a request lost?
 	PYTHONPATH=. $(BIN)/python -m tests.docker.drill $(ARGS)
 
-observability-check: $(VENV)/.installed-test ## alerts, and each query of the dashboard on a real Prometheus
+observability-check: $(VENV)/.installed-test ## the dashboard's queries on a real Prometheus, each alert by its fault
 	PYTHONPATH=. $(BIN)/python -m tests.docker.observability $(ARGS)
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)

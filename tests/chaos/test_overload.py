@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import threading
 import time
@@ -64,6 +65,24 @@ class SdkClient(threading.Thread):
             self.answers = len(answer.data)
 
 
+def latency_buckets(server: ServerProcess) -> dict[float, float]:
+    """Upper bound -> requests that took at most so long."""
+    text = server.client.get("/metrics").text
+    found = re.findall(r'^nv_embed_request_duration_seconds_bucket{le="(.+)"} (\S+)$', text, re.M)
+    return {float(bound): float(count) for bound, count in found}
+
+
+def quantile(buckets: dict[float, float], part: float) -> float:
+    """As Prometheus' histogram_quantile."""
+    rank = part * buckets[float("inf")]
+    lower, below = 0.0, 0.0
+    for upper, count in buckets.items():
+        if count >= rank:
+            return lower + (upper - lower) * (rank - below) / (count - below)
+        lower, below = upper, count
+    raise AssertionError(buckets)
+
+
 def test_ten_times_overload(golden_checkpoint: Path, tmp_path: Path) -> None:
     env = {"FAKE_RATE": str(RATE)}
     with serving(golden_checkpoint, *OPTIONS, log=tmp_path / "log", env=env) as server:
@@ -72,6 +91,7 @@ def test_ten_times_overload(golden_checkpoint: Path, tmp_path: Path) -> None:
         )  # it is never idle
         peak = finish_load(start_load(quiet))
         before = server.metric("nv_embed_inputs_total")
+        latency_before = latency_buckets(server)
         print("peak:", json.dumps(peak))
         assert peak["statuses"].keys() == {"200"}
 
@@ -105,6 +125,13 @@ def test_ten_times_overload(golden_checkpoint: Path, tmp_path: Path) -> None:
         assert set(sdk.statuses[:-1]) == {429}
         assert sdk.answers == 64
         # Full after a second; from then on there is no reason to grow.
+        # What the panel shows is what those waited who got vectors: refusals are not among them.
+        after = latency_buckets(server)
+        waited = {le: count - latency_before[le] for le, count in after.items()}
+        shown = {p: quantile(waited, p) for p in (0.5, 0.99)}
+        print("latency panel:", shown, "clients:", seen["answer_s"])
+        assert shown[0.99] >= 0.8 * seen["answer_s"]["p99"] / 1000
+        assert shown[0.5] >= 0.5 * seen["answer_s"]["p50"] / 1000
         half = len(memory) // 2
         assert statistics.median(memory[half:]) < 1.1 * statistics.median(memory[half // 2 : half])
         server.wait_for_metric("nv_embed_queued_tokens", 0)

@@ -2,9 +2,10 @@
 cluster.
 
 Each set of good values is linted, rendered and valid; each bad one is refused; and what is rendered
-is compared with the project: options, routes, metrics, commands, times, keys, the image. That these
-looks find something is shown by spoiling what was rendered. What a cluster does with it
-(scheduling, probes in time, scaling) is not shown. Ends with status 1 where anything is wrong.
+is compared with the project: options, routes, metrics, commands, times, keys, the image. That it
+would be found is shown by spoiling what was rendered. Pods of it run as plain processes, probed
+and stopped as a kubelet would. What a cluster does with it (scheduling, scaling) is not shown.
+Ends with status 1 where anything is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from server.cli.command_line import parse
 from server.errors import SettingsError
 from server.settings import ENV_PREFIX, EncodeSettings, MachineSettings, Settings
 from tests.checkpoints import write_checkpoint
-from tests.docker import dashboards
+from tests.docker import dashboards, pods
 from tests.docker.chart_values import BAD, GOOD, RELEASES, SPOILED
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,8 @@ def _all_problems() -> Iterator[str]:
             yield f"{name} is no compose file"
     yield from _problems_of_schema()
     with helm.Chart.load(CHART) as chart, tempfile.TemporaryDirectory() as folder:
-        metrics = dashboards.exported(write_checkpoint(Path(folder) / "golden"))
+        checkpoint = write_checkpoint(Path(folder) / "golden")
+        metrics = dashboards.exported(checkpoint)
         for title, values in BAD.items():
             try:
                 chart.validate_schema(values)
@@ -72,6 +74,11 @@ def _all_problems() -> Iterator[str]:
                 for problem in checks.problems():
                     yield f"{title}, {release}: {problem}"
         yield from _unnoticed(chart, metrics)
+        values = GOOD["the shipped model on a CPU, without a volume"]
+        (deployment,) = (
+            one for one in _rendered(chart, values, "search") if one["kind"] == "Deployment"
+        )
+        yield from pods.problems(deployment["spec"]["template"], Path(folder), checkpoint)
 
 
 def _unnoticed(chart: helm.Chart, metrics: set[str]) -> Iterator[str]:

@@ -1,36 +1,32 @@
 """`make observability-check`: Prometheus' own judgement of config, rules and their tests, and each
-query of each panel against a real Prometheus that scrapes a real server under load.
+query of each panel against a real Prometheus that scrapes a real server under load; then each alert
+by its real fault.
 
 Ends with status 1 where anything is wrong or a program is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 
 from tests.checkpoints import write_checkpoint
-from tests.docker import dashboards
+from tests.docker import alert_faults, dashboards, prometheus
 from tests.server.processes import ServerProcess
 from tests.server.questions import RUNNERS, WORDS
 
 INTERVAL = "12s"
 """For Grafana's $__rate_interval: four scrapes and more."""
-PATIENCE_S = 60.0
 
 
 def main() -> int:
@@ -45,22 +41,27 @@ def main() -> int:
         print("\n".join(found))
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        return _queries_give_numbers(Path(folder))
+        checkpoint = write_checkpoint(Path(folder) / "golden")
+        wrong = [
+            *_problems_of_queries(Path(folder), checkpoint),
+            *alert_faults.problems(Path(folder), checkpoint),
+        ]
+    print("\n".join(wrong) or "every query gives finite numbers, every alert its fault")
+    return 1 if wrong else 0
 
 
 def _promtool(*arguments: str) -> None:
     subprocess.run(["promtool", *arguments], cwd=dashboards.MONITORING, check=True)
 
 
-def _queries_give_numbers(folder: Path) -> int:
-    checkpoint = write_checkpoint(folder / "golden")
+def _problems_of_queries(folder: Path, checkpoint: Path) -> list[str]:
     options = ("--runner", f"{RUNNERS}Hashing", "--no-access-log", "--cache-bytes", "100000000")
     server = ServerProcess(checkpoint, *options, log=folder / "log").wait_ready()
     stop = threading.Event()
     load = threading.Thread(target=_load, args=(server.url, stop))
     load.start()
     try:
-        with _prometheus(folder, server.url) as url, httpx.Client(base_url=url) as client:
+        with prometheus.watching(folder, server.url) as client:
             wrong = _until_right(client)
             rules = client.get("/api/v1/rules").json()["data"]["groups"]
     finally:
@@ -74,8 +75,7 @@ def _queries_give_numbers(folder: Path) -> int:
             wrong.append(f"the alert {rule['name']} is {rule['health']}, {rule['state']}")
     if len(all_rules) != len(dashboards.alerts()):
         wrong.append("not all alerts were loaded")
-    print("\n".join(wrong) or "every query of every panel gives finite numbers")
-    return 1 if wrong else 0
+    return wrong
 
 
 def _load(url: str, stop: threading.Event) -> None:
@@ -89,43 +89,9 @@ def _load(url: str, stop: threading.Event) -> None:
             time.sleep(0.02)
 
 
-@contextlib.contextmanager
-def _prometheus(folder: Path, target: str) -> Iterator[str]:
-    """The project's own configuration, looking more often, at this server alone."""
-    config = yaml.safe_load((dashboards.MONITORING / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(dashboards.MONITORING / "alerts.yml")]
-    (job,) = config["scrape_configs"]
-    job["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
-    command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        _wait_for(f"http://{address}/-/ready")
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise SystemExit(f"{url} does not answer")
-
-
 def _until_right(client: httpx.Client) -> list[str]:
     """What is wrong with the queries, once nothing is or the patience is over."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + prometheus.PATIENCE_S
     while True:
         seen = [(query, _values(client, query)) for query in dashboards.queries()]
         wrong = [
