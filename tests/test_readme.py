@@ -66,7 +66,7 @@ def test_the_example_with_curl(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_every_option_that_is_named_exists(page: Path) -> None:
-    known = {"--profile", "--gpus", "--system-site-packages"}  # docker's and venv's
+    known = {"--profile", "--gpus", "--system-site-packages", "--set"}  # docker's, venv's, Helm's
     parser = command_line.parser()
     commands = [dict(a.choices) for a in parser._actions if isinstance(a.choices, dict)]
     for part in (parser, *commands[0].values()):
