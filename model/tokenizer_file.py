@@ -69,12 +69,15 @@ def _check(tokenizer: Tokenizer, byte_level: bool) -> None:
         raise CheckpointError(f"its unk_token, {shown(model.unk_token)}, is no piece")
     for part in _parts(tokenizer.normalizer, "normalizers"):
         match part:
-            # One character in front, or one for another: lengths are checked before them.
+            # One character in front, one for another, small letters for capitals, which are never
+            # fewer: lengths are checked before them.
             case {"type": "Prepend", "prepend": str(added)} if len(added) == 1:
                 pass
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
                 len(old) == len(new) == 1
             ):
+                pass
+            case {"type": "Lowercase"}:
                 pass
             case _:
                 raise CheckpointError(f"its normalizer has {shown(part)}")

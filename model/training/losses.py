@@ -1,10 +1,24 @@
-"""The two losses. Shapes: N queries, M hard negatives of each, D width; all rows of length 1."""
+"""The two losses, also of shortened vectors.
+
+Shapes: N queries, M hard negatives of each, D width; all rows of length 1.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def nested(loss: Callable[..., Tensor], widths: Sequence[int], *rows: Tensor) -> Tensor:
+    """The mean of `loss` of the rows [., D] and of their first so many numbers, of length 1 again.
+
+    Without widths that of the rows alone (Matryoshka representations: Kusupati et al. 2022).
+    """
+    shortened = [[F.normalize(each[:, :width], dim=-1) for each in rows] for width in widths]
+    return torch.stack([loss(*parts) for parts in (rows, *shortened)]).mean()
 
 
 def contrastive_loss(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from model.batch import Encoding
+from model.config import ModelConfig
 from model.errors import ModelError, PromptError
 from model.families import Family, Side
 from model.packing import pack
@@ -37,7 +39,7 @@ from model.training.compiled import compile_parts
 from model.training.corpus import Shuffle, load_corpus
 from model.training.examples import Example
 from model.training.export import export, export_like, write_papers
-from model.training.losses import contrastive_loss, distillation_loss
+from model.training.losses import contrastive_loss, distillation_loss, nested
 from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.settings import TrainingSettings, TrainingSettingsError
@@ -106,10 +108,16 @@ class Trainer:
         self.corpus = load_corpus(settings)
         self.anew = is_plain_mistral(self.start, settings.family)
         self.model = self._load()
-        config = self.model.config
+        self.model.config = config = self._with_widths(self.model.config)
         self.tokenizer = NVEmbedTokenizer.from_dir(self.start, config=config)
         self.family = config.family
         self._refuse_tasks_without_a_place()
+        width = self.corpus.targets.shape[1]
+        if settings.texts and width != config.hidden_size:
+            raise TrainingSettingsError(
+                f"the vectors to learn from have {width} numbers, and {self.start} "
+                f"{config.hidden_size}: a projection takes the one to the other"
+            )
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -160,6 +168,16 @@ class Trainer:
         if s.compile:
             compile_parts(model)
         return model
+
+    def _with_widths(self, config: ModelConfig) -> ModelConfig:
+        """The start's, with the dimensions of this run in place of its own."""
+        widths = sorted({*(self.settings.matryoshka_dimensions or ())}, reverse=True)
+        if widths and widths[0] >= config.hidden_size:
+            raise TrainingSettingsError(
+                f"matryoshka_dimensions has {widths[0]}, and {self.start} has no more than "
+                f"{config.hidden_size} dimensions"
+            )
+        return replace(config, matryoshka_dimensions=tuple(widths))
 
     def _refuse_tasks_without_a_place(self) -> None:
         """Before the first step: some families take a side and no description."""
@@ -304,6 +322,7 @@ class Trainer:
         s, corpus = self.settings, self.corpus
         examples, negatives, owners = draw.examples, draw.negatives, draw.owners
         losses: dict[str, Tensor] = {}
+        widths = s.matryoshka_dimensions or ()
         count = len(examples)
         if count:
             positives = [e.positive for e in examples]
@@ -311,16 +330,17 @@ class Trainer:
             same_negatives = np.array(
                 [[a == text for text in negatives] for a in positives], dtype=bool
             ).reshape(count, len(negatives))
-            losses["contrastive"] = contrastive_loss(
-                vectors[:count],
-                vectors[count : 2 * count],
-                vectors[2 * count : 2 * count + len(negatives)],
-                torch.tensor(owners, dtype=torch.long, device=self.device),
+            loss = partial(
+                contrastive_loss,
+                owners=torch.tensor(owners, dtype=torch.long, device=self.device),
                 temperature=s.temperature,
                 in_batch=s.in_batch_negatives,
                 same=torch.from_numpy(same).to(self.device),
                 same_negatives=torch.from_numpy(same_negatives).to(self.device),
             )
+            sizes = [count, count, len(negatives)]
+            sides = torch.split(vectors[: sum(sizes)], sizes)
+            losses["contrastive"] = nested(loss, widths, *sides)
         if s.texts:
             # Not only the drawn texts: whatever else in the batch has a teacher's vector, too.
             known = [
@@ -330,7 +350,9 @@ class Trainer:
             ]
             if known:
                 places, targets = zip(*known, strict=True)
-                losses["distillation"] = distillation_loss(
+                losses["distillation"] = nested(
+                    distillation_loss,
+                    widths,
                     vectors[list(places)],
                     torch.from_numpy(corpus.targets[list(targets)]).to(self.device),
                 )

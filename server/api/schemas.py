@@ -206,8 +206,8 @@ class EmbeddingsRequest(InstructedInput):
         None,
         ge=1,
         validation_alias=AliasChoices("dimensions", "output_dimension"),
-        description="The model's own width (also as 0); smaller ones need "
-        "--allow-truncated-dimensions.",
+        description="The model's own width (also as 0), or one that it was trained to be cut to; "
+        "others need --allow-truncated-dimensions.",
     )
     normalize: Annotated[StrictBool | None, *must_be(True)] = Field(
         None,

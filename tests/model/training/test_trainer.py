@@ -308,8 +308,31 @@ def test_the_average_of_checkpoints(
     first, second = (load_trained(f, device=torch.device("cpu")).state_dict() for f in folders)
     for name, parameter in mean.state_dict().items():
         assert torch.allclose(parameter, (first[name] + second[name]) / 2, atol=2e-3), name
+    assert mean.config.matryoshka_dimensions == ()
     with pytest.raises(CheckpointError, match="another size"):
         average([golden_checkpoint, tiny_checkpoint], tmp_path / "no")
+
+
+def test_the_first_numbers_are_a_vector_too(
+    tiny_checkpoint: Path, tiny_data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """A Matryoshka run says so in config.json; a run from it without them does not, nor a mean
+    with a checkpoint that was not trained so."""
+    settings = settings_of(tiny_checkpoint, tiny_data, matryoshka_dimensions=[2, 4])
+    run = Trainer(settings, tmp_path / "run")
+    assert run.run(progress=False) == tmp_path / "run/checkpoint"
+    config = ModelConfig.from_dir(tmp_path / "run/checkpoint")
+    assert config.matryoshka_dimensions == (4, 2)
+    both = [tmp_path / "run/checkpoint", finished / "checkpoint"]
+    for folders, widths in ((both[:1] * 2, (4, 2)), (both, ()), (both[::-1], ())):
+        mean = average(folders, tmp_path / "mean")
+        assert ModelConfig.from_dir(mean).matryoshka_dimensions == widths
+    again = Trainer(settings_of(both[0], tiny_data, steps=1), tmp_path / "again")
+    again.run(progress=False)
+    assert ModelConfig.from_dir(tmp_path / "again/checkpoint").matryoshka_dimensions == ()
+    width = config.hidden_size
+    with pytest.raises(TrainingSettingsError, match=f"has {width}, and .* no more than {width}"):
+        Trainer(settings_of(tiny_checkpoint, tiny_data, matryoshka_dimensions=[width]), tmp_path)
 
 
 def test_instruction_tokens_stay_out_of_the_pool(
@@ -495,7 +518,7 @@ def test_a_weight_repeats_rows(
     [
         ({"stage": 3}, "stage is 3"),
         ({"texts": None}, "texts_per_step needs texts"),
-        ({"vectors": None}, "texts need vectors"),
+        ({"vectors": None}, "texts need vectors$"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
         ({"pooling": "max"}, "pooling"),
@@ -520,6 +543,9 @@ def test_a_weight_repeats_rows(
         ({"steps": 10**12}, "steps is 1000.*, it is at most"),
         ({"threads": 10**6}, "threads is 1000000, it is at most 1024"),
         ({"max_tokens": 10**6}, "max_tokens is 1000000, it is at most 32768"),
+        ({"matryoshka_dimensions": 64}, "matryoshka_dimensions is 64, not a list"),
+        ({"matryoshka_dimensions": [64, 0]}, "not numbers above 0"),
+        ({"matryoshka_dimensions": [True]}, "not numbers above 0"),
         ({"decay": float("nan")}, "decay is nan, it is at most 1"),
     ],
 )
