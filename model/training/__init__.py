@@ -16,6 +16,7 @@ states.py       a run's folder: whose it is, its states, exact resume
 trainer.py      the loop: batches, steps, validation
 plot.py         losses and scores of a run, drawn
 average.py      the mean of several checkpoints
+pruning.py      `nv-embed prune`: fewer layers, heads and neurons
 export.py       the trained module, LoRA merged -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives

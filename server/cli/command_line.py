@@ -20,6 +20,7 @@ from server.cli import (
     gpu_check,
     mine,
     openapi,
+    prune,
     serve,
     synthesize,
     train,
@@ -30,7 +31,10 @@ from server.cli.streams import open_standard_streams
 from server.errors import SettingsError
 from server.settings import EMPTY
 
-COMMANDS = (serve, encode, verify, gpu_check, train, mine, synthesize, evaluate, export, openapi)
+COMMANDS = (
+    *(serve, encode, verify, gpu_check),
+    *(train, mine, synthesize, evaluate, prune, export, openapi),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
