@@ -187,6 +187,7 @@ TRAINING = [
     "case",
     "corpus",
     "gradient_cache",
+    "objective",
     "states",
     "trainer",
     "sources",

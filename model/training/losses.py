@@ -65,6 +65,23 @@ def contrastive_loss(
     return F.cross_entropy(scores.float() / temperature, target)
 
 
+def soft_label_loss(
+    queries: Tensor,
+    documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Mean over queries of KL(the teacher's softmax over the documents || the learner's).
+
+    queries and the teacher's of them [N, D], documents and the teacher's of them [M, D].
+    """
+    wanted = (teacher_queries @ teacher_documents.T / temperature).log_softmax(-1)
+    found = (queries @ documents.T / temperature).log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
 def distillation_loss(vectors: Tensor, teacher: Tensor) -> Tensor:
     """Mean cosine distance to the teacher's (projected) vectors; both [N, D]."""
     return (1 - (vectors * teacher).sum(-1)).mean()

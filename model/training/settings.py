@@ -41,6 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, _MOST)),
     **dict.fromkeys(("first_text", "last_text", "warmup_steps", "seed"), (0, _MOST)),
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
+    **dict.fromkeys(("false_negatives", "soft_label_weight"), (0, 1e9)),
     **dict.fromkeys(("decay", "lora_dropout", "other_case"), (0, 1)),
     "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
@@ -67,6 +68,12 @@ class TrainingSettings:
     """Hard negatives of a query, drawn anew each time; the paper's 7."""
     temperature: float = 0.05
     contrastive_weight: float = 1.0
+    false_negatives: float | None = None
+    """In stage 1 another query's text whose teacher's cosine to a query is above so many times the
+    own positive's is no negative of it; `mine` takes 0.95. None: all are."""
+    soft_label_weight: float = 0.0
+    """Of how far the learner's softmax over the step's positives and negatives is from the
+    teacher's, where that knows query and text."""
     texts: str | None = None
     """JSON lines of texts for distillation, whose vectors are in `vectors`."""
     vectors: str | None = None
@@ -148,6 +155,10 @@ class TrainingSettings:
             raise TrainingSettingsError("stage 2 learns from hard negatives: max_negatives is 0")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainingSettingsError(f"dtype is {self.dtype!r}; auto, float32 or bfloat16")
+        if self.soft_label_weight and not self.texts:
+            raise TrainingSettingsError("soft_label_weight needs texts: the teacher's vectors")
+        if self.false_negatives is not None and not (self.texts and self.in_batch_negatives):
+            raise TrainingSettingsError("false_negatives needs texts, and stage 1")
         widths = self.matryoshka_dimensions or []
         if not all(type(width) is int and width > 0 for width in widths):
             raise TrainingSettingsError(f"matryoshka_dimensions is {widths}, not numbers above 0")
