@@ -58,6 +58,21 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return any(part["type"] == "ByteLevel" for part in parts)
 
 
+def lowers(tokenizer: Tokenizer) -> bool:
+    """Whether it takes small letters for capitals."""
+    parts = _parts(tokenizer.normalizer, "normalizers")
+    return any(part["type"] == "Lowercase" for part in parts)
+
+
+def without_lowering(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, but for `lowers`."""
+    raw = json.loads(tokenizer.to_str())
+    parts = _parts(tokenizer.normalizer, "normalizers")
+    kept = [part for part in parts if part["type"] != "Lowercase"]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    return Tokenizer.from_str(json.dumps(raw))
+
+
 def _check(tokenizer: Tokenizer, byte_level: bool) -> None:
     """Raise CheckpointError for the part that is of another kind."""
     model = tokenizer.model
