@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill recipe image tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -207,6 +207,11 @@ drill: $(VENV)/.installed-test ## renew servers behind HAProxy and nginx, under 
 
 observability-check: $(VENV)/.installed-test ## the dashboard's queries on a real Prometheus, each alert by its fault
 	PYTHONPATH=. $(BIN)/python -m tests.docker.observability $(ARGS)
+
+# In a folder of its own, with what it downloads: an hour on two idle cores. Debian only.
+recipe: $(VENV)/.installed-test ## run the small model's whole recipe on a tenth of its data (SHARE=0.1)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[training]'
+	SHARE=$(or $(SHARE),0.1) PYTHON=$(BIN)/python model/training/recipes/small.sh build/recipe
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

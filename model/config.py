@@ -100,6 +100,8 @@ class ModelConfig:
     sliding_window: int | None = None  # rows that one sees, itself included
     name: str | None = None  # `_name_or_path`: who the weights are, for the licence notice
     advised_tokens: int = 32_768  # of one input, unless the operator allows more
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """Below D: so many first numbers of a vector were trained to be one, too."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Name -> prefix, as the folder's sentence-transformers files have them."""
 
@@ -176,6 +178,7 @@ class ModelConfig:
             sliding_window=_window(text, family),
             name=_text(raw, "_name_or_path"),
             advised_tokens=min(family.advised_tokens, files.max_seq_length or 32_768),
+            matryoshka_dimensions=_matryoshka(raw, hidden),
             prompts=files.prompts,
         )
 
@@ -320,6 +323,19 @@ def _number(section: dict[str, Any], key: str, default: float) -> float:
             f"{key} is {shown(value)}, a number of {least:g} to {most:g} is needed"
         )
     return float(value)
+
+
+def _matryoshka(raw: dict[str, Any], hidden: int) -> tuple[int, ...]:
+    """`matryoshka_dimensions`, which vLLM reads, too: the largest first, without D itself."""
+    value = raw.get("matryoshka_dimensions")
+    listed = value if isinstance(value, list) else [value]
+    if value is None:
+        return ()
+    if not all(type(width) is int and 1 <= width <= hidden for width in listed):
+        raise CheckpointError(
+            f"matryoshka_dimensions is {shown(value)}, not a list of integers of 1 to {hidden}"
+        )
+    return tuple(sorted({*listed} - {hidden}, reverse=True))
 
 
 def _text(section: dict[str, Any], key: str) -> str | None:

@@ -58,6 +58,21 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return any(part["type"] == "ByteLevel" for part in parts)
 
 
+def lowers(tokenizer: Tokenizer) -> bool:
+    """Whether it takes small letters for capitals."""
+    parts = _parts(tokenizer.normalizer, "normalizers")
+    return any(part["type"] == "Lowercase" for part in parts)
+
+
+def without_lowering(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, but for `lowers`."""
+    raw = json.loads(tokenizer.to_str())
+    parts = _parts(tokenizer.normalizer, "normalizers")
+    kept = [part for part in parts if part["type"] != "Lowercase"]
+    raw["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    return Tokenizer.from_str(json.dumps(raw))
+
+
 def _check(tokenizer: Tokenizer, byte_level: bool) -> None:
     """Raise CheckpointError for the part that is of another kind."""
     model = tokenizer.model
@@ -69,12 +84,15 @@ def _check(tokenizer: Tokenizer, byte_level: bool) -> None:
         raise CheckpointError(f"its unk_token, {shown(model.unk_token)}, is no piece")
     for part in _parts(tokenizer.normalizer, "normalizers"):
         match part:
-            # One character in front, or one for another: lengths are checked before them.
+            # One character in front, one for another, small letters for capitals, which are never
+            # fewer: lengths are checked before them.
             case {"type": "Prepend", "prepend": str(added)} if len(added) == 1:
                 pass
             case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if (
                 len(old) == len(new) == 1
             ):
+                pass
+            case {"type": "Lowercase"}:
                 pass
             case _:
                 raise CheckpointError(f"its normalizer has {shown(part)}")

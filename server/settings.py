@@ -238,8 +238,9 @@ class EncodeSettings(ModelSettings):
     )
     allow_truncated_dimensions: bool = Field(
         False,
-        description="serve `dimensions` below the model's: cut and renormalise. The model was not "
-        "trained for it, so quality is unknown",
+        description="serve all `dimensions` below the model's: cut and renormalise. Those of "
+        "matryoshka_dimensions in its config.json need no flag; for others it was not trained, so "
+        "quality is unknown",
     )
     runner: str | None = Field(None, description="hidden: module:factory of another runner")
 

@@ -79,7 +79,8 @@ def test_the_model_knows_nothing_of_the_server() -> None:
 
 
 def test_only_its_commands_know_of_training() -> None:
-    commands = [f"server.cli.{name}" for name in ("train", "mine", "synthesize", "evaluate")]
+    names = ("train", "mine", "synthesize", "evaluate", "prune")
+    commands = [f"server.cli.{name}" for name in names]
     for package in ("model", "server"):
         for name, path in modules(package).items():
             used = any(imported.startswith("model.training") for imported in imports(path))

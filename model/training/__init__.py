@@ -13,9 +13,11 @@ adapters.py     LoRA on the backbone's projections, through peft
 mistral_import.py  a Mistral as transformers saves it -> a module to train
 gradient_cache.py  a loss over many vectors with the graph of only a few
 states.py       a run's folder: whose it is, its states, exact resume
+objective.py    what a step learns from, and its losses
 trainer.py      the loop: batches, steps, validation
 plot.py         losses and scores of a run, drawn
 average.py      the mean of several checkpoints
+pruning.py      `nv-embed prune`: fewer layers, heads and neurons
 export.py       the trained module, LoRA merged -> the official checkpoint layout
 attention.py    a kernel whose gradients are fast on a CPU
 mining.py       positive-aware hard negatives

@@ -89,14 +89,17 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
     targets = np.empty((0, 0), dtype=np.float32)
     if settings.texts:
         assert settings.vectors is not None
-        assert settings.projection is not None
         texts = read_texts(Path(settings.texts))
         vectors = load_vectors(Path(settings.vectors))
         count = min(len(texts), len(vectors))
         if settings.last_text and count < settings.last_text:
             raise DataError(f"{settings.vectors} holds {count} vectors of {settings.last_text}")
         texts = texts[:count]
-        targets = Projection.load(Path(settings.projection))(vectors[:count])
+        if settings.projection:
+            targets = Projection.load(Path(settings.projection))(vectors[:count])
+        else:
+            targets = vectors[:count].astype(np.float32)
+            targets /= np.linalg.norm(targets, axis=1, keepdims=True)
     span = range(settings.first_text, settings.last_text or len(texts))
     if settings.texts_per_step and not span:
         raise DataError(

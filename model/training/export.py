@@ -96,6 +96,7 @@ def export(
     raw = config_json(model.config)
     raw["_name_or_path"] = name or model.config.name or folder.resolve().name
     raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    _tell_widths(raw, model.config)
     return write_checkpoint(folder, _tensors(model, dtype), raw, tokenizer)
 
 
@@ -116,6 +117,7 @@ def export_like(
     raw["_name_or_path"] = name or model.config.name or source.resolve().name
     said = "dtype" if "dtype" in raw else "torch_dtype"
     raw[said] = str(dtype).removeprefix("torch.")
+    _tell_widths(raw, model.config)
     checkpoint = Checkpoint(source)
     checkpoint.check(model.config)
     tensors = {checkpoint.before + key: value for key, value in _tensors(model, dtype).items()}
@@ -123,6 +125,13 @@ def export_like(
     copy_beside(source, folder)
     tell_family(folder, model.config)
     return folder
+
+
+def _tell_widths(raw: dict[str, Any], config: ModelConfig) -> None:
+    """Those that the model was trained for, and not what its start was trained for."""
+    raw.pop("matryoshka_dimensions", None)
+    if config.matryoshka_dimensions:
+        raw["matryoshka_dimensions"] = list(config.matryoshka_dimensions)
 
 
 def tell_family(folder: Path, config: ModelConfig) -> None:

@@ -1,10 +1,24 @@
-"""The two losses. Shapes: N queries, M hard negatives of each, D width; all rows of length 1."""
+"""The two losses, also of shortened vectors.
+
+Shapes: N queries, M hard negatives of each, D width; all rows of length 1.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def nested(loss: Callable[..., Tensor], widths: Sequence[int], *rows: Tensor) -> Tensor:
+    """The mean of `loss` of the rows [., D] and of their first so many numbers, of length 1 again.
+
+    Without widths that of the rows alone (Matryoshka representations: Kusupati et al. 2022).
+    """
+    shortened = [[F.normalize(each[:, :width], dim=-1) for each in rows] for width in widths]
+    return torch.stack([loss(*parts) for parts in (rows, *shortened)]).mean()
 
 
 def contrastive_loss(
@@ -49,6 +63,23 @@ def contrastive_loss(
     )
     target = torch.zeros(count, dtype=torch.long, device=queries.device)
     return F.cross_entropy(scores.float() / temperature, target)
+
+
+def soft_label_loss(
+    queries: Tensor,
+    documents: Tensor,
+    teacher_queries: Tensor,
+    teacher_documents: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Mean over queries of KL(the teacher's softmax over the documents || the learner's).
+
+    queries and the teacher's of them [N, D], documents and the teacher's of them [M, D].
+    """
+    wanted = (teacher_queries @ teacher_documents.T / temperature).log_softmax(-1)
+    found = (queries @ documents.T / temperature).log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def distillation_loss(vectors: Tensor, teacher: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "str": (str, "a text"),
     "dict[str, float]": (dict, "an object"),
+    "list[int]": (list, "a list of whole numbers"),
 }
 _MOST = 2**31 - 1
 _RANGES: dict[str, tuple[float, float]] = {
@@ -40,6 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, _MOST)),
     **dict.fromkeys(("first_text", "last_text", "warmup_steps", "seed"), (0, _MOST)),
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
+    **dict.fromkeys(("false_negatives", "soft_label_weight"), (0, 1e9)),
     **dict.fromkeys(("decay", "lora_dropout", "other_case"), (0, 1)),
     "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
@@ -66,10 +68,18 @@ class TrainingSettings:
     """Hard negatives of a query, drawn anew each time; the paper's 7."""
     temperature: float = 0.05
     contrastive_weight: float = 1.0
+    false_negatives: float | None = None
+    """In stage 1 another query's text whose teacher's cosine to a query is above so many times the
+    own positive's is no negative of it; `mine` takes 0.95. None: all are."""
+    soft_label_weight: float = 0.0
+    """Of how far the learner's softmax over the step's positives and negatives is from the
+    teacher's, where that knows query and text."""
     texts: str | None = None
     """JSON lines of texts for distillation, whose vectors are in `vectors`."""
     vectors: str | None = None
     projection: str | None = None
+    """From the vectors' width to the model's; None: they have it, as those of a larger checkpoint
+    that the model was pruned from."""
     first_text: int = 0
     last_text: int | None = None
     texts_per_step: int = 0
@@ -77,6 +87,9 @@ class TrainingSettings:
     other_case: float = 0.0
     """The part of all texts that are read in another case each time (`case.recased`). For a
     teacher that lower-cases: its vector is taken for theirs, too."""
+    matryoshka_dimensions: list[int] | None = None
+    """Each loss is the mean of that of whole vectors and of their first so many numbers, made to
+    length 1 (Kusupati et al. 2022). They go into config.json, and servers offer them."""
     pooling: str = "latent"
     """latent, mean or eos, of an NV-Embed; other families have their own. Only latent and
     bidirectional is exported; the rest is ablation."""
@@ -129,8 +142,8 @@ class TrainingSettings:
             raise TrainingSettingsError("data need pairs_per_step of at least 2")
         if self.texts_per_step and not self.texts:
             raise TrainingSettingsError("texts_per_step needs texts")
-        if self.texts and not (self.vectors and self.projection):
-            raise TrainingSettingsError("texts need vectors and a projection")
+        if self.texts and not self.vectors:
+            raise TrainingSettingsError("texts need vectors")
         if not self.data and not self.texts_per_step:
             raise TrainingSettingsError("neither data nor texts_per_step: nothing to learn")
         if self.family not in (known := ["auto", *known_families()]):
@@ -142,6 +155,13 @@ class TrainingSettings:
             raise TrainingSettingsError("stage 2 learns from hard negatives: max_negatives is 0")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainingSettingsError(f"dtype is {self.dtype!r}; auto, float32 or bfloat16")
+        if self.soft_label_weight and not self.texts:
+            raise TrainingSettingsError("soft_label_weight needs texts: the teacher's vectors")
+        if self.false_negatives is not None and not (self.texts and self.in_batch_negatives):
+            raise TrainingSettingsError("false_negatives needs texts, and stage 1")
+        widths = self.matryoshka_dimensions or []
+        if not all(type(width) is int and width > 0 for width in widths):
+            raise TrainingSettingsError(f"matryoshka_dimensions is {widths}, not numbers above 0")
         if self.export_dtype not in ("float16", "bfloat16", "float32"):
             raise TrainingSettingsError(
                 f"export_dtype is {self.export_dtype!r}; float16, bfloat16 or float32"

@@ -15,7 +15,7 @@ import random
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -172,12 +172,32 @@ def sts_examples(rows: Sequence[ScoredPair], known: Known, task: str = TASK_STS)
     return examples
 
 
+def with_texts_of(
+    examples: Sequence[Example],
+    texts: list[str],
+    vectors: NDArray[np.floating],
+    encode: Callable[[list[str]], NDArray[np.float32]],
+) -> tuple[list[str], NDArray[np.floating]]:
+    """The texts and their vectors, and behind them those of the examples that were missing."""
+    wanted = dict.fromkeys(text for e in examples for text in (e.query, e.positive))
+    known = set(texts)
+    if missing := [text for text in wanted if text not in known]:
+        vectors = np.concatenate([vectors, encode(missing)])
+    return texts + missing, vectors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the data of stage 1 and stage 2.")
     parser.add_argument("data", type=Path)
     parser.add_argument("--vectors", type=Path, required=True)
     parser.add_argument("--last-text", type=int, help="use the first so many texts only")
     parser.add_argument("--pairs", type=int, help="mine for the first so many pairs only")
+    parser.add_argument(
+        "--embed-pairs",
+        action="store_true",
+        help="embed what the pairs have that the texts lack; these are distilled, too, so take out "
+        "what overlaps with evaluation sets before",
+    )
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--banking77", type=Path)
     parser.add_argument("--by", choices=list(CLASS_EXAMPLES), default="example", help=BY)
@@ -193,6 +213,9 @@ def main() -> None:
     labelled = [text for text, _ in banking] + [t for row in sts for t in (row.first, row.second)]
     if arguments.by == "label":
         labelled += [label_text(label) for _, label in banking]
+    read = read_examples(data / "pairs.jsonl")[: arguments.pairs]
+    if arguments.embed_pairs:
+        texts, vectors = with_texts_of(read, texts, vectors, Teacher(arguments.teacher).encode)
     clean = len(texts)  # of these the stages distil; what was cleaned away stays away
     extra = sorted(set(labelled) - set(texts))
     if extra:
@@ -200,7 +223,7 @@ def main() -> None:
         texts += extra
     known = Known(texts, vectors)
 
-    pairs = related(read_examples(data / "pairs.jsonl")[: arguments.pairs], known)
+    pairs = related(read, known)
     mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
     if banking:

@@ -1,6 +1,6 @@
 """The teacher: a sentence-transformers model whose vectors are computed once and kept.
 
-    python -m model.training.teacher texts.jsonl OUT [--teacher FOLDER]
+    python -m model.training.teacher texts.jsonl OUT [--teacher FOLDER | --checkpoint FOLDER]
 
 OUT holds numbered shards, `00000.npy` float16 [n, W], row for row the lines of the input; a
 second run goes on behind the last whole shard. Knows nothing of the model that learns.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from model.errors import FileError, UnsupportedError
 from model.extras import how_to_install
 from model.platform import resources
 from model.runner import resolve_device
+from model.tokenizer import Truncation
 from model.training.examples import DataError, read_texts
 
 SHARD = 8_192
@@ -132,11 +133,23 @@ def load_vectors(folder: Path) -> NDArray[np.float16]:
     return np.concatenate(shards)
 
 
+def _embedding(arguments: argparse.Namespace) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """texts -> vectors of the model that the arguments name."""
+    if not arguments.checkpoint:
+        return Teacher(arguments.teacher).encode
+    from model.encoder import Encoder
+
+    encoder = Encoder(arguments.checkpoint, threads=arguments.threads)
+    prompt = encoder.tokenizer.family.prompt("passage")
+    return lambda texts: encoder.encode(texts, prompt, truncate=Truncation.END)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Embed a file of texts with the teacher.")
     parser.add_argument("texts", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--teacher", help="folder of a sentence-transformers model")
+    parser.add_argument("--checkpoint", help="a folder that nv-embed serves, instead")
     parser.add_argument("--last-text", type=int, help="the first so many texts only")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
@@ -144,12 +157,12 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     texts = read_texts(arguments.texts)[: arguments.last_text]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(arguments.teacher)
+    encode = _embedding(arguments)
     for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
         path = arguments.out / f"{number:05}.npy"
         if path.exists():
             continue
-        rows = teacher.encode(texts[number * SHARD : (number + 1) * SHARD])
+        rows = encode(texts[number * SHARD : (number + 1) * SHARD])
         part = path.with_suffix(".part")
         with part.open("wb") as file:
             np.save(file, rows.astype(np.float16), allow_pickle=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.batch import Encoding
+from model.config import ModelConfig
 from model.errors import ModelError, PromptError
-from model.families import Family, Side
+from model.families import Side
 from model.packing import pack
 from model.platform import resources
 from model.progress import Progress
-from model.prompts import Prompt
 from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.training import gradient_cache
@@ -35,11 +35,10 @@ from model.training.attention import grouped_products
 from model.training.case import recased
 from model.training.compiled import compile_parts
 from model.training.corpus import Shuffle, load_corpus
-from model.training.examples import Example
 from model.training.export import export, export_like, write_papers
-from model.training.losses import contrastive_loss, distillation_loss
 from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed, load_trained
+from model.training.objective import Draw, Objective, Prompted, passage_prompt, query_prompt
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
 
@@ -48,44 +47,6 @@ logger = logging.getLogger("nv_embed.training")
 
 class DivergedError(ModelError):
     """The loss has left the finite numbers."""
-
-
-Prompted = tuple[str, str | Prompt]
-"""A text, and what stands around it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What one step learns from."""
-
-    examples: list[Example]
-    negatives: list[str]
-    owners: list[int]  # whose negative each one is
-    texts: list[str]  # for distillation alone
-
-    @property
-    def in_order(self) -> list[str]:
-        """Queries, positives, hard negatives, texts."""
-        queries = [e.query for e in self.examples]
-        return [*queries, *(e.positive for e in self.examples), *self.negatives, *self.texts]
-
-    def prompted(self, family: Family) -> list[Prompted]:
-        """The same as the family asks them."""
-        around = [query_prompt(family, e) for e in self.examples]
-        passages = [passage_prompt(family, e) for e in self.examples]
-        around += [*passages, *(passages[owner] for owner in self.owners)]
-        around += [family.prompt("passage")] * len(self.texts)
-        return list(zip(self.in_order, around, strict=True))
-
-
-def query_prompt(family: Family, example: Example) -> Prompt:
-    """Raises PromptError where the family has no place for the example's task."""
-    return family.prompt("query", example.task)
-
-
-def passage_prompt(family: Family, example: Example) -> Prompt:
-    """Around its positive and its negatives."""
-    return family.prompt(*example.passage_asked)
 
 
 class Trainer:
@@ -104,12 +65,19 @@ class Trainer:
         self.autocast = _autocast_dtype(settings.dtype, self.device)
         self.start = Path(settings.model)
         self.corpus = load_corpus(settings)
+        self.objective = Objective(settings, self.corpus, self.device)
         self.anew = is_plain_mistral(self.start, settings.family)
         self.model = self._load()
-        config = self.model.config
+        self.model.config = config = self._with_widths(self.model.config)
         self.tokenizer = NVEmbedTokenizer.from_dir(self.start, config=config)
         self.family = config.family
         self._refuse_tasks_without_a_place()
+        width = self.corpus.targets.shape[1]
+        if settings.texts and width != config.hidden_size:
+            raise TrainingSettingsError(
+                f"the vectors to learn from have {width} numbers, and {self.start} "
+                f"{config.hidden_size}: a projection takes the one to the other"
+            )
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -160,6 +128,16 @@ class Trainer:
         if s.compile:
             compile_parts(model)
         return model
+
+    def _with_widths(self, config: ModelConfig) -> ModelConfig:
+        """The start's, with the dimensions of this run in place of its own."""
+        widths = sorted({*(self.settings.matryoshka_dimensions or ())}, reverse=True)
+        if widths and widths[0] >= config.hidden_size:
+            raise TrainingSettingsError(
+                f"matryoshka_dimensions has {widths[0]}, and {self.start} has no more than "
+                f"{config.hidden_size} dimensions"
+            )
+        return replace(config, matryoshka_dimensions=tuple(widths))
 
     def _refuse_tasks_without_a_place(self) -> None:
         """Before the first step: some families take a side and no description."""
@@ -233,7 +211,7 @@ class Trainer:
         seconds = time.monotonic() - started
         return {
             "step": self.step + 1,
-            "loss": sum(self._weight(name) * value for name, value in losses.items()),
+            "loss": sum(self.objective.weight(name) * value for name, value in losses.items()),
             **losses,
             "learning_rate": rate,
             "gradient_norm": norm.item(),
@@ -257,20 +235,14 @@ class Trainer:
         losses: dict[str, Tensor] = {}
 
         def loss_of(vectors: Tensor) -> Tensor:
-            losses.update(self._losses(draw, vectors.index_select(0, places)))
-            weighted = [self._weight(name) * value for name, value in losses.items()]
+            losses.update(self.objective.losses(draw, vectors.index_select(0, places)))
+            weighted = [self.objective.weight(name) * value for name, value in losses.items()]
             return torch.stack(weighted).sum()
 
         gradient_cache.backward([encodings[part] for part in parts], self._forward, loss_of)
         return {name: value.item() for name, value in losses.items()}, sum(lengths)
 
-    def _weight(self, loss: str) -> float:
-        return {
-            "contrastive": self.settings.contrastive_weight,
-            "distillation": self.settings.distillation_weight,
-        }[loss]
-
-    # The losses of one step
+    # What one step learns from
 
     def draw(self) -> Draw:
         """The examples, negatives and texts of this step."""
@@ -296,44 +268,6 @@ class Trainer:
             return prompts
         rng = np.random.default_rng([self.settings.seed, 4, self.step])
         return [(recased(text, rng, share), instruction) for text, instruction in prompts]
-
-    def _losses(self, draw: Draw, vectors: Tensor) -> dict[str, Tensor]:
-        """The losses, unweighted, of the vectors [N, D] of draw.in_order."""
-        s, corpus = self.settings, self.corpus
-        examples, negatives, owners = draw.examples, draw.negatives, draw.owners
-        losses: dict[str, Tensor] = {}
-        count = len(examples)
-        if count:
-            positives = [e.positive for e in examples]
-            same = np.array([[a == b for b in positives] for a in positives])
-            same_negatives = np.array(
-                [[a == text for text in negatives] for a in positives], dtype=bool
-            ).reshape(count, len(negatives))
-            losses["contrastive"] = contrastive_loss(
-                vectors[:count],
-                vectors[count : 2 * count],
-                vectors[2 * count : 2 * count + len(negatives)],
-                torch.tensor(owners, dtype=torch.long, device=self.device),
-                temperature=s.temperature,
-                in_batch=s.in_batch_negatives,
-                same=torch.from_numpy(same).to(self.device),
-                same_negatives=torch.from_numpy(same_negatives).to(self.device),
-            )
-        if s.texts:
-            # Not only the drawn texts: whatever else in the batch has a teacher's vector, too.
-            known = [
-                (place, corpus.places[text])
-                for place, text in enumerate(draw.in_order)
-                if text in corpus.places
-            ]
-            if known:
-                places, targets = zip(*known, strict=True)
-                losses["distillation"] = distillation_loss(
-                    vectors[list(places)],
-                    torch.from_numpy(corpus.targets[list(targets)]).to(self.device),
-                )
-        assert losses, "a step without a loss"
-        return losses
 
     def embed(self, prompts: Sequence[Prompted]) -> tuple[Tensor, int]:
         """Vectors [N, D] of the prompts, in their order, and the number of tokens."""

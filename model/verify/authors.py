@@ -16,7 +16,8 @@ from model.card import PUBLISHED_SCORES, read_card, read_card_text
 from model.errors import CheckpointError
 from model.families import Side
 from model.files import read_json
-from model.tokenizer import BOS_ID, EOS_ID, Truncation
+from model.tokenizer import BOS_ID, EOS_ID, NVEmbedTokenizer, Truncation
+from model.tokenizer_file import lowers, read_tokenizer, without_lowering
 from model.verify.authors_models import KnownIds
 from model.verify.outcome import Check, at_most, difference, finite, skipped, status_of
 from model.verify.subject import SAMPLES, VECTOR_TOLERANCE, Loaded, Subject, prompt_of
@@ -45,15 +46,22 @@ def check_example_ids(subject: Subject) -> Check:
     """Texts whose ids are known of the authors' code, and how many are left out of the pool."""
     name, family = "token ids", subject.config.family
     good, wrong, known = 0, "", _known_ids(subject)
+    tokenizer, note = subject.tokenizer, "texts"
+    library = read_tokenizer(subject.source.path, byte_level=family.byte_level)
+    if subject.authors.vocabulary and lowers(
+        library
+    ):  # the authors' do not: the rest of it is compared
+        tokenizer = NVEmbedTokenizer(without_lowering(library), family)
+        note = "texts, without its small letters for capitals"
     for example in known:
         prompt = family.prompt(example.side, example.task)
-        encoding = subject.tokenizer.encode(example.text, prompt, max_tokens=4096)
+        encoding = tokenizer.encode(example.text, prompt, max_tokens=4096)
         if (encoding.ids.tolist(), encoding.pool_start) == (example.ids, example.left_out):
             good += 1
         else:
             found = f"ids {encoding.ids.tolist()}, {encoding.pool_start} left out"
             wrong = f"a {example.side} has {found}; ids {example.ids}, {example.left_out} left out"
-    return Check(name, status_of(good == len(known)), good, len(known), note=wrong or "texts")
+    return Check(name, status_of(good == len(known)), good, len(known), note=wrong or note)
 
 
 def _known_ids(subject: Subject) -> Sequence[KnownIds]:

@@ -45,6 +45,7 @@ class _Endpoints:
                 "template": family.template,
                 "truncated_inputs": _TRUNCATED[family.keeps_eos],
                 "dimensions": engine.dimensions,
+                "matryoshka_dimensions": list(engine.matryoshka_dimensions),
                 **self._for_tei(),
                 "devices": [
                     {name: getattr(runner, name) for name in answer_schemas.Device.model_fields}

@@ -121,6 +121,7 @@ class Info(BaseModel):
     template: str | None
     truncated_inputs: Literal["keep EOS", "lose EOS", "have none"]
     dimensions: int
+    matryoshka_dimensions: list[int]
     model_id: str
     model_sha: str
     sha: str

@@ -120,7 +120,8 @@ class Embedding:
 
     def check(self, how: VectorFormat) -> None:
         """Raises InvalidRequestError for what this model cannot give."""
-        how.check(self.engine.dimensions, self._truncates_dimensions)
+        engine = self.engine
+        how.check(engine.dimensions, self._truncates_dimensions, engine.matryoshka_dimensions)
 
     def fingerprint(self, dimensions: int) -> str:
         """Of vectors cut to so many dimensions; "" while no worker says how it computes."""

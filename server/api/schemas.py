@@ -208,8 +208,8 @@ class EmbeddingsRequest(InstructedInput):
     ] = Field(
         None,
         ge=1,
-        description="The model's own width (also as 0); smaller ones need "
-        "--allow-truncated-dimensions.",
+        description="The model's own width (also as 0), or one that it was trained to be cut to; "
+        "others need --allow-truncated-dimensions.",
     )
     normalize: Annotated[
         StrictBool | None,

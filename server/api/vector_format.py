@@ -41,14 +41,18 @@ class VectorFormat:
     big_endian: bool = False
     dimensions: int | None = None
 
-    def check(self, width: int, allow_fewer: bool) -> None:
-        """Raises InvalidRequestError for what a model of `width` cannot give."""
+    def check(self, width: int, allow_fewer: bool, trained: Sequence[int] = ()) -> None:
+        """Raises InvalidRequestError for what a model of `width` cannot give.
+
+        allow_fewer: every number below; otherwise those that the model was `trained` for.
+        """
         wanted = self.dimensions or width
-        if wanted > width or (wanted < width and not allow_fewer):
+        if wanted > width or (wanted < width and not allow_fewer and wanted not in trained):
             hint = " (the server was started without --allow-truncated-dimensions)"
             hint = "" if wanted > width else hint
+            known = " or ".join(map(str, (width, *trained)))
             raise InvalidRequestError(
-                f"This model has {width} dimensions, {wanted} cannot be had{hint}",
+                f"This model has {known} dimensions, {wanted} cannot be had{hint}",
                 param="dimensions",
             )
         if self.dtype in ("binary", "ubinary") and wanted % 8:

@@ -21,6 +21,7 @@ from server.cli import (
     gpu_check,
     mine,
     openapi,
+    prune,
     serve,
     synthesize,
     train,
@@ -33,7 +34,7 @@ from server.settings import EMPTY
 
 COMMANDS = (
     *(serve, download, encode, verify, gpu_check),
-    *(train, mine, synthesize, evaluate, export, openapi),
+    *(train, mine, synthesize, evaluate, prune, export, openapi),
 )
 
 

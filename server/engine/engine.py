@@ -169,6 +169,10 @@ class EmbeddingEngine:
         return self.config.hidden_size
 
     @property
+    def matryoshka_dimensions(self) -> tuple[int, ...]:
+        return self.config.matryoshka_dimensions
+
+    @property
     def limits(self) -> EngineLimits:
         return EngineLimits(
             self.max_input_tokens,

@@ -106,6 +106,10 @@ class Engine(Protocol):
         """D, the numbers of a vector."""
 
     @property
+    def matryoshka_dimensions(self) -> tuple[int, ...]:
+        """Below D, what the model was trained to be cut to."""
+
+    @property
     def fingerprint(self) -> str:
         """Of the checkpoint's files."""
 

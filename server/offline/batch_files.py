@@ -95,6 +95,7 @@ class BatchAnswers:
     names: ServedNames
     defaults: Defaults
     truncated_dimensions: bool
+    matryoshka_dimensions: tuple[int, ...]
     checkpoint: str  # its fingerprint
     reading: Reading
     _said: set[str] = field(default_factory=set)  # of ignored fields, each once
@@ -118,7 +119,7 @@ class BatchAnswers:
             options = encoding_options(wire, wire.model, self.names, self.defaults)
             inputs, _ = inputs_of(wire, options.side, self.reading)
             width = self.encoder.runner.info.width
-            vector_format(wire).check(width, self.truncated_dimensions)
+            vector_format(wire).check(width, self.truncated_dimensions, self.matryoshka_dimensions)
             wire.model = self.names.shown(wire.model)
             return wire, self.tokenizer.tokenize(inputs, options)
         except ServerError as error:

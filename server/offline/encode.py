@@ -164,6 +164,7 @@ def _run(
                 ServedNames(model.model_id),
                 call.defaults_of(arguments, config),
                 arguments.allow_truncated_dimensions,
+                config.matryoshka_dimensions,
                 checkpoint,
                 Reading.of(arguments, config.family),
             ).tokenize

@@ -85,6 +85,11 @@ def test_the_official_config_gives_the_official_sizes() -> None:
         ("text_config", "head_dim", 127),
         ("text_config", "vocab_size", True),
         ("text_config", "rope_theta", -1.0),
+        (None, "matryoshka_dimensions", [0]),
+        (None, "matryoshka_dimensions", [4097]),
+        (None, "matryoshka_dimensions", [128, "64"]),
+        (None, "matryoshka_dimensions", [True]),
+        (None, "matryoshka_dimensions", 64.0),
         ("latent_attention_config", "output_normalize", False),
         ("latent_attention_config", "hidden_dim", 1024),
         ("latent_attention_config", "latent_dim", 1024),
@@ -228,3 +233,9 @@ def test_what_is_not_said_is_what_transformers_takes(
     settings = theirs(**{key: value for key, value in said.items() if key != "model_type"})
     assert (settings.num_key_value_heads, settings.rms_norm_eps) == (heads, epsilon)
     assert settings.sliding_window == window
+
+
+def test_matryoshka_dimensions_are_those_below_the_width() -> None:
+    raw = copy.deepcopy(OFFICIAL) | {"matryoshka_dimensions": [64, 4096, 1024, 64]}
+    assert ModelConfig.from_dict(raw).matryoshka_dimensions == (1024, 64)
+    assert ModelConfig.from_dict(OFFICIAL).matryoshka_dimensions == ()

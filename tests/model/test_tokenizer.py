@@ -464,6 +464,27 @@ def test_a_normaliser_that_makes_much_of_little_is_refused(
         NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
 
 
+def test_small_letters_for_capitals_change_no_length_rule(tmp_path: Path) -> None:
+    """A lower-casing normaliser: the ids are those of the small text, and clipping changes none.
+
+    "İ" alone becomes two characters, three pieces of bytes: no more than clipping reckons with."""
+    raw = Tokenizer.from_str(small_tokenizer_json())
+    raw.normalizer = normalizers.Sequence([normalizers.Lowercase(), raw.normalizer])
+    raw.save(str(tmp_path / "tokenizer.json"))
+    lowering = NVEmbedTokenizer.from_dir(tmp_path, config=CONFIG)
+    texts = ["Straße AND Ǆ", "İSTANBUL ẞ", "İ İSTANBUL " * 30, "SOME Words " * 90, "ΑΣ Ⱥ" * 80]
+    for text in texts:
+        whole = lowering.encode(text, "Instruct: X", max_tokens=4000).ids
+        small = lowering.encode(text.lower(), "instruct: x", max_tokens=4000).ids
+        if "Σ" not in text:  # a final sigma is the library's to tell
+            assert whole.tolist() == small.tolist(), text
+        assert len(whole) <= 3 + len("Instruct: X") + 4 * len(text)
+        cut = lowering.encode(text, "Instruct: X", max_tokens=24, truncate=Truncation.END).ids
+        assert cut.tolist() == whole.tolist()[:24]
+        cut = lowering.encode(text, "Instruct: X", max_tokens=24, truncate=Truncation.START).ids
+        assert cut.tolist()[-5:] == whole.tolist()[-5:]
+
+
 def test_refused_texts_are_not_kept(tokenizer: NVEmbedTokenizer) -> None:
     """They would be, until cycles are collected, if an error kept the frame that keeps it."""
 

@@ -272,6 +272,22 @@ def test_fails_when_eos_is_missing(folder: Path) -> None:
     assert failures(replace(wrong, golden=None)) == {"token ids", "BOS and EOS"}
 
 
+def test_a_tokenizer_that_lowers_is_judged_by_the_rest_of_it(folder: Path) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [{"type": "Lowercase"}, raw["normalizer"]],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    check = check_example_ids(subject(folder))
+    assert (check.status, check.got) == ("passed", check.expected)
+    assert "without its small letters" in check.note
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["▁the"], vocabulary["▁of"] = vocabulary["▁of"], vocabulary["▁the"]
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert check_example_ids(subject(folder)).status == "failed"
+
+
 def test_says_what_it_skips(golden_checkpoint: Path) -> None:
     checks = outcome(subject(golden_checkpoint))
     skipped = {name: check.note for name, check in checks.items() if check.status == "skipped"}

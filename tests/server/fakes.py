@@ -45,6 +45,7 @@ class FakeEngine:
         self.family = NV_EMBED
         self.prompts: dict[str, str] = {}
         self.dimensions = dimensions
+        self.matryoshka_dimensions: tuple[int, ...] = ()
         self.fingerprint = fingerprint(model)
         most = settings.max_input_tokens or 32_768
         self.limits = EngineLimits(most, settings.max_queued_tokens, (1024,))

@@ -6,8 +6,10 @@
 # them stage 2 learns from the retrieval pairs alone. QUESTIONS holds the files that questions.py
 # describes; without them three of the six validation sets are not made. BY=label makes Banking77
 # contrastive by label instead of by example. Every step is skipped when its result exists; a
-# training run that was stopped goes on. small2.sh goes on from here.
+# training run that was stopped goes on. small2.sh goes on from here. SHARE=0.1 takes a tenth of
+# all texts, pairs and steps: to see that every step works (`make recipe`).
 set -euo pipefail
+share="${SHARE:-1}"
 here="$(cd "$(dirname "$0")" && pwd)"
 work="${1:-build/small}"
 python="${PYTHON:-.venv/bin/python}"
@@ -22,6 +24,23 @@ tokenizer="$(realpath "${TOKENIZER:-$here/../../checkpoints/nv-embed-small/token
 export OMP_WAIT_POLICY=PASSIVE
 mkdir -p "$work"/{debs,debian,prose,lists/partial,cache}
 cd "$work"
+
+part_of() { # a whole number's share, at least 1
+  "$python" -c 'import sys; print(max(1, round(float(sys.argv[1]) * float(sys.argv[2]))))' "$1" "$share"
+}
+
+train() { # a run by the settings of this name
+  mkdir -p settings
+  "$python" - "$here/$1.json" "$share" > "settings/$1.json" <<'END'
+import json, sys
+settings, share = json.load(open(sys.argv[1])), float(sys.argv[2])
+for name in ("steps", "first_text", "last_text", "warmup_steps", "validate_every", "save_every"):
+    if settings.get(name):
+        settings[name] = max(1, round(share * settings[name]))
+print(json.dumps(settings, indent=1))
+END
+  "$python" -m server.cli train "settings/$1.json" --base . -o "runs/$1"
+}
 
 clean() { # what shares ten words with an evaluation set goes
   "$python" -m model.training.decontamination "$1" ${EVALUATION:-} validation/* -o clean.jsonl
@@ -50,6 +69,10 @@ if [ ! -d data ]; then
   rm -rf data.part
   "$python" -m model.training.sources data.part --debian debian --translations "$translations" \
     --prose prose "${sets[@]}"
+  if [ "$share" != 1 ]; then
+    head -n "$(part_of "$(wc -l < data.part/texts.jsonl)")" data.part/texts.jsonl > part.jsonl
+    mv part.jsonl data.part/texts.jsonl
+  fi
   clean data.part/texts.jsonl
   mv data.part data
 fi
@@ -60,22 +83,24 @@ if [ ! -d init ]; then
     --vectors vectors --tokenizer "$tokenizer"
   mv init.part init
 fi
-"$python" -m server.cli train "$here/distil.json" --base . -o runs/distil
-"$python" -m server.cli train "$here/distil2.json" --base . -o runs/distil2
+train distil
+train distil2
 if [ ! -d runs/deep ]; then # six layers from here on
   rm -rf runs/deep.part
   "$python" -m model.training.deepen runs/distil2/checkpoint runs/deep.part --layers 6
   mv runs/deep.part runs/deep
 fi
-"$python" -m server.cli train "$here/distil3.json" --base . -o runs/distil3
+train distil3
 if [ ! -f data/stages-done ]; then
-  "$python" -m model.training.stages data --vectors vectors --pairs 72000 \
+  pairs=(--pairs "$(part_of 72000)")
+  [ "$share" = 1 ] || pairs+=(--embed-pairs) # of few texts, hardly any pair has both
+  "$python" -m model.training.stages data --vectors vectors "${pairs[@]}" \
     --by "${BY:-example}" "${sets[@]}"
   clean data/stage1.jsonl
   clean data/stage2.jsonl
   touch data/stages-done # last: what was killed before is made again
 fi
-"$python" -m server.cli train "$here/stage1.json" --base . -o runs/stage1
-"$python" -m server.cli train "$here/stage2.json" --base . -o runs/stage2
+train stage1
+train stage2
 "$python" -m model.training.average nv-embed-small runs/{distil3,stage1,stage2}/checkpoint
 echo "the model: $PWD/nv-embed-small"

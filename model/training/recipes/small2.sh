@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# The shipped model's next distillation: fresh texts, every second one in another case. Runs in the
-# folder where small.sh has worked, or has at least made its data:
-#   EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" QUESTIONS=/abs/questions \
-#     model/training/recipes/small2.sh [WORK]
-# Starts from the shipped weights. Their projection is found again from them (align.py): with a
-# new fit the model would have to turn all that it knows.
+# The shipped model's second half: small letters, fresh texts, stage 1 with the teacher's soft
+# labels. Runs in the folder where small.sh has worked; where that has made its data alone, it
+# starts from the shipped weights, which is a third half:
+#   EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" STS=/abs/sts-train.csv \
+#     QUESTIONS=/abs/questions model/training/recipes/small2.sh [WORK]
+# The projection of the start is found again from its vectors (align.py): with a new fit the model
+# would have to turn all that it knows.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 work="${1:-build/small}"
 python="${PYTHON:-.venv/bin/python}"
 python="$(realpath -s "$(command -v "$python")")"
+shipped="$(realpath "$here/../../checkpoints/nv-embed-small")"
 export OMP_WAIT_POLICY=PASSIVE
 cd "$work"
+
+clean() { # what shares ten words with an evaluation set goes
+  "$python" -m model.training.decontamination "$1" ${EVALUATION:-} validation/* -o clean.jsonl
+  mv clean.jsonl "$1"
+}
 
 for package in perl-doc wamerican-huge; do
   if [ ! -d "debian/$package" ]; then
@@ -21,17 +28,32 @@ for package in perl-doc wamerican-huge; do
 done
 if [ ! -f data/texts2-clean ]; then
   "$python" -m model.training.questions data --debian debian --questions "$QUESTIONS"
-  for file in data/texts2.jsonl data/pairs2.jsonl; do
-    "$python" -m model.training.decontamination "$file" ${EVALUATION:-} validation/* -o clean.jsonl
-    mv clean.jsonl "$file"
-  done
+  clean data/texts2.jsonl
+  clean data/pairs2.jsonl
   touch data/texts2-clean
 fi
-# The first so many, half of them fresh; one core embeds about 200 a second.
-"$python" -m model.training.teacher data/texts2.jsonl vectors2 --last-text "${TEXTS:-163840}"
-if [ ! -f projection.safetensors ]; then
-  "$python" -m model.training.align nv-embed-small projection.safetensors \
-    --texts data/texts2.jsonl --vectors vectors2
+# The first so many, half of them fresh; one core embeds about 150 a second.
+texts="${TEXTS:-40960}"
+"$python" -m model.training.teacher data/texts2.jsonl vectors2 --last-text "$texts"
+if [ ! -d lower ]; then # the teacher reads small letters alone, and so does what learns from it
+  start=nv-embed-small
+  [ -d "$start" ] || start="$shipped"
+  rm -rf lower.part
+  cp -r "$start" lower.part
+  cp "$shipped/tokenizer.json" lower.part/
+  mv lower.part lower
 fi
-"$python" -m server.cli train "$here/distil4.json" --base . -o runs/distil4
-echo "the model: $PWD/runs/distil4/checkpoint"
+if [ ! -f projection.safetensors ]; then
+  "$python" -m model.training.align lower projection.safetensors \
+    --texts data/texts2.jsonl --vectors vectors2 --last-text 16384
+fi
+"$python" -m server.cli train "$here/distil5.json" --base . -o runs/distil5
+if [ ! -f data3/stages-done ]; then
+  mkdir -p data3
+  head -n "$texts" data/texts2.jsonl > data3/texts.jsonl
+  (head -n 5000 data/pairs2.jsonl && head -n 4000 data/pairs.jsonl) > data3/pairs.jsonl
+  clean data3/pairs.jsonl # first: what it holds is distilled, too
+  "$python" -m model.training.stages data3 --vectors vectors2 --embed-pairs ${STS:+--sts "$STS"}
+  touch data3/stages-done
+fi
+"$python" -m server.cli train "$here/stage3.json" --base . -o runs/stage3

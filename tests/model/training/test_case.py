@@ -57,7 +57,7 @@ def test_a_step_reads_other_cases_for_the_same_vectors(
     assert read != prompts
     assert [text.lower() for text, _ in read] == [text.lower() for text, _ in prompts]
     vectors, _ = trainer.embed(read)
-    expected = trainer._losses(draw, vectors)
+    expected = trainer.objective.losses(draw, vectors)
     assert losses == pytest.approx({name: value.item() for name, value in expected.items()})
     torch.stack(list(expected.values())).sum().backward()
     one, two = (t.model.backbone.embed_tokens.weight.grad for t in (cased, trainer))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.training.losses import contrastive_loss, distillation_loss
+from model.training.losses import contrastive_loss, distillation_loss, nested, soft_label_loss
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -100,3 +100,32 @@ def test_distillation_loss_is_the_cosine_distance() -> None:
     expected = sum(1 - float(a @ b) for a, b in zip(QUERIES, POSITIVES, strict=True)) / 4
     assert distillation_loss(QUERIES, POSITIVES).item() == pytest.approx(expected, rel=1e-5)
     assert distillation_loss(QUERIES, QUERIES).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_nested_loss_is_the_mean_over_the_widths() -> None:
+    """Of the cosine distance, written out; without widths the loss itself."""
+    expected = [
+        sum(1 - float(F.cosine_similarity(q[:n], p[:n], dim=0)) for q, p in pairs) / len(pairs)
+        for n in (8, 4, 2)
+        for pairs in [list(zip(QUERIES, POSITIVES, strict=True))]
+    ]
+    found = nested(distillation_loss, (4, 2), QUERIES, POSITIVES)
+    assert found.item() == pytest.approx(sum(expected) / 3, rel=1e-5)
+    alone = nested(distillation_loss, (), QUERIES, POSITIVES)
+    assert torch.equal(alone, distillation_loss(QUERIES, POSITIVES))
+
+
+def test_soft_labels_are_the_divergence_from_the_teachers() -> None:
+    documents, taught = unit(6, 8, seed=5), (unit(4, 8, seed=6), unit(6, 8, seed=7))
+    expected = 0.0
+    for query, teacher in zip(QUERIES, taught[0], strict=True):
+        wanted, found = (
+            [math.exp(float(q @ d) / 0.1) for d in rows]
+            for q, rows in ((teacher, taught[1]), (query, documents))
+        )
+        for w, f in zip(wanted, found, strict=True):
+            p = w / sum(wanted)
+            expected += p * math.log(p / (f / sum(found)))
+    loss = soft_label_loss(QUERIES, documents, *taught, temperature=0.1)
+    assert loss.item() == pytest.approx(expected / 4, rel=1e-4)
+    assert soft_label_loss(*taught, *taught, temperature=0.1).item() == pytest.approx(0, abs=1e-6)

@@ -27,7 +27,7 @@ from model.training.sources import (
     sts_rows,
     synsets,
 )
-from model.training.stages import Known, class_examples, sts_examples
+from model.training.stages import Known, class_examples, sts_examples, with_texts_of
 from server import cli
 
 
@@ -248,3 +248,19 @@ def test_the_pandas_cookbook_is_left_out() -> None:
     folder = Path("usr/share/doc/python-pandas-doc")
     found = [page for page in pages if any((folder / page).match(glob) for glob in globs)]
     assert found == pages[1:]
+
+
+def test_what_pairs_have_and_the_texts_lack_is_embedded_once() -> None:
+    asked: list[list[str]] = []
+
+    def encode(texts: list[str]) -> np.ndarray:
+        asked.append(texts)
+        return np.array([[len(text), 1] for text in texts], dtype=np.float32)
+
+    examples = [Example("q", "known"), Example("other", "q"), Example("known", "known")]
+    texts, vectors = with_texts_of(examples, ["known"], np.array([[9.0, 9.0]]), encode)
+    assert asked == [["q", "other"]]
+    assert texts == ["known", "q", "other"]
+    assert vectors.tolist() == [[9, 9], [1, 1], [5, 1]]
+    assert with_texts_of(examples, texts, vectors, encode)[0] == texts
+    assert len(asked) == 1

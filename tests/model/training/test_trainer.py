@@ -28,8 +28,10 @@ from model.training import deepen
 from model.training.attention import grouped_products
 from model.training.average import average
 from model.training.corpus import Shuffle, load_corpus
-from model.training.examples import DataError, is_held_out
+from model.training.examples import DataError, Example, is_held_out
+from model.training.losses import soft_label_loss
 from model.training.network import load_trained
+from model.training.objective import Draw, Objective
 from model.training.plot import _smooth, plot
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder
@@ -308,8 +310,31 @@ def test_the_average_of_checkpoints(
     first, second = (load_trained(f, device=torch.device("cpu")).state_dict() for f in folders)
     for name, parameter in mean.state_dict().items():
         assert torch.allclose(parameter, (first[name] + second[name]) / 2, atol=2e-3), name
+    assert mean.config.matryoshka_dimensions == ()
     with pytest.raises(CheckpointError, match="another size"):
         average([golden_checkpoint, tiny_checkpoint], tmp_path / "no")
+
+
+def test_the_first_numbers_are_a_vector_too(
+    tiny_checkpoint: Path, tiny_data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """A Matryoshka run says so in config.json; a run from it without them does not, nor a mean
+    with a checkpoint that was not trained so."""
+    settings = settings_of(tiny_checkpoint, tiny_data, matryoshka_dimensions=[2, 4])
+    run = Trainer(settings, tmp_path / "run")
+    assert run.run(progress=False) == tmp_path / "run/checkpoint"
+    config = ModelConfig.from_dir(tmp_path / "run/checkpoint")
+    assert config.matryoshka_dimensions == (4, 2)
+    both = [tmp_path / "run/checkpoint", finished / "checkpoint"]
+    for folders, widths in ((both[:1] * 2, (4, 2)), (both, ()), (both[::-1], ())):
+        mean = average(folders, tmp_path / "mean")
+        assert ModelConfig.from_dir(mean).matryoshka_dimensions == widths
+    again = Trainer(settings_of(both[0], tiny_data, steps=1), tmp_path / "again")
+    again.run(progress=False)
+    assert ModelConfig.from_dir(tmp_path / "again/checkpoint").matryoshka_dimensions == ()
+    width = config.hidden_size
+    with pytest.raises(TrainingSettingsError, match=f"has {width}, and .* no more than {width}"):
+        Trainer(settings_of(tiny_checkpoint, tiny_data, matryoshka_dimensions=[width]), tmp_path)
 
 
 def test_instruction_tokens_stay_out_of_the_pool(
@@ -436,7 +461,7 @@ def test_in_batch_negatives_are_never_the_own_label(
     prompted = draw.prompted(trainer.family)
     with torch.no_grad():
         vectors, _ = trainer.embed(prompted)
-        (loss,) = trainer._losses(draw, vectors).values()
+        (loss,) = trainer.objective.losses(draw, vectors).values()
     passages = [text for text, _ in prompted[10:]]
     expected = []
     for place, example in enumerate(draw.examples):
@@ -444,6 +469,42 @@ def test_in_batch_negatives_are_never_the_own_label(
         rivals = [text != example.positive for text in passages]
         expected.append(-torch.log(scores[place] / (scores[place] + scores[rivals].sum())))
     assert loss.item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+def test_the_teacher_says_what_is_no_negative_and_how_near_the_others_are(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """Of four queries with a negative each the teacher knows all but the last query's. Its vectors
+    are put here: the second positive and the third negative answer the first query as well."""
+    teach = dataclasses.replace(settings, false_negatives=0.95, soft_label_weight=1.0)
+    corpus = load_corpus(teach)
+    axes = np.eye(corpus.targets.shape[1], dtype=np.float32)
+    examples = [Example(f"q{n}", f"p{n}", (f"n{n}",)) for n in range(4)]
+    vectors_of = {f"{kind}{n}": axes[n + 4 * (kind == "n")] for kind in "qpn" for n in range(4)}
+    vectors_of |= {"p1": axes[0] * 0.96 + axes[1] * 0.28, "n2": axes[0]}
+    del vectors_of["q3"]
+    taught = dataclasses.replace(
+        corpus,
+        places={text: row for row, text in enumerate(vectors_of)},
+        targets=np.stack([*vectors_of.values()]),
+    )
+    objective = Objective(teach, taught, torch.device("cpu"))
+    draw = Draw(examples, [f"n{n}" for n in range(4)], [0, 1, 2, 3], [])
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(12, len(axes), generator=generator)
+    vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    losses = objective.losses(draw, vectors)
+    scores = (vectors[:4] @ vectors[4:].T / teach.temperature).exp()
+    hidden = torch.zeros(4, 8, dtype=torch.bool)
+    hidden[0, 1] = hidden[0, 6] = True  # p1 and n2, of the first query
+    expected = -(scores.diagonal() / scores.masked_fill(hidden, 0).sum(1)).log().mean()
+    assert losses["contrastive"].item() == pytest.approx(expected.item(), rel=1e-5)
+    known = torch.from_numpy(np.stack([vectors_of[t] for t in draw.in_order if t != "q3"]))
+    wanted = soft_label_loss(
+        vectors[:3], vectors[4:], known[:3], known[3:], temperature=teach.temperature
+    )
+    assert losses["soft_labels"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert objective.weight("soft_labels") == 1.0
 
 
 def test_an_epoch_sees_every_row_once() -> None:
@@ -495,7 +556,7 @@ def test_a_weight_repeats_rows(
     [
         ({"stage": 3}, "stage is 3"),
         ({"texts": None}, "texts_per_step needs texts"),
-        ({"vectors": None}, "texts need vectors"),
+        ({"vectors": None}, "texts need vectors$"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
         ({"pooling": "max"}, "pooling"),
@@ -520,6 +581,15 @@ def test_a_weight_repeats_rows(
         ({"steps": 10**12}, "steps is 1000.*, it is at most"),
         ({"threads": 10**6}, "threads is 1000000, it is at most 1024"),
         ({"max_tokens": 10**6}, "max_tokens is 1000000, it is at most 32768"),
+        ({"false_negatives": 0.9, "stage": 2}, "false_negatives needs texts, and stage 1"),
+        ({"false_negatives": -1}, "false_negatives is -1, it is at least 0"),
+        (
+            {"soft_label_weight": 1, "texts": None, "texts_per_step": 0},
+            "soft_label_weight needs texts",
+        ),
+        ({"matryoshka_dimensions": 64}, "matryoshka_dimensions is 64, not a list"),
+        ({"matryoshka_dimensions": [64, 0]}, "not numbers above 0"),
+        ({"matryoshka_dimensions": [True]}, "not numbers above 0"),
         ({"decay": float("nan")}, "decay is nan, it is at most 1"),
     ],
 )

@@ -420,6 +420,14 @@ def test_int8_refuses_a_vector_that_it_cannot_hold() -> None:
     VectorFormat("float16").check_vectors([tall])
 
 
+def test_dimensions_that_a_model_was_trained_for_need_no_flag() -> None:
+    for wanted in (None, 256, 128, 64):
+        VectorFormat(dimensions=wanted).check(256, allow_fewer=False, trained=(128, 64))
+    with pytest.raises(InvalidRequestError, match=r"has 256 or 128 or 64 dimensions, 32 cannot"):
+        VectorFormat(dimensions=32).check(256, allow_fewer=False, trained=(128, 64))
+    VectorFormat(dimensions=32).check(256, allow_fewer=True, trained=(128, 64))
+
+
 def test_bits_fill_bytes() -> None:
     with pytest.raises(InvalidRequestError, match="12 dimensions do not fill bytes"):
         VectorFormat("binary", dimensions=12).check(64, allow_fewer=True)

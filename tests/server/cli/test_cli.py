@@ -38,12 +38,15 @@ READ = [
 """What is named in place of a file that is read; see `places`."""
 WRITTEN = ["missing/below", "file/below", "loop/below", "/proc/below"]
 TOO_LONG = "x" * 5000
-ON_ONE_DEVICE = ("encode", "verify", "gpu-check", "train", "mine", "synthesize", "evaluate")
+ON_ONE_DEVICE = (
+    *("encode", "verify", "gpu-check", "train"),
+    *("mine", "synthesize", "evaluate", "prune"),
+)
 READ_PATHS = {
     *("serve --api-key-file", "serve --tls-certificate", "serve --tls-key"),
     *("serve --tiktoken-ranks", "encode --tiktoken-ranks"),
     *(f"{name} --config" for name in ("serve", *ON_ONE_DEVICE)),
-    *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name != "train"),
+    *(f"{name} --model" for name in ("serve", *ON_ONE_DEVICE) if name not in ("train", "prune")),
     *(
         "encode FILE",
         "encode --examples",
@@ -55,6 +58,7 @@ READ_PATHS = {
     *(f"evaluate --{name}" for name in ("sts", "retrieval", "classification", "clustering")),
     "export MODEL",
     "download MODEL",
+    *("prune MODEL", "prune --texts"),
     *("mine --teacher", "evaluate --teacher", "evaluate --against", "evaluate --projection"),
     *("synthesize --teacher", "synthesize --chat-api-key-file"),
 }
@@ -67,7 +71,7 @@ WRITTEN_PATHS = {
         "evaluate --items",
         "evaluate --report",
     ),
-    *("gpu-check --out", "export --output", "synthesize --out"),
+    *("gpu-check --out", "export --output", "synthesize --out", "prune --out"),
 }
 URLS = ["nonsense", "file:///etc/passwd", "http://", "http://[", "http://a b/"]
 KEYS = ["a key", "a\nb", "schlüssel"]
@@ -118,7 +122,7 @@ def nonsense(which: str, action: argparse.Action) -> list[str]:
     if which in READ_PATHS:
         return [*READ, TOO_LONG]
     if which in WRITTEN_PATHS:
-        made_with_those_above = which in ("train --out", "gpu-check --out")
+        made_with_those_above = which in ("train --out", "gpu-check --out", "prune --out")
         return [*(WRITTEN[1:] if made_with_those_above else WRITTEN), TOO_LONG]
     if action.choices or (field and configuration.choices_of(field)):
         return WORDS
@@ -151,6 +155,7 @@ def calls(
     folder = tmp_path_factory.mktemp("calls")
     (folder / "texts.txt").write_text("one\ntwo\n")
     (folder / "sts.jsonl").write_text('{"first": "a", "second": "b", "score": 1}\n' * 3)
+    (folder / "texts.jsonl").write_text('{"text": "a"}\n')
     (folder / "pairs.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 3)
     exported = str(write_sibling(folder / "sfr", "sfr-embedding-2"))
     run = {"model": str(golden_checkpoint), "data": {"pairs.jsonl": 1}, "steps": 1}
@@ -194,6 +199,13 @@ def calls(
                     "MODEL": [exported],
                     "--to": ["sentence-transformers"],
                     "--output": [str(folder / "out/exported")],
+                },
+                "prune": {
+                    "MODEL": [str(golden_checkpoint)],
+                    "--texts": [str(folder / "texts.jsonl")],
+                    "--layers": ["1"],
+                    "--out": [str(folder / "out/pruned")],
+                    "--threads": ["1"],
                 },
                 "openapi": {},
             }[command]

@@ -120,6 +120,16 @@ def test_cut_dimensions(server: AppInProcess) -> None:
     assert cut[3] / cut[0] == pytest.approx(whole[3] / whole[0], abs=1e-4)
 
 
+def test_dimensions_of_the_models_training_need_no_flag(plain: AppInProcess) -> None:
+    fields = {"model": plain.engine.source.model_id, "input": "x", "dimensions": 16}
+    assert plain.client.post("/v1/embeddings", json=fields).status_code == 400
+    plain.engine.matryoshka_dimensions = (16,)
+    assert plain.client.get("/info").json()["matryoshka_dimensions"] == [16]
+    answer = plain.client.post("/v1/embeddings", json=fields).json()
+    plain.engine.matryoshka_dimensions = ()
+    assert len(answer["data"][0]["embedding"]) == 16
+
+
 def test_cors_is_for_the_named_origin_only(server: AppInProcess) -> None:
     def preflight(origin: str) -> httpx.Response:
         headers = {"origin": origin, "access-control-request-method": "POST"}
