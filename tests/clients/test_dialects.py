@@ -184,8 +184,9 @@ def test_tei_reads_its_own_errors(server: AppInProcess) -> None:
     assert info["max_input_length"] == info["limits"]["max_input_tokens"]
 
 
-def test_a_browser_at_the_base_is_told_where_to_go(server: AppInProcess) -> None:
-    answer = server.client.get("/")
+def test_a_browser_at_the_base_is_told_where_to_go(golden_checkpoint: Path) -> None:
+    with in_process(golden_checkpoint, playground=False) as server:
+        answer = server.client.get("/")
     assert answer.status_code == 404
     assert "POST /v1/embeddings" in str(answer.json()["error"])
 
