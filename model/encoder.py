@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model.batch import BATCH_SEQS, BatchLimits, Encoding, RunnerOptions, default_batch_tokens
+from model.batch import (
+    BATCH_SEQS,
+    BatchLimits,
+    Encoding,
+    RunnerOptions,
+    continues,
+    default_batch_tokens,
+)
 from model.errors import NoMemoryError, NonFiniteError
 from model.fitting import FittingRunner
 from model.hub import ModelSource, locate
@@ -193,12 +200,15 @@ def batches_by_length(encodings: Sequence[Encoding], limits: BatchLimits) -> lis
     """Indices of `encodings`, longest first, cut into batches within `limits`."""
     batches: list[list[int]] = []
     tokens = 0
+    before: Encoding | None = None
     for index in sorted(range(len(encodings)), key=lambda i: -len(encodings[i])):
-        length = len(encodings[index])
+        encoding = encodings[index]
+        length = 0 if continues(encoding, before) else len(encoding)
         fits = batches and tokens + length <= limits.max_tokens
         if not fits or len(batches[-1]) == limits.max_seqs:
             batches.append([])
-            tokens = 0
+            tokens, length = 0, len(encoding)
         batches[-1].append(index)
         tokens += length
+        before = encoding
     return batches

@@ -144,7 +144,7 @@ class _Endpoints:
                 ],
             }
             if path == VOYAGE_PATH:
-                answer = {"object": "list", "data": answer["results"], **answer}
+                answer["data"] = answer["results"]  # no `object`: Infinity's client knows another
         return _with(json_response(answer), headers | said)
 
     async def score(self, request: Request) -> Response:

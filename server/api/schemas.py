@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     BeforeValidator,
     Field,
+    PlainValidator,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -21,7 +22,7 @@ from model.chunks import Chunks
 from model.tokenizer import Truncation
 from server.api.chunks import CHUNKS_SCHEMA, chunks_of
 from server.api.vector_format import OutputDtype
-from server.api.wire import Wire, lower, must_be, or_named, truncation
+from server.api.wire import Wire, lower, must_be, or_named, truncation_or_average
 from server.errors import InvalidRequestError
 from server.settings import MAX_REQUEST_INPUTS
 
@@ -100,7 +101,7 @@ class InstructedInput(Wire):
     truncate: Annotated[
         Truncation | Literal["average"] | None,
         or_named("truncation"),
-        BeforeValidator(truncation),
+        PlainValidator(truncation_or_average),
         WithJsonSchema(
             {
                 "anyOf": [

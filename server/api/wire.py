@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,18 @@ def truncation(value: object) -> object:
         return Truncation.END if value else Truncation.NONE
     named = lower(value)
     return _SIDES_CUT.get(named, named) if isinstance(named, str) else named
+
+
+def truncation_or_average(value: object) -> Truncation | Literal["average"] | None:
+    named = truncation(value)
+    if named is None or named == "average":
+        return named
+    try:
+        return Truncation(named)  # type: ignore[arg-type]
+    except ValueError:
+        raise PydanticCustomError(
+            "truncate", "Input should be 'none', 'end', 'start' or 'average'"
+        ) from None
 
 
 def lower(value: object) -> object:

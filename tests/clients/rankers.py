@@ -12,6 +12,7 @@ def rankers() -> Iterator[Client]:
     rows = [
         ("cohere ClientV2 rerank", "cohere", "sdks", "cohere_rerank", ""),
         ("infinity-client rerank", "infinity-client", "sdks", "infinity_rerank", ""),
+        ("voyageai rerank", "voyageai", "sdks", "voyage_rerank", ""),
         (
             "langchain NVIDIARerank",
             "langchain-nvidia-ai-endpoints",
@@ -22,7 +23,7 @@ def rankers() -> Iterator[Client]:
         ("langchain-cohere CohereRerank", "langchain-cohere", "langchain", "cohere_rerank", ""),
         *(
             (f"litellm {prefix}/ rerank", "litellm", "litellm", "rerank", prefix)
-            for prefix in ("cohere", "jina_ai", "hosted_vllm")
+            for prefix in ("cohere", "jina_ai", "hosted_vllm", "voyage")
         ),
         ("cohere-ai rerank (JS)", "cohere-ai", "node", "cohereRerank", ""),
     ]

@@ -17,6 +17,18 @@ def cohere_rerank(at: At) -> Ranks:
     return Ranks(scores)
 
 
+def voyage_rerank(at: At) -> Ranks:
+    import voyageai
+
+    client = voyageai.Client(api_key=at.key, base_url=at.v1, max_retries=0)
+
+    def scores(query: str, texts: list[str]) -> list[float]:
+        answer = client.rerank(query, texts, model=at.model)
+        return in_order(answer.results, "index", "relevance_score")
+
+    return Ranks(scores)
+
+
 def infinity_rerank(at: At) -> Ranks:
     from infinity_client import AuthenticatedClient
     from infinity_client.api.default import rerank

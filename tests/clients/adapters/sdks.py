@@ -13,6 +13,7 @@ from tests.clients.adapters.rerankers import (  # noqa: F401
     cohere_rerank,
     infinity_rerank,
     tei_rerank,
+    voyage_rerank,
 )
 from tests.clients.adapters.ways import At, Ways
 
