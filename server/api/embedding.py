@@ -16,6 +16,7 @@ from fastapi import Request
 from model.batch import RunnerInfo
 from model.families import Side
 from model.fingerprint import kind_of_vectors, of_vectors
+from server.api.answers import TIMING_HEADER, timing
 from server.api.body import hold
 from server.api.disconnects import cancelled_on_disconnect
 from server.api.encoding_options import Reading, encoding_options, inputs_of
@@ -31,7 +32,7 @@ from server.settings import Settings
 SIDE_HEADER = "x-nv-embed-input-type"
 CUT_HEADER = "x-nv-embed-truncated"
 FINGERPRINT_HEADER = "x-nv-embed-fingerprint"
-HEADERS = (SIDE_HEADER, CUT_HEADER, FINGERPRINT_HEADER)
+HEADERS = (SIDE_HEADER, CUT_HEADER, FINGERPRINT_HEADER, TIMING_HEADER)
 _WANTED = FINGERPRINT_HEADER.encode()
 _BASE64_BYTES = 4 + 6  # of one value: in memory, and in the answer
 _FLOAT_BYTES = 4 + 13
@@ -114,6 +115,7 @@ class Embedding:
             raise _renamed(error, name) from None
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=result.tokens)
         headers = {SIDE_HEADER: side_of(job), FINGERPRINT_HEADER: fingerprint}
+        headers[TIMING_HEADER] = timing(result.stages)
         if result.cut:
             headers[CUT_HEADER] = ranges(result.cut)
         return result, headers

@@ -245,7 +245,10 @@ class Batcher:
 
     def _send(self, worker: Worker, taken: Sequence[Entry[PendingAnswer]], now: float) -> None:
         for entry in taken:
-            self._metrics.queue_seconds.observe(now - entry.request.arrived)
+            request = entry.request
+            self._metrics.queue_seconds.observe(now - request.arrived)
+            if not request.begun:
+                request.begun = now
         rows: dict[bytes, list[Entry[PendingAnswer]]] = {}
         for entry in taken:
             key = entry.key

@@ -264,17 +264,21 @@ class EmbeddingEngine:
         with self._accepted(key_name, work.tokens):
             began = time.monotonic()
             encodings = await self._tokenizing.tokenize(job, work)
-            tokens = self._count_tokens(encodings, len(job.inputs), time.monotonic() - began)
+            tokenized = time.monotonic()
+            tokens = self._count_tokens(encodings, len(job.inputs), tokenized - began)
             self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
-            vectors = averaged(encodings, await self._run(encodings, job, key_name))
+            rows, begun = await self._run(encodings, job, key_name)
+            vectors = averaged(encodings, rows)
             cut = [encoding.input(i) for i, encoding in enumerate(encodings) if encoding.is_cut]
             self.metrics.count_inputs(job, len(cut))
             if key_name:
                 self.metrics.key_tokens.add(key_name, tokens)
             spans = [encoding.span for encoding in encodings if encoding.span is not None]
-            return EmbedResult(vectors, tokens, cut, spans)
+            begun = begun or tokenized  # all was known already
+            stages = (tokenized - began, begun - tokenized, time.monotonic() - begun)
+            return EmbedResult(vectors, tokens, cut, spans, stages)
 
     def _count_tokens(self, encodings: list[Encoding], inputs: int, seconds: float) -> int:
         """All of a request's, which took so long to find; as `num_tokens` has it."""
@@ -329,7 +333,8 @@ class EmbeddingEngine:
 
     async def _run(
         self, encodings: list[Encoding], job: EmbedJob, key_name: str
-    ) -> list[NDArray[np.float32]]:
+    ) -> tuple[list[NDArray[np.float32]], float]:
+        """-> (rows, when the first input went to a worker; 0: none did)."""
         deadline = job.deadline
         request = self._batcher.submit(
             encodings,
@@ -343,7 +348,7 @@ class EmbeddingEngine:
             delay = max(0.0, deadline - time.monotonic())
             timer = asyncio.get_running_loop().call_later(delay, self._batcher.expire, request)
         try:
-            return await request.answer.future
+            return await request.answer.future, request.begun
         except asyncio.CancelledError:
             self._batcher.drop(request)
             raise

@@ -74,6 +74,8 @@ class EmbedResult:
     """Which inputs were truncated."""
     spans: Sequence[Span] = ()
     """Where there are chunks: of each vector."""
+    stages: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Seconds for its tokens, for its turn, and from then to its last vector."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,14 @@ class KeyShares:
         return held is None or self.limit is None or held + tokens <= self.limit
 
     def take(self, name: str, tokens: int) -> None:
+        if self.limit is None:
+            return
         self._held[name] = self._held.get(name, 0) + tokens
 
     def give_back(self, name: str, tokens: int) -> None:
         """What a request took, once it is answered."""
+        if self.limit is None:
+            return
         left = self._held.pop(name) - tokens
         assert left >= 0, (name, left)
         if left:

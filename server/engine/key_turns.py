@@ -36,7 +36,10 @@ class KeyTurns(Generic[NamedT]):
 
     def append(self, request: NamedT) -> None:
         """Behind the others of its name."""
-        self._of.setdefault(request.key_name, deque()).append(request)
+        if (requests := self._of.get(request.key_name)) is not None:
+            requests.append(request)
+        else:
+            self._of[request.key_name] = deque((request,))
 
     def appendleft(self, request: NamedT) -> None:
         """Before all."""

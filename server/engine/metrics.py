@@ -9,16 +9,14 @@ from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
     PlatformCollector,
     ProcessCollector,
-    disable_created_metrics,
 )
 
 from model.families import Side
 from server.engine.interface import EmbedJob
-from server.engine.tallies import Counts, Tally
+from server.engine.tallies import Count, Counts, Tally
 from server.engine.worker_tallies import BuildCollector, WorkerCollector, WorkerTally
 
 _LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -46,14 +44,11 @@ class Metrics:
     """All metrics of one server, in a registry of their own, all present at zero."""
 
     def __init__(self) -> None:
-        # It makes a second series for each, which nobody reads.
-        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         PlatformCollector(self.registry)
         ProcessCollector(registry=self.registry)
-        self.requests = self._counter(
-            "nv_embed_requests", "HTTP requests answered", ("route", "status")
-        )
+        self.requests = Counts("nv_embed_requests", "HTTP requests answered", ("route", "status"))
+        self.registry.register(self.requests)
         for status in STATUSES:
             self.requests.labels("embeddings", str(status))
         self.request_seconds = self._histogram(
@@ -78,10 +73,10 @@ class Metrics:
         )
         self.inputs = self._counter("nv_embed_inputs", "Inputs embedded")
         self.tokens = self._counter("nv_embed_tokens", "Tokens embedded")
-        self._sides = self._counter(
-            "nv_embed_answered_inputs", "Inputs answered, by the side asked for", ("input_type",)
+        sides = self._counts(
+            "nv_embed_answered_inputs", "Inputs answered, by the side asked for", "input_type"
         )
-        self._of_side = {side: self._sides.labels(side or "none") for side in _SIDES}
+        self._of_side = {side: sides.labels(side or "none") for side in _SIDES}
         self._truncated = self._counter(
             "nv_embed_truncated_inputs", "Inputs answered of which only a part was embedded"
         )
@@ -164,7 +159,8 @@ class Metrics:
 
     def name_keys(self, names: Iterable[str]) -> None:
         """Whose tokens are counted."""
-        self.key_tokens.of.update(dict.fromkeys(sorted(names), 0))
+        for name in sorted(names):
+            self.key_tokens.labels(name)
 
     def show_workers(
         self, devices: Sequence[str], build: Callable[[], Iterable[tuple[str, ...]]]
@@ -213,11 +209,15 @@ class Metrics:
         """A limit, so that no alert need know it."""
         Gauge(name, text, registry=self.registry).set(value)
 
-    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(name, text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str) -> Count:
+        counts = Counts(name, text)
+        self.registry.register(counts)
+        return counts.labels()
 
     def _counts(self, name: str, text: str, label: str, values: Iterable[str] = ()) -> Counts:
-        counts = Counts(name, text, label, values)
+        counts = Counts(name, text, (label,))
+        for value in values:
+            counts.labels(value)
         self.registry.register(counts)
         return counts
 

@@ -67,6 +67,7 @@ class QueuedRequest(Generic[AnswerT]):
     queued: bool = False  # whether the queue holds it
     is_query: bool = False  # one input was to be computed, and its vector is all that is missing
     key_name: str = ""  # of the key that it came with
+    begun: float = 0.0  # when its first input went to a worker, on the caller's clock
 
     @classmethod
     def of(

@@ -39,20 +39,37 @@ class Tally(Collector):
     describe = collect  # by which the registry knows its name
 
 
-class Counts(Collector):
-    """A counter for each of a few values of one label, all there from the start."""
+class Count:
+    """One series of a counter."""
 
-    def __init__(self, name: str, text: str, label: str, values: Iterable[str] = ()) -> None:
-        self._name, self._text, self._label = name, text, label
-        self.of: dict[str, float] = dict.fromkeys(values, 0)
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def inc(self, number: float = 1) -> None:
+        self.value += number
+
+
+class Counts(Collector):
+    """A counter by the values of some labels, or of none."""
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...] = ()) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._of: dict[tuple[str, ...], Count] = {}
+
+    def labels(self, *values: str) -> Count:
+        """The series of these values; from now on it is there."""
+        return self._of.setdefault(values, Count())
 
     def add(self, value: str, number: float = 1) -> None:
-        self.of[value] += number
+        """To a series that is there: a value from outside would make series without end."""
+        self._of[value,].value += number
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        family = CounterMetricFamily(self._name, self._text, labels=(self._label,))
-        for value, number in self.of.items():
-            family.add_metric((value,), number)
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, count in self._of.items():
+            family.add_metric(values, count.value)
         yield family
 
     describe = collect

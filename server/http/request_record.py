@@ -9,7 +9,6 @@ import time
 from http import HTTPStatus
 from typing import Any
 
-from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.families import Side
@@ -20,6 +19,7 @@ from server.api.request_context import RequestContext, put_context
 from server.api.schemas import EMBEDDINGS_PATHS
 from server.engine.interface import Engine
 from server.engine.metrics import ROUTES, Metrics
+from server.engine.tallies import Count
 
 logger = logging.getLogger("nv_embed.access")
 
@@ -58,7 +58,7 @@ class RequestRecord:
     ) -> None:
         self._app, self._engine, self._metrics = app, engine, metrics
         self._budget, self._access_log = budget, access_log
-        self._counters: dict[tuple[str, int], Counter] = {}
+        self._counters: dict[tuple[str, int], Count] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

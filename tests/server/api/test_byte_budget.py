@@ -57,3 +57,8 @@ def test_too_many_bytes_in_flight_are_a_429(golden_checkpoint: Path) -> None:
         thread.join()
         assert statuses == [200]
         assert server.embed(input=inputs).status_code == 200
+        assert server.metric('nv_embed_refused_requests_total{reason="bytes"}') == 1
+        assert server.metric("nv_embed_refused_requests_total") == 1
+        # Those that got vectors, and not the one that was refused.
+        assert server.metric("nv_embed_request_duration_seconds_count") == 2
+        assert server.metric("nv_embed_serialize_duration_seconds_count") == 2

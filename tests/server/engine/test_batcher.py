@@ -535,7 +535,7 @@ async def test_equal_inputs_of_a_batch_are_computed_once(batcher: Batcher) -> No
     for number, row in zip((7, 8, 7), rows, strict=True):
         np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
     np.testing.assert_array_equal((await requests[1].answer.future)[0], rows[0])
-    assert batcher._metrics.shared_inputs._value.get() == 2
+    assert batcher._metrics.shared_inputs.value == 2
 
 
 @in_loop
@@ -602,7 +602,7 @@ def test_the_cache_answers_what_was_computed() -> None:
             await mixed.answer.future
         assert not batcher.submit(encodings(8)).answer.done, "a fault is not kept"
         hits, misses = batcher._metrics.cache_hits, batcher._metrics.cache_misses
-        assert (hits._value.get(), misses._value.get()) == (3, 3)
+        assert (hits.value, misses.value) == (3, 3)
 
     asyncio.run(body())
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -133,3 +135,22 @@ def test_more_ready_workers_than_there_are_stop_the_start(golden_checkpoint: Pat
     )
     assert result.returncode == 2
     assert "--min-ready-workers 2 is more than the 1 that there are" in result.stderr
+
+
+def test_an_answer_says_where_its_time_went(golden_checkpoint: Path, tmp_path: Path) -> None:
+    env = {"FAKE_SECONDS": "0.3"}
+    options = (*HASHING, "--max-batch-seqs", "1")
+    with serving(golden_checkpoint, *options, log=tmp_path / "log", env=env) as server:
+        began = time.monotonic()
+        answer = server.embed(input=["a", "b"])  # two batches
+        passed_ms = (time.monotonic() - began) * 1000
+        stages = {
+            name: float(ms)
+            for name, ms in re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"])
+        }
+        assert list(stages) == ["tokenize", "queue", "forward", "write"]
+        assert stages["forward"] >= 600
+        assert sum(stages.values()) <= passed_ms
+        refused = server.embed(input="")
+        assert refused.status_code == 400
+        assert "server-timing" not in refused.headers
