@@ -152,4 +152,4 @@ def _log(scope: Scope, route_path: str, status: int, details: dict[str, Any]) ->
     routine = route_path in OPEN_PATHS and status == HTTPStatus.OK
     shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
     level = logging.DEBUG if routine else logging.INFO
-    logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details)
+    logger.log(level, "%s %s %d", scope["method"], shown, status, extra={"details": details})
