@@ -89,10 +89,15 @@ def continues(encoding: Encoding, before: Encoding | None) -> bool:
     return encoding.ids is before.ids
 
 
-def num_tokens(encodings: Sequence[Encoding]) -> int:
-    """Tokens of a forward of these: a sequence counts once, however many spans of it follow."""
+def sequence_lengths(encodings: Sequence[Encoding]) -> list[int]:
+    """Of a forward of these: a sequence is one, however many spans of it follow."""
     pairs = zip(encodings, (None, *encodings), strict=False)
-    return sum(len(encoding) for encoding, before in pairs if not continues(encoding, before))
+    return [len(encoding) for encoding, before in pairs if not continues(encoding, before)]
+
+
+def num_tokens(encodings: Sequence[Encoding]) -> int:
+    """Tokens of a forward of these."""
+    return sum(sequence_lengths(encodings))
 
 
 @dataclass(frozen=True, slots=True)

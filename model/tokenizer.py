@@ -274,28 +274,31 @@ class NVEmbedTokenizer:
         number: of the text among a request's inputs. Raises EmptyPoolError where the prompt leaves
         no room, UnsupportedError for a family that tokenizes twice.
         """
-        before, ids, behind = self._around(text, prompt)
-        room = max_tokens + self._frame_of(prompt).uncounted - len(before) - len(behind)
+        frame = self._frame_to_split(prompt)
+        (written,) = self._ids([frame.lead + text + frame.trail])
+        before, ids, behind = self._split(written, frame)
+        room = max_tokens + frame.uncounted - len(before) - len(behind)
         if room < 1:
             raise EmptyPoolError(len(before), max_tokens)
-        start = self._frame_of(prompt).pool_start
         pieces = [ids[first : first + room] for first in range(0, len(ids), room)]
         return [
             Encoding(
                 np.array([*before, *piece, *behind], dtype=np.int32),
-                start,
+                frame.pool_start,
                 part=Part(number, len(piece)),
             )
             for piece in pieces
         ]
 
-    def _around(self, text: str, prompt: Prompt) -> tuple[list[int], list[int], list[int]]:
-        """All ids: before the text's own, those, and what is behind. What a prompt's last space
-        and the first word have in common counts as the text's."""
+    def _frame_to_split(self, prompt: Prompt) -> _Frame:
         if prompt.round_trip:
             raise UnsupportedError(f"a {self.family.name} model's texts cannot be split")
-        frame = self._frame_of(prompt)
-        (ids,) = self._ids([frame.lead + text + frame.trail])
+        return self._frame_of(prompt)
+
+    def _split(self, ids: list[int], frame: _Frame) -> tuple[list[int], list[int], list[int]]:
+        """ids: of a text with what is directly around it. -> all that run: before the text's own,
+        those, and behind. What a prompt's last space and the first word have in common counts as
+        the text's."""
         whole = [BOS_ID, *frame.head, *ids]
         first, last = max(frame.kept, 1), len(whole) - len(frame.trail_ids)
         eos = [] if self.family.keeps_eos is None else [EOS_ID]
@@ -311,16 +314,17 @@ class NVEmbedTokenizer:
         """
         if self.family.pooled == "last":
             raise UnsupportedError(f"a {self.family.name} model pools one row: it has no chunks")
-        before, own, behind = self._around(text, prompt)
-        num_tokens = len(before) + len(own) + len(behind)
-        if num_tokens > max_tokens:
-            raise InputTooLongError(num_tokens, max_tokens)
-        frame = self._frame_of(prompt)
+        frame = self._frame_to_split(prompt)
         written = frame.lead + text + frame.trail
-        offsets = self._tokenizer.encode(written, add_special_tokens=False).offsets
-        first = len(before) - 1 - len(frame.head)
-        places = own_places(offsets[first : first + len(own)], written, len(frame.lead), len(text))
+        # As a batch: a single call would keep the interpreter's lock, and this text may be long.
+        (encoded,) = self._tokenizer.encode_batch([written], add_special_tokens=False)
+        before, own, behind = self._split(encoded.ids, frame)
         ids = np.array([*before, *own, *behind], dtype=np.int32)
+        if len(ids) > max_tokens:
+            raise InputTooLongError(len(ids), max_tokens)
+        first = len(before) - 1 - len(frame.head)
+        offsets = encoded.offsets[first : first + len(own)]
+        places = own_places(offsets, written, len(frame.lead), len(text))
         digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
         return [
             Encoding(ids, len(before) + a, span=Span(len(before) + b, digest, (a, b), characters))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, num_tokens
+from model.batch import Encoding
 from server.engine.batches_out import Batch, BatchesOut
 from server.engine.metrics import Death, Metrics
 from server.engine.pace import Pace
@@ -258,8 +258,10 @@ class Batcher:
         if not rows:
             return
         encodings = [equal[0].encoding for equal in rows.values()]
-        worker.send(self._out.add(worker, rows), encodings)
-        self._metrics.batch_tokens.observe(num_tokens(encodings))
+        batch_id = self._out.add(worker, rows)
+        tokens = self._out.get(worker, batch_id).tokens
+        worker.send(batch_id, encodings)
+        self._metrics.batch_tokens.observe(tokens)
         self._metrics.batch_inputs.observe(len(encodings))
 
     def _blame(self, batch: Batch) -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from model.batch import Encoding, RunnerInfo, RunnerOptions, continues
+from model.batch import Encoding, RunnerInfo, RunnerOptions, sequence_lengths
 from model.families import Family
 from model.fingerprint import fingerprint
 from model.hub import ModelSource
@@ -281,18 +281,13 @@ class EmbeddingEngine:
             return EmbedResult(vectors, tokens, cut, spans, stages)
 
     def _count_tokens(self, encodings: list[Encoding], inputs: int, seconds: float) -> int:
-        """All of a request's, which took so long to find; as `num_tokens` has it."""
+        """All of a request's, which took so long to find."""
         self.metrics.tokenize_seconds.observe(seconds)
         self.metrics.request_inputs.observe(inputs)
-        observe, tokens = self.metrics.input_tokens.observe, 0
-        before: Encoding | None = None
-        for encoding in encodings:
-            if encoding.span is None or not continues(encoding, before):
-                length = len(encoding)
-                observe(length)
-                tokens += length
-            before = encoding
-        return tokens
+        lengths = sequence_lengths(encodings)
+        for length in lengths:
+            self.metrics.input_tokens.observe(length)
+        return sum(lengths)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         """Inputs to Encodings, each checked; a refusal names the input: input[17].

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from model.batch import Encoding, Part, num_tokens
+from model.batch import Encoding, Part
 from model.chunks import Chunks, ChunksError
 from model.errors import EmptyPoolError, InputTooLongError, ModelError, UnsupportedError
 from model.prompts import Prompt, num_chars
@@ -98,14 +98,14 @@ class InputTokenizer:
             if options.averages and isinstance(result, InputTooLongError):
                 if abandoned():
                     raise AbandonedError
-                encodings += self._parts(item, prompt, max_tokens, index, param)
-                total = num_tokens(encodings)
+                parts = self._parts(item, prompt, max_tokens, index, param)
             else:
                 encoding = self._checked(result, param)
                 if options.averages:  # its place among the encodings says no more which it is
                     encoding = replace(encoding, part=Part(index, len(encoding)))
-                encodings.append(encoding)
-                total += len(encoding)
+                parts = [encoding]
+            encodings += parts
+            total += sum(map(len, parts))
             if total > MAX_REQUEST_TOKENS:
                 raise _too_many_tokens()
         return encodings

@@ -158,15 +158,14 @@ class _Answers:
                 wire, encodings = request
                 rows = range(start, start + len(encodings))
                 start += len(encodings)
-                error = self._fault(wire, encodings, rows, vectors)
+                answered = self._answer(wire, encodings, rows, vectors)
             else:
-                error = request
-            if error is not None:
-                status, body = error.status, orjson.dumps(error_body(error))
-            else:
-                status, body = 200, _answer(wire, encodings, vectors[rows.start : rows.stop])
+                answered = request
             facts: dict[str, Any] = {}
-            if error is None:
+            if isinstance(answered, ServerError):
+                status, body = answered.status, orjson.dumps(error_body(answered))
+            else:
+                status, body = 200, answered
                 facts["fingerprint"] = self.fingerprint(wire)
                 if cut := [e.input(index) for index, e in enumerate(encodings) if e.is_cut]:
                     facts["truncated"] = cut
@@ -183,35 +182,30 @@ class _Answers:
             }
             file.write(orjson.dumps(answer) + b"\n")
 
-    def _fault(
+    def _answer(
         self,
         wire: schemas.EmbeddingsRequest,
         encodings: Sequence[Encoding],
         rows: range,
         vectors: NDArray[np.float32],
-    ) -> ServerError | None:
-        """What is wrong with a request's vectors."""
+    ) -> bytes | ServerError:
+        """The body, or what is wrong with the request's vectors. rows: theirs."""
+        assert wire.model is not None  # BatchAnswers has put it
         for place, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
             if row in self.lost:
                 return DeviceMemoryError.of(encoding.input(place), len(encoding))
             if not np.isfinite(vectors[row]).all():
                 return NonFiniteVectorError.of(encoding.input(place))
+        own = averaged(encodings, list(vectors[rows.start : rows.stop]))
+        how = vector_format(wire)
         try:
-            own = averaged(encodings, list(vectors[rows.start : rows.stop]))
-            vector_format(wire).check_vectors(own)
+            how.check_vectors(own)
         except ServerError as error:
             return error
-        return None
-
-
-def _answer(
-    wire: schemas.EmbeddingsRequest, encodings: Sequence[Encoding], vectors: NDArray[np.float32]
-) -> bytes:
-    assert wire.model is not None  # BatchAnswers has put it
-    return serialize.embeddings_body(
-        averaged(encodings, list(vectors)),
-        model=wire.model,
-        tokens=num_tokens(encodings),
-        how=vector_format(wire),
-        spans=[encoding.span for encoding in encodings if encoding.span is not None],
-    )
+        return serialize.embeddings_body(
+            own,
+            model=wire.model,
+            tokens=num_tokens(encodings),
+            how=how,
+            spans=[encoding.span for encoding in encodings if encoding.span is not None],
+        )
