@@ -36,7 +36,7 @@ class DialectRequest(Wire):
                 raise InvalidRequestError(f"{name}: {REFUSED[name]}", param=name)
             if body[name] not in _HARMLESS.get(name, ()):
                 raise InvalidRequestError(
-                    f"{name}: this route has no such field, and leaves nothing out unsaid; POST "
+                    f"{name}: this route has no such field, and drops none without a word; POST "
                     "/v1/embeddings takes it, and /query or /passage before any path says the side",
                     param=name,
                 )

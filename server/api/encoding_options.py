@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from model.chunks import Chunks
 from model.families import Family, Side
 from model.tokenizer import Truncation
 from server.api import parsing
@@ -30,52 +29,41 @@ def encoding_options(
     path_side: Side | None = None,
 ) -> EncodingOptions:
     """What the fields of a request ask for. Raises InvalidRequestError, ModelNotFoundError."""
-    options = _without_chunks(wire, model, names, defaults, path_side)
-    chunks = getattr(wire, "chunks", None)
-    return options if chunks is None else _with_chunks(options, wire, chunks)
-
-
-def _with_chunks(
-    options: EncodingOptions, wire: InstructedInput, chunks: Chunks
-) -> EncodingOptions:
-    if wire.truncate_prompt_tokens is not None or wire.truncate not in (None, Truncation.NONE):
-        raise InvalidRequestError(
-            "chunks are of a whole text: leave truncation out", param="chunks"
-        )
-    return replace(options, truncate=Truncation.NONE, chunks=chunks)
-
-
-def _without_chunks(
-    wire: InstructedInput,
-    model: str | None,
-    names: ServedNames,
-    defaults: Defaults,
-    path_side: Side | None,
-) -> EncodingOptions:
     model_side = names.side(model) if model is not None else None
     prompt, side = choose_prompt(defaults, wire, model_side, path_side)
     is_default = prompt is None
     if prompt is None:  # a model that writes something around passages takes nothing else bare
         prompt = defaults.bare
+    truncate, most = _truncation(wire)
+    averages = wire.truncate == "average"
+    chunks = wire.chunks if isinstance(wire, EmbeddingsRequest) else None
+    if chunks is not None:
+        asked = wire.truncate_prompt_tokens, wire.truncate
+        if asked not in ((None, None), (None, Truncation.NONE)):
+            raise InvalidRequestError(
+                "chunks are of a whole text: leave truncation out", param="chunks"
+            )
+        truncate = Truncation.NONE
+    return EncodingOptions(prompt, truncate, most, averages, chunks, is_default, side)
+
+
+def _truncation(wire: InstructedInput) -> tuple[Truncation | None, int | None]:
+    """What becomes of a too long input, and the request's own limit."""
     if (tokens := wire.truncate_prompt_tokens) is not None:
         if tokens in (0, 1):
             raise InvalidRequestError(
                 "truncate_prompt_tokens must be -1, or 2 or more: BOS and EOS are two",
                 param="truncate_prompt_tokens",
             )
-        cut = _cut(wire, Truncation.START)
-        most = None if tokens < 0 else tokens
-        return EncodingOptions(prompt, cut, most, is_default=is_default, side=side)
-    asked = wire.truncate
-    if asked == "average":
-        if wire.truncation_side is not None:
-            raise InvalidRequestError(
-                "truncation_side says where an input is cut, and truncate: AVERAGE cuts none",
-                param="truncation_side",
-            )
-        none = Truncation.NONE
-        return EncodingOptions(prompt, none, is_default=is_default, side=side, averages=True)
-    return EncodingOptions(prompt, _cut(wire, asked), None, is_default=is_default, side=side)
+        return _cut(wire, Truncation.START), None if tokens < 0 else tokens
+    if wire.truncate != "average":
+        return _cut(wire, wire.truncate), None
+    if wire.truncation_side is not None:
+        raise InvalidRequestError(
+            "truncation_side says where an input is cut, and truncate: AVERAGE cuts none",
+            param="truncation_side",
+        )
+    return Truncation.NONE, None
 
 
 def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:
