@@ -49,6 +49,14 @@ def encoding_options(
 
 def _truncation(wire: InstructedInput) -> tuple[Truncation | None, int | None]:
     """What becomes of a too long input, and the request's own limit."""
+    if wire.truncate == "average":
+        for name in ("truncation_side", "truncate_prompt_tokens"):
+            if getattr(wire, name) is not None:
+                raise InvalidRequestError(
+                    f"{name} says where an input is cut, and truncate: AVERAGE cuts none",
+                    param=name,
+                )
+        return Truncation.NONE, None
     if (tokens := wire.truncate_prompt_tokens) is not None:
         if tokens in (0, 1):
             raise InvalidRequestError(
@@ -56,14 +64,7 @@ def _truncation(wire: InstructedInput) -> tuple[Truncation | None, int | None]:
                 param="truncate_prompt_tokens",
             )
         return _cut(wire, Truncation.START), None if tokens < 0 else tokens
-    if wire.truncate != "average":
-        return _cut(wire, wire.truncate), None
-    if wire.truncation_side is not None:
-        raise InvalidRequestError(
-            "truncation_side says where an input is cut, and truncate: AVERAGE cuts none",
-            param="truncation_side",
-        )
-    return Truncation.NONE, None
+    return _cut(wire, wire.truncate), None
 
 
 def _cut(wire: InstructedInput, asked: Truncation | None) -> Truncation | None:

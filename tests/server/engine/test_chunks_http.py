@@ -176,6 +176,8 @@ def test_what_cannot_be_averaged(server: ServerProcess) -> None:
         ({"input": "word " * 400_000}, "input"),
         ({"input": LONG, "prompt": "word " * LIMIT}, "prompt"),
         ({"input": LONG, "truncation_side": "left"}, "truncation_side"),
+        ({"input": LONG, "truncate_prompt_tokens": 20}, "truncate_prompt_tokens"),
+        ({"input": LONG, "truncate_prompt_tokens": -1}, "truncate_prompt_tokens"),
     ]
     for fields, param in wrong:
         response = server.embed(truncate="AVERAGE", **fields)
