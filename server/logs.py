@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import orjson
 
@@ -41,9 +42,9 @@ class _TextFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def details(**named: object) -> dict[str, object]:
-    """`extra` of a call of a logger: what its line says besides. One attribute of the record, so
-    that no line is searched for others."""
+def details(named: dict[str, Any]) -> dict[str, Any]:
+    """`extra` of a call of a logger: what its line says besides, by name. One attribute of the
+    record, so that no line is searched for others."""
     return {"details": named}
 
 

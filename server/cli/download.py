@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from model.families import known_families
 from server import logs
+from server.cli.flags import add_family, located
 from server.cli.parsing import Commands
 
 
@@ -20,12 +20,7 @@ def add(commands: Commands) -> None:
         epilog="Example: nv-embed download nvidia/NV-Embed-v2",
     )
     parser.add_argument("model", metavar="MODEL", help="hub id, or a checkpoint folder to look at")
-    parser.add_argument(
-        "--family",
-        choices=["auto", *known_families()],
-        default="auto",
-        help="what kind of model it is; auto: by its id and its files (default: %(default)s)",
-    )
+    add_family(parser)
     parser.add_argument(
         "--revision", help="commit, tag or branch of a hub id; NVIDIA's ids have a pinned one"
     )
@@ -35,15 +30,9 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     logs.configure("text", "info")
-    from model.hub import locate
     from model.weights.headers import weight_files
 
-    source = locate(
-        arguments.model,
-        revision=arguments.revision,
-        offline=arguments.offline,
-        family=arguments.family,
-    )
+    source = located(arguments)
     size = sum(file.size for file in weight_files(source.path))
     if source.notice:
         print(source.notice, file=sys.stderr)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from model.families import known_families
 from server import logs
+from server.cli.flags import add_family, located
 from server.cli.parsing import Commands
 
 
@@ -23,12 +23,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder or hub id")
     parser.add_argument("--to", required=True, choices=["sentence-transformers"], help="for what")
     parser.add_argument("-o", "--output", type=Path, required=True, help="a new folder")
-    parser.add_argument(
-        "--family",
-        choices=["auto", *known_families()],
-        default="auto",
-        help="what kind of model it is; auto: by its id and its files (default: %(default)s)",
-    )
+    add_family(parser)
     parser.add_argument("--revision", help="commit, tag or branch of a hub id")
     parser.add_argument("--offline", action="store_true", help="use the local cache only")
     parser.set_defaults(run=run, parser=parser)
@@ -36,15 +31,9 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     logs.configure("text", "info")
-    from model.hub import locate
     from model.sentence_transformers_export import export
 
-    source = locate(
-        arguments.model,
-        revision=arguments.revision,
-        offline=arguments.offline,
-        family=arguments.family,
-    )
+    source = located(arguments)
     said = export(source, arguments.output)
     print(f"written: {arguments.output} ({source.config().family.name})")
     for sentence in said:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic.fields import FieldInfo
 
+from model.families import known_families
 from server.configuration import choices_of, flag_of, is_list
 from server.settings import ENV_PREFIX, HIDDEN, MachineSettings, Settings
+
+if TYPE_CHECKING:
+    from model.hub import ModelSource
 
 
 def add_flags(
@@ -44,6 +48,28 @@ def add_flags(
         metavar="FILE",
         help="YAML, JSON or TOML file of the server's options (model: NAME, port: N) "
         f"[{ENV_PREFIX}CONFIG]",
+    )
+
+
+def add_family(parser: argparse.ArgumentParser, told_by: str = "its id and its files") -> None:
+    """Of a command that takes a model and none of the server's options."""
+    parser.add_argument(
+        "--family",
+        choices=["auto", *known_families()],
+        default="auto",
+        help=f"what kind of model it is; auto: by {told_by} (default: %(default)s)",
+    )
+
+
+def located(arguments: argparse.Namespace) -> ModelSource:
+    """The model that a command's arguments name. Raises CheckpointError, UnsupportedError."""
+    from model.hub import locate
+
+    return locate(
+        arguments.model,
+        revision=arguments.revision,
+        offline=arguments.offline,
+        family=arguments.family,
     )
 
 

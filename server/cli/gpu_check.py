@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from server.cli.flags import add_flags
+from server.cli.flags import add_flags, located
 from server.cli.options import settle
 from server.cli.parsing import Commands
 from server.errors import SettingsError
@@ -48,17 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise SettingsError("--fused-kernels: gpu-check tries all of them; leave it out")
     if arguments.device == "cpu":
         raise SettingsError("--device: gpu-check is for GPUs; `nv-embed verify` runs on a CPU")
-    from model.hub import locate
     from model.verify import gpu_check, plan
 
     device = "cuda" if arguments.device == "auto" else arguments.device
     options = gpu_check.Options(
-        locate(
-            arguments.model,
-            revision=arguments.revision,
-            offline=arguments.offline,
-            family=arguments.family,
-        ),
+        located(arguments),
         device,
         arguments.attention,
         arguments.out,

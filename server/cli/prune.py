@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from model.families import known_families
-from server.cli.flags import add_flags
+from server.cli.flags import add_family, add_flags
 from server.cli.options import settle
 from server.cli.parsing import Commands, whole_number
 from server.settings import MachineSettings
@@ -44,12 +43,7 @@ def add(commands: Commands) -> None:
         default=192,
         help="of a text, at most (default: %(default)s)",
     )
-    parser.add_argument(
-        "--family",
-        choices=["auto", *known_families()],
-        default="auto",
-        help="what kind of model it is; auto: by its files (default: %(default)s)",
-    )
+    add_family(parser, told_by="its files")
     add_flags(parser, MachineSettings)
     parser.set_defaults(run=run, parser=parser)
 

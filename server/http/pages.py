@@ -64,7 +64,7 @@ class _Page:
     """One page: its bytes, and what a browser may do for it."""
 
     def __init__(self, name: str, left_out: list[str]) -> None:
-        html = _part(f"{name}.html")
+        html = _part(f"{name}.html").replace("  <key-form></key-form>\n", _part("key_form.html"))
         for link in left_out:
             html = html.replace(link, "")
         style = _part("style.css")

@@ -54,7 +54,7 @@ class Refusals:
             foreseen = self._foreseen(scope, error)
             if foreseen is None or (answered and not isinstance(error, ClientDisconnect)):
                 request_id = context_of(scope).request_id
-                logger.exception("a request failed", extra=details(request_id=request_id))
+                logger.exception("a request failed", extra=details({"request_id": request_id}))
                 failed = f"The server failed; see its log at request {request_id}"
                 foreseen = self._written(scope, InternalError(failed))
             if not answered:

@@ -20,6 +20,7 @@ from server.api.schemas import EMBEDDINGS_PATHS
 from server.engine.interface import Engine
 from server.engine.metrics import ROUTES, Metrics
 from server.engine.tallies import Count
+from server.logs import details
 
 logger = logging.getLogger("nv_embed.access")
 
@@ -92,9 +93,9 @@ class RequestRecord:
                 if context.serialize_seconds:
                     self._metrics.serialize_seconds.observe(context.serialize_seconds)
                 if self._access_log:
-                    details = {"ms": round(seconds * 1000, 1), **context.log}
-                    details["request_id"] = request_id
-                    _log(scope, context.route_path, status or CLIENT_CLOSED_REQUEST, details)
+                    said = {"ms": round(seconds * 1000, 1), **context.log}
+                    said["request_id"] = request_id
+                    _log(scope, context.route_path, status or CLIENT_CLOSED_REQUEST, said)
 
     def _count(self, path: str, status: int, seconds: float) -> None:
         label = _LABELS.get(path, "other")
@@ -147,9 +148,9 @@ def _request_id(given: bytes) -> str:
     return text if _REQUEST_ID.fullmatch(text) else f"{_ids.getrandbits(128):032x}"
 
 
-def _log(scope: Scope, route_path: str, status: int, details: dict[str, Any]) -> None:
+def _log(scope: Scope, route_path: str, status: int, said: dict[str, Any]) -> None:
     path = scope["path"]
     routine = route_path in OPEN_PATHS and status == HTTPStatus.OK
     shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
     level = logging.DEBUG if routine else logging.INFO
-    logger.log(level, "%s %s %d", scope["method"], shown, status, extra={"details": details})
+    logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details(said))

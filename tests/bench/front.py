@@ -32,7 +32,7 @@ from tests.bench import report
 from tests.bench.runners import WIDTH
 from tests.checkpoints import official_tokenizer
 from tests.model.test_config import OFFICIAL
-from tests.server.processes import ROOT, ServerProcess
+from tests.server.processes import ROOT, ServerProcess, free_ports
 
 KEY = "a-key-of-the-bench"
 TEXT = "how does a search engine find the passages that answer a question"
@@ -171,7 +171,7 @@ def _nv_embed(
 def _bare(cores: Sequence[int]) -> Iterator[tuple[str, int]]:
     import httpx
 
-    port = _free_port()
+    (port,) = free_ports(1)
     process = subprocess.Popen([sys.executable, "-c", _BARE, str(port)])
     url = f"http://127.0.0.1:{port}"
     try:
@@ -183,15 +183,6 @@ def _bare(cores: Sequence[int]) -> Iterator[tuple[str, int]]:
     finally:
         process.terminate()
         process.wait()
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def pin(pid: int, core: int) -> None:

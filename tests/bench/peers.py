@@ -15,7 +15,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from model.platform import resources
 from model.tokenizer import NVEmbedTokenizer
 from tests.bench import report, serve, workloads
+from tests.server.processes import free_ports
 
 _OFFLINE = """
 import json, sys, time, torch
@@ -88,7 +88,7 @@ def offline(backend: str) -> Callable[..., list[dict[str, object]]]:
 def infinity(
     environment: Path, trunk: Path, file: Path, options: argparse.Namespace
 ) -> list[dict[str, object]]:
-    port = _free_port()
+    (port,) = free_ports(1)
     command = [str(environment / "bin" / "infinity_emb"), "v2", "--model-id", str(trunk)]
     command += ["--engine", "torch", "--device", "cpu", "--port", str(port)]
     command += ["--no-bettertransformer", "--served-model-name", "trunk"]
@@ -108,7 +108,7 @@ def llama_cpp(kind: str) -> Callable[..., list[dict[str, object]]]:
             decoder = _as_decoder(trunk, trunk.with_name("trunk-decoder"))
             converter = [str(environment / "bin" / "python"), str(source / "convert_hf_to_gguf.py")]
             _call([*converter, str(decoder), "--outtype", kind, "--outfile", str(weights)], options)
-        port = _free_port()
+        (port,) = free_ports(1)
         command = [str(build / "bin" / "llama-server"), "--model", str(weights), "--embedding"]
         command += ["--pooling", "mean", "--port", str(port)]
         command += ["--threads", str(options.threads), "--threads-batch", str(options.threads)]
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _ours(
     checkpoint: Path, quantization: str, file: Path, options: argparse.Namespace
 ) -> list[dict[str, object]]:
-    port = _free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "server.cli", "serve", "--model", str(checkpoint)]
     command += ["--served-model-name", "trunk", "--port", str(port), "--device", "cpu"]
     command += ["--dtype", "float32", "--quantization", quantization]
@@ -358,13 +358,6 @@ def _wait(process: subprocess.Popen[bytes], url: str, path: str, limit: float) -
             return
         time.sleep(0.5)
     raise RuntimeError("it did not become ready in time")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from tests.docker import dashboards, prometheus
-from tests.server.processes import ServerProcess
+from tests.server.processes import ServerProcess, free_ports
 from tests.server.questions import RUNNERS, marked_ids
 
 PATIENCE_S = 90.0
@@ -29,7 +29,7 @@ class Stage:
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
         self.folder, self._checkpoint = folder, checkpoint
-        self.port = prometheus.free_port()
+        (self.port,) = free_ports(1)
         self.server: ServerProcess | None = None
 
     def start(self, runner: str, *options: str, **env: str) -> ServerProcess:

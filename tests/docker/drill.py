@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from pathlib import Path
 import httpx
 
 from tests.checkpoints import write_checkpoint
-from tests.server.processes import ServerProcess
+from tests.server.processes import ServerProcess, free_ports
 from tests.server.questions import RUNNERS
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -84,7 +83,7 @@ class _Drill:
         loses: bool = False,
     ) -> list[str]:
         """Renew both servers, one after the other. -> what was wrong."""
-        ports = _free_ports(3)
+        ports = free_ports(3)
         servers = {port: self.start(port, options) for port in ports[1:]}
         try:
             with proxy(self._folder, ports, bare) as url, _Load(url) as load:
@@ -108,7 +107,7 @@ class _Drill:
 
     def newcomer(self, title: str, options: tuple[str, ...], *, finds: bool = True) -> list[str]:
         """A second server appears behind what only spreads connections, as a Service does."""
-        ports = _free_ports(3)
+        ports = free_ports(3)
         first = self.start(ports[1], options)
         try:
             with connections_only(self._folder, ports) as url, _Load(url) as load:
@@ -255,16 +254,6 @@ def _leads_somewhere(url: str) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         return httpx.get(f"{url}/readyz").status_code == 200
     return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from typing import Any
 
 import httpx
 
-from tests.docker.prometheus import free_port
-from tests.server.processes import ROOT
+from tests.server.processes import ROOT, free_ports
 
 Container = dict[str, Any]
 
@@ -27,7 +26,7 @@ class Pod:
         """environment: in addition to the container's own, or in place of it."""
         (self._container,) = pod["spec"]["containers"]
         self._grace = pod["spec"]["terminationGracePeriodSeconds"]
-        self.log, port = log, free_port()
+        self.log, (port,) = log, free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         own = {one["name"]: one["value"] for one in self._container["env"] if "value" in one}
         given = {**os.environ, "PYTHONPATH": str(ROOT), **own, **environment}

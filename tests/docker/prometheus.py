@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import httpx
 import yaml
 
 from tests.docker import dashboards
+from tests.server.processes import free_ports
 
 PATIENCE_S = 60.0
 
@@ -28,7 +28,8 @@ def watching(
     (job,) = config["scrape_configs"]
     job["static_configs"] = [{"targets": [target.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     command = ["prometheus", f"--config.file={folder}/prometheus.yml"]
     command += [f"--storage.tsdb.path={folder}/data", f"--web.listen-address={address}"]
     with (folder / "prometheus.log").open("wb") as log:
@@ -40,13 +41,6 @@ def watching(
     finally:
         process.terminate()
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def firing(client: httpx.Client) -> set[str]:
