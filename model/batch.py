@@ -91,8 +91,12 @@ def continues(encoding: Encoding, before: Encoding | None) -> bool:
 
 def sequence_lengths(encodings: Sequence[Encoding]) -> list[int]:
     """Of a forward of these: a sequence is one, however many spans of it follow."""
-    pairs = zip(encodings, (None, *encodings), strict=False)
-    return [len(encoding) for encoding, before in pairs if not continues(encoding, before)]
+    lengths, before = [], None
+    for encoding in encodings:
+        if encoding.span is None or not continues(encoding, before):
+            lengths.append(len(encoding.ids))
+        before = encoding
+    return lengths
 
 
 def num_tokens(encodings: Sequence[Encoding]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -75,7 +74,7 @@ class _Endpoints:
         deadline = arrived + patience(request)
         job = embedding.job(request, fields, wire.model, deadline, name="texts")
         if wire.max_tokens is not None:
-            job = replace(job, options=replace(job.options, max_tokens=wire.max_tokens))
+            job = job._replace(options=job.options._replace(max_tokens=wire.max_tokens))
         formats = {
             name: VectorFormat(*_TYPES[name], dimensions=wire.output_dimension)
             for name in dict.fromkeys(wire.embedding_types or ["float"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
-from collections.abc import Iterator
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -38,39 +36,40 @@ def patience(request: Request) -> float:
     return math.inf
 
 
-@contextlib.contextmanager
-def cancelled_on_disconnect(request: Request) -> Iterator[None]:
+class cancelled_on_disconnect:  # noqa: N801  (a context manager)
     """Cancel the block when the client goes away, and raise ClientDisconnect in its place.
 
     The body must have been read. Our own HTTP server tells of a disconnect by a future; under any
     other one a task waits for ASGI's message.
     """
-    gone = disconnect_of(request.scope)
-    listener = None
-    if gone is None:
-        gone = listener = asyncio.ensure_future(_disconnected(request.receive))
-    task = asyncio.current_task()
-    assert task is not None
-    inside, left = True, False
 
-    def leave(_: asyncio.Future[None]) -> None:
-        nonlocal left
-        if inside:  # the block may have ended since this was scheduled
-            left = True
-            task.cancel()
+    __slots__ = ("_gone", "_inside", "_left", "_listener", "_task")
 
-    gone.add_done_callback(leave)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if left and not task.uncancel():
+    def __init__(self, request: Request) -> None:
+        gone = disconnect_of(request.scope)
+        self._listener = None
+        if gone is None:
+            gone = self._listener = asyncio.ensure_future(_disconnected(request.receive))
+        self._gone, self._inside, self._left = gone, True, False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._gone.add_done_callback(self._leave)
+
+    def _leave(self, _: asyncio.Future[None]) -> None:
+        if self._inside:  # the block may have ended since this was scheduled
+            self._left = True
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._inside = False
+        self._gone.remove_done_callback(self._leave)
+        if self._listener is not None:
+            self._listener.cancel()
+        if kind is asyncio.CancelledError and self._left and not self._task.uncancel():
             raise ClientDisconnect from None
-        raise
-    finally:
-        inside = False
-        gone.remove_done_callback(leave)
-        if listener is not None:
-            listener.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -6,6 +6,7 @@ headers tell which side it was, which inputs were cut, and which vectors these a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,19 @@ from model.fingerprint import kind_of_vectors, of_vectors
 from server.api.answers import TIMING_HEADER, timing
 from server.api.body import hold
 from server.api.disconnects import cancelled_on_disconnect
-from server.api.encoding_options import Reading, encoding_options, inputs_of
+from server.api.encoding_options import USUAL_FIELDS, Reading, encoding_options, inputs_of
 from server.api.instructions import Defaults
 from server.api.names import ServedNames
 from server.api.request_context import context_of
 from server.api.schemas import InstructedInput
 from server.api.vector_format import VectorFormat
-from server.engine.interface import EmbedJob, EmbedResult, Engine, PromptedText
+from server.engine.interface import (
+    EmbedJob,
+    EmbedResult,
+    EncodingOptions,
+    Engine,
+    PromptedText,
+)
 from server.errors import InvalidRequestError, OtherVectorsError
 from server.settings import Settings
 
@@ -53,6 +60,7 @@ class Embedding:
         )
         self._truncates_dimensions = settings.allow_truncated_dimensions
         self._reading = Reading.of(settings, engine.family)
+        self._usual_options = functools.lru_cache(maxsize=256)(self._options_of_type)
         self._runners: list[RunnerInfo] = []
         self._fingerprints: dict[int, str] = {}  # of those runners, by dimensions
 
@@ -70,9 +78,19 @@ class Embedding:
         Raises InvalidRequestError, ModelNotFoundError.
         """
         path_side = side or context_of(request.scope).side
-        options = encoding_options(wire, model, self.names, self.defaults, path_side)
+        if wire.model_fields_set <= USUAL_FIELDS:
+            options = self._usual_options(wire.input_type, model, path_side)
+        else:
+            options = encoding_options(wire, model, self.names, self.defaults, path_side)
         inputs, prompted = inputs_of(wire, options.side, self._reading, name)
         return EmbedJob(inputs, options, deadline, prompted)
+
+    def _options_of_type(
+        self, input_type: str | None, model: str | None, path_side: Side | None
+    ) -> EncodingOptions:
+        """Of a request that says no more of its texts, as most do."""
+        wire = InstructedInput(input="", input_type=input_type)
+        return encoding_options(wire, model, self.names, self.defaults, path_side)
 
     def pairs_job(
         self,

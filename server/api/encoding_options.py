@@ -20,6 +20,14 @@ from server.engine.interface import EncodingOptions, Input
 from server.errors import InvalidRequestError
 from server.settings import EncodeSettings
 
+USUAL_FIELDS = frozenset(
+    {
+        *("input", "input_type", "token_ids", "add_special_tokens"),
+        *(EmbeddingsRequest.model_fields.keys() - InstructedInput.model_fields.keys() - {"chunks"}),
+    }
+)
+"""Of these only `input_type` has to do with how inputs become Encodings."""
+
 
 def encoding_options(
     wire: InstructedInput,

@@ -6,7 +6,6 @@ A body becomes an EmbedJob, an EmbedResult becomes the answer. Knows no queue an
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -45,7 +44,7 @@ class _Endpoints:
             wire.model = deployment
         job = self._embedding.job(request, wire, wire.model, arrived + patience(request))
         if wire.cache_salt is not None or wire.priority is not None:
-            job = replace(job, priority=wire.priority or 0, salt=salt_of(wire.cache_salt))
+            job = job._replace(priority=wire.priority or 0, salt=salt_of(wire.cache_salt))
         how = vector_format(wire)
         result, said = await self._embedding.embed(request, job, how)
         values = len(result.vectors) * self._engine.dimensions

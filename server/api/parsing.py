@@ -70,10 +70,14 @@ def known_fields(wire: type[Wire]) -> frozenset[str]:
 
 def parse_inputs(value: object, name: str = "input") -> list[Input]:
     """The `input` of a request, in all its forms, as a list of inputs. name: of that field."""
-    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        value = [_text_of(item) for item in value]
-    is_ids = isinstance(value, list) and set(map(type, value)) == {int}
-    if isinstance(value, str) or is_ids:
+    types: set[type] = set()
+    if isinstance(value, list):
+        types = set(map(type, value))
+        if dict in types:
+            value = [_text_of(item) for item in value]
+            types = set(map(type, value))
+    if isinstance(value, str) or types == {int}:
+        types = {type(value)}
         value = [value]
     if not isinstance(value, list) or not value:
         raise InvalidRequestError(
@@ -85,7 +89,7 @@ def parse_inputs(value: object, name: str = "input") -> list[Input]:
         raise InvalidRequestError(
             f"{name} has {len(value)} items, the limit is {MAX_REQUEST_INPUTS}", param=name
         )
-    if len({type(item) for item in value}) > 1:
+    if len(types) > 1:
         raise InvalidRequestError(
             f"{name} must not mix texts, token ids and other values", param=name
         )

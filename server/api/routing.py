@@ -67,6 +67,13 @@ class RequestRoute(APIRoute):
         chosen = {"endpoint": self.endpoint, "path_params": {}, "route": self}
         return Match.FULL if scope["method"] in (self.methods or ()) else Match.PARTIAL, chosen
 
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Another method than the route's is for the framework to refuse."""
+        if scope["method"] in (self.methods or ()):
+            await self.app(scope, receive, send)
+        else:
+            await super().handle(scope, receive, send)
+
 
 def body_schema(name: str) -> dict[str, Any]:
     """`openapi_extra` of a route that reads its body itself."""

@@ -76,10 +76,13 @@ class BatchesOut:
     def is_stuck(self) -> bool:
         """Whether no worker has answered lately: each has a batch that is long overdue."""
         now = time.monotonic()
-        return bool(self._of) and all(
-            any(now - batch.handed_over > _OVERDUE * batch.patience for batch in batches.values())
-            for batches in self._of.values()
-        )
+        for batches in self._of.values():
+            for batch in batches.values():
+                if now - batch.handed_over > _OVERDUE * batch.patience:
+                    break
+            else:
+                return False
+        return bool(self._of)
 
     def add_worker(self, worker: Worker) -> None:
         self._of[worker] = {}

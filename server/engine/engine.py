@@ -9,7 +9,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -261,12 +260,14 @@ class EmbeddingEngine:
         """Raises ServerErrors; cancelling it frees the queue."""
         self._refuse_if_not_ready()
         work = self._admit(job, key_name)
-        with self._accepted(key_name, work.tokens):
+        with _Accepted(self, key_name, work.tokens):
             began = time.monotonic()
-            encodings = await self._tokenizing.tokenize(job, work)
+            encodings = self._tokenizing.at_once(job, work)
+            if encodings is None:
+                encodings = await self._tokenizing.on_thread(job, work)
+                self._refuse_if_not_ready()  # any more
             tokenized = time.monotonic()
             tokens = self._count_tokens(encodings, len(job.inputs), tokenized - began)
-            self._refuse_if_not_ready()
             if tokens > work.tokens:
                 self._refuse_if_full(tokens)
             rows, begun = await self._run(encodings, job, key_name)
@@ -297,22 +298,22 @@ class EmbeddingEngine:
         if self._draining:
             self._refuse_if_not_ready()
         work = self._admit(job)
-        with self._accepted("", 0):
-            return await self._tokenizing.tokenize(job, work)
+        with _Accepted(self, "", 0):
+            encodings = self._tokenizing.at_once(job, work)
+            if encodings is None:
+                encodings = await self._tokenizing.on_thread(job, work)
+            return encodings
 
-    @contextmanager
-    def _accepted(self, key_name: str, tokens: int) -> Iterator[None]:
-        """What a drain waits for, and what counts against its key's share."""
+    def _accept(self, key_name: str, tokens: int) -> None:
         self._in_flight += 1
         self._idle.clear()
         self._shares.take(key_name, tokens)
-        try:
-            yield
-        finally:
-            self._shares.give_back(key_name, tokens)
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
+
+    def _let_go(self, key_name: str, tokens: int) -> None:
+        self._shares.give_back(key_name, tokens)
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
 
     def _admit(self, job: EmbedJob, key_name: str = "") -> Work:
         """Raises OverloadedError when there is no room for the tokens that are expected."""
@@ -365,3 +366,18 @@ class EmbeddingEngine:
                 f"the queue is full: {waiting} tokens wait, the limit is {self.max_queued_tokens}",
                 retry_after=self._batcher.seconds_of_work(),
             )
+
+
+class _Accepted:
+    """What a drain waits for, and what counts against its key's share, while the block runs."""
+
+    __slots__ = ("_engine", "_key_name", "_tokens")
+
+    def __init__(self, engine: EmbeddingEngine, key_name: str, tokens: int) -> None:
+        self._engine, self._key_name, self._tokens = engine, key_name, tokens
+
+    def __enter__(self) -> None:
+        self._engine._accept(self._key_name, self._tokens)
+
+    def __exit__(self, *_: object) -> None:
+        self._engine._let_go(self._key_name, self._tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,7 @@ Input = str | PromptedText | list[int]
 """A text, or token ids that are used verbatim."""
 
 
-@dataclass(frozen=True, slots=True)
-class EncodingOptions:
+class EncodingOptions(NamedTuple):
     """How inputs become Encodings."""
 
     prompt: Prompt = NO_PROMPT  # what stands around each text
@@ -46,8 +45,7 @@ class EncodingOptions:
     side: Side | None = None  # which was asked for
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedJob:
+class EmbedJob(NamedTuple):
     """One request, whatever its dialect."""
 
     inputs: Sequence[Input]
@@ -62,8 +60,7 @@ class EmbedJob:
     """Vectors in the cache and in flight are shared with jobs of the same salt alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedResult:
+class EmbedResult(NamedTuple):
     """The answer to an EmbedJob."""
 
     vectors: Sequence[NDArray[np.float32]]

@@ -11,8 +11,8 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from model.batch import Encoding
 from server.engine.inputs import InputTokenizer
@@ -31,8 +31,7 @@ _MARGIN = 1.25
 when they have cost a tokenization."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """What a request brings: characters and ids, and the tokens they will about be."""
 
     chars: int
@@ -62,14 +61,19 @@ class Tokenizing:
         expected = ids + math.ceil(_MARGIN * chars * self._seen_tokens / self._seen_chars)
         return Work(chars, ids, min(expected, MAX_REQUEST_TOKENS))
 
-    async def tokenize(self, job: EmbedJob, work: Work) -> list[Encoding]:
+    def at_once(self, job: EmbedJob, work: Work) -> list[Encoding] | None:
+        """None for a job that is for a thread. Raises InvalidRequestErrors naming the input."""
+        if work.chars + work.ids > _INLINE_CHARS:
+            return None
+        encodings = self._tokenizer.tokenize(job.inputs, job.options)
+        self._learn_tokens_per_char(work.chars, encodings)
+        return encodings
+
+    async def on_thread(self, job: EmbedJob, work: Work) -> list[Encoding]:
         """Raises InvalidRequestErrors naming the input; cancelling it ends the work soon."""
         self.under_way += work.tokens
         try:
-            if work.chars + work.ids <= _INLINE_CHARS:
-                encodings = self._tokenizer.tokenize(job.inputs, job.options)
-            else:
-                encodings = await self._on_thread(job, work)
+            encodings = await self._on_thread(job, work)
         finally:
             self.under_way -= work.tokens
         self._learn_tokens_per_char(work.chars, encodings)

@@ -388,7 +388,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         header = dict(self.headers)
         version, method = self.parser.get_http_version(), self.parser.get_method()
-        if problem := problem_of(version, method, self.headers):
+        if problem := problem_of(version, method, self.headers, header):
             self._stop(InvalidRequestError(problem))
         super().on_headers_complete()
         self.cycle.transport = self._door  # type: ignore[assignment]

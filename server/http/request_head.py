@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import orjson
@@ -15,13 +15,17 @@ from server.errors import ServerError
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?[ \t]*", re.ASCII)
 
 
-def problem_of(version: str, method: bytes, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-    """What the parser lets pass, and RFC 9112 does not. Names of headers are in lower case."""
+def problem_of(
+    version: str,
+    method: bytes,
+    headers: Sequence[tuple[bytes, bytes]],
+    header: Mapping[bytes, bytes],
+) -> str | None:
+    """What the parser lets pass, and RFC 9112 does not. header: by name, in lower case."""
     if version not in ("1.1", "1.0"):
         return f"HTTP/{version} is not spoken here, but HTTP/1.1"
     if method == b"CONNECT":
         return "CONNECT is for proxies"
-    header = dict(headers)
     coding = header.get(b"transfer-encoding", b"chunked").strip().lower()
     if coding != b"chunked":
         return f"Transfer-Encoding: {coding[:64].decode('latin-1')!a} is not decoded here"

@@ -43,6 +43,13 @@ _LABELS = {
     **dict.fromkeys(METRICS_PATHS, "metrics"),
     **{f"/{name}": name for name in ("tokenize", "info")},
 }
+_LABELS_BEFORE = {
+    "/v1/models/": "models",
+    "/models/": "models",
+    "/openai/deployments/": "embeddings",
+    "/v1/retrieval/": "rerank",
+}
+assert {"other", *_LABELS.values(), *_LABELS_BEFORE.values()} <= set(ROUTES)
 
 
 class RequestRecord:
@@ -98,14 +105,7 @@ class RequestRecord:
                     _log(scope, context.route_path, status or CLIENT_CLOSED_REQUEST, said)
 
     def _count(self, path: str, status: int, seconds: float) -> None:
-        label = _LABELS.get(path, "other")
-        if path.startswith(("/v1/models/", "/models/")):
-            label = "models"
-        elif path.startswith("/openai/deployments/"):
-            label = "embeddings"
-        elif path.startswith("/v1/retrieval/"):
-            label = "rerank"
-        assert label in ROUTES, label
+        label = _LABELS.get(path) or _label(path)
         metrics, key = self._metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count
             self._counters[key] = metrics.requests.labels(label, str(status))
@@ -115,6 +115,14 @@ class RequestRecord:
                 metrics.request_seconds.observe(seconds)
             elif status == CLIENT_CLOSED_REQUEST:
                 metrics.cancelled.inc()
+
+
+def _label(path: str) -> str:
+    """Of a path that holds a name."""
+    for before, label in _LABELS_BEFORE.items():
+        if path.startswith(before):
+            return label
+    return "other"
 
 
 def _route_path(scope: Scope) -> str:
@@ -144,13 +152,16 @@ def _side_of(scope: Scope) -> tuple[str, Side | None]:
 
 
 def _request_id(given: bytes) -> str:
-    text = given.decode("latin-1")
-    return text if _REQUEST_ID.fullmatch(text) else f"{_ids.getrandbits(128):032x}"
+    if given and _REQUEST_ID.fullmatch(text := given.decode("latin-1")):
+        return text
+    return f"{_ids.getrandbits(128):032x}"
 
 
 def _log(scope: Scope, route_path: str, status: int, said: dict[str, Any]) -> None:
     path = scope["path"]
     routine = route_path in OPEN_PATHS and status == HTTPStatus.OK
-    shown = path[:200].encode("unicode_escape").decode()  # on one line, of a bounded length
+    shown = path
+    if path not in _LABELS:  # on one line, of a bounded length
+        shown = path[:200].encode("unicode_escape").decode()
     level = logging.DEBUG if routine else logging.INFO
     logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details(said))

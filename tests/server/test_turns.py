@@ -83,7 +83,7 @@ async def test_tokenizing_takes_turns(golden_checkpoint: Path) -> None:
     inputs = InputTokenizer(NVEmbedTokenizer.from_dir(golden_checkpoint), 512, Truncation.NONE)
     tokenizing = Tokenizing(inputs)
     job = EmbedJob([f"text {number}" for number in range(2048)])
-    running = asyncio.ensure_future(tokenizing.tokenize(job, tokenizing.expected_work(job)))
+    running = asyncio.ensure_future(tokenizing.on_thread(job, tokenizing.expected_work(job)))
     assert await turns_until(running) >= 2048 // 64
     assert len(await running) == 2048
     tokenizing.close()
