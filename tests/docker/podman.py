@@ -1,6 +1,6 @@
 """Podman with its images, containers and settings in one folder, apart from those of the user.
 
-Knows nothing of the project. Works as root and without.
+Knows nothing of the project. It has been run as root alone.
 """
 
 from __future__ import annotations
