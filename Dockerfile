@@ -28,11 +28,13 @@ RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="nv-embed-server" \
-      org.opencontainers.image.description="An OpenAI-compatible embedding server for NV-Embed; holds no weights" \
+      org.opencontainers.image.description="An OpenAI-compatible embedding server for NV-Embed; holds a small model, not NVIDIA's weights" \
       org.opencontainers.image.licenses="Apache-2.0"
 # Debian packages to add. Nothing needs any, and a compiler is what an intruder would like to find;
 # Triton's kernels, which are off by default, compile their launcher: "gcc libc6-dev".
 ARG PACKAGES=""
+# Their versions are the caller's to choose: PACKAGES="gcc=…".
+# hadolint ignore=DL3008
 RUN [ -z "${PACKAGES}" ] || { apt-get update \
     && apt-get install -y --no-install-recommends ${PACKAGES} && rm -rf /var/lib/apt/lists/*; }
 # /cache holds downloaded weights, and what is compiled: Docker mounts a tmpfs such as /tmp noexec.
@@ -40,7 +42,7 @@ RUN [ -z "${PACKAGES}" ] || { apt-get update \
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /tmp nv-embed \
     && install -d -o nv-embed -g nv-embed /cache
 COPY --from=build /opt/venv /opt/venv
-# A layer of its own: a release that changes only our code adds less than a megabyte.
+# A layer of its own: a release that changes only our code adds 33 MB, 29 of them the small model.
 RUN --mount=type=bind,from=build,source=/dist,target=/dist \
     python3 -m pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps /dist/*.whl
 COPY docker/healthcheck.py LICENSE NOTICE /opt/nv-embed/

@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill recipe image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill recipe image image-check tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -215,6 +215,18 @@ recipe: $(VENV)/.installed-test ## run the small model's whole recipe on a tenth
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .
+
+# Where no registry can be reached: BASE_IMAGE=debootstrap, as root. What pip needs of this machine to
+# reach its index: BUILD_OPTIONS="--volume=/etc/pip.conf:/etc/pip.conf:ro --build-arg=TORCH_INDEX=…".
+BUILD_OPTIONS ?=
+image-check: $(VENV)/.installed-test build/image-tools/.installed ## build the CPU's image by Podman, run it hardened, compare its vectors (BASE_IMAGE=…)
+	PATH="$(CURDIR)/build/image-tools/bin:$$PATH" PYTHONPATH=. $(BIN)/python -m tests.docker.image \
+	    $(if $(BASE_IMAGE),--base $(BASE_IMAGE)) $(BUILD_OPTIONS:%=--build-option=%) $(ARGS)
+
+build/image-tools/.installed: tests/docker/requirements-image.txt | $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
 
 tiny-model: $(VENV)/.installed-test ## write a random checkpoint to build/tiny-nv-embed
 	$(BIN)/python -m tests.checkpoints build/tiny-nv-embed
