@@ -84,17 +84,19 @@ class _QuietExporter(SpanExporter):
     def __init__(self, exporter: OTLPSpanExporter, url: str) -> None:
         self._exporter, self._place = exporter, _place(url)
         self._failing = self._given_up = False
-        self._status = ""
-        """What the collector last answered, if it did."""
-        logging.getLogger(_EXPORTER_LOG).addFilter(self._take_note)
+        self._notes = _Notes()
+        theirs = logging.getLogger(_EXPORTER_LOG)
+        theirs.addHandler(self._notes)
+        theirs.propagate = False
         logging.getLogger(_QUEUE_LOG).addFilter(lambda _: not self._failing)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._status = ""
+        self._notes.status = ""
         result = self._exporter.export(spans)
         failed = result is not SpanExportResult.SUCCESS
         if failed and not self._failing and not self._given_up:
-            why = f"it answers {self._status}" if self._status else "it does not answer"
+            status = self._notes.status
+            why = f"it answers {status}" if status else "it does not answer"
             logger.warning(
                 "traces are lost, for %s does not take them: %s; said once, until it does",
                 self._place,
@@ -102,12 +104,12 @@ class _QuietExporter(SpanExporter):
             )
         elif self._failing and not failed:
             logger.info("%s takes traces again", self._place)
-        self._failing = failed
+        self._failing = failed and not self._given_up
         return result
 
     def give_up(self) -> None:
         """End a try that is under way."""
-        self._given_up = True
+        self._given_up, self._failing = True, False
         self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
     def shutdown(self) -> None:
@@ -117,11 +119,16 @@ class _QuietExporter(SpanExporter):
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         return True
 
-    def _take_note(self, record: logging.LogRecord) -> bool:
+
+class _Notes(logging.Handler):
+    """In place of the exporter's lines, which quote whole addresses: what the collector last
+    answered, if it did."""
+
+    status = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
         found = re.search(r"code: (\d{3})\b", record.getMessage())
-        if found:
-            self._status = found[1]
-        return False
+        self.status = found[1] if found else self.status
 
 
 def _resource() -> Resource:
