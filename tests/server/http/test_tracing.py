@@ -64,7 +64,7 @@ class Kept:
 def traced(golden_checkpoint: Path) -> Iterator[AppInProcess]:
     """Callers' sampled traces, and none that begins here."""
     options = {"allow_truncated_dimensions": True, "api_key": [KEY, f"search:{KEY}2"]}
-    with in_process(golden_checkpoint, traces=Kept(), tracebacks=1, **options) as server:
+    with in_process(golden_checkpoint, traces=Kept(), **options) as server:
         server.client.headers["authorization"] = f"Bearer {KEY}"
         server.engine.stages = (0.001, 0.002, 0.03)
         server.traces = server.app.user_middleware[1].kwargs["export"]
@@ -180,25 +180,28 @@ def test_what_is_refused_or_embeds_nothing_has_a_span_alone(
     assert server.status.status_code is StatusCode.UNSET, "the client's mistake is not ours"
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(OverloadedError("full", retry_after=1), 429), (RuntimeError("x"), 500)]
-)
-def test_a_failure_says_its_kind(
-    traced: AppInProcess, kept: Kept, error: Exception, status: int
-) -> None:
-    traced.engine.error = error
+def test_overload_is_no_fault_of_the_server(traced: AppInProcess, kept: Kept) -> None:
+    traced.engine.error = OverloadedError("full", retry_after=1)
     try:
         answer = traced.client.post("/v1/embeddings", json={"input": "a"}, headers=SAMPLED)
     finally:
         traced.engine.error = None
-    assert answer.status_code == status
-    server = kept.only()
-    assert server.attributes["error.type"] == str(status)
-    assert (server.status.status_code is StatusCode.ERROR) == (status == 500)
+    assert answer.status_code == 429
+    assert kept.only().attributes["error.type"] == "429"
+    assert kept.only().status.status_code is StatusCode.UNSET
     assert kept.stages() == []
-    if status == 500:  # both lines can be found by it
-        lines = [line for line in traced.log.splitlines() if "trace_id" in line]
-        assert f"trace_id={TRACE}" in next(line for line in lines if "a request failed" in line)
+
+
+def test_a_failure_is_one_and_its_traceback_can_be_found(golden_checkpoint: Path) -> None:
+    kept = Kept()
+    with in_process(golden_checkpoint, traces=kept, tracebacks=1) as server:
+        server.engine.error = RuntimeError("x")
+        answer = server.client.post("/v1/embeddings", json={"input": "a"}, headers=SAMPLED)
+        assert answer.status_code == 500
+        (line,) = [line for line in server.log.splitlines() if "a request failed" in line]
+    assert f"trace_id={TRACE}" in line
+    assert kept.only().attributes["error.type"] == "500"
+    assert kept.only().status.status_code is StatusCode.ERROR
 
 
 def test_no_text_and_no_key_is_in_any_span(traced: AppInProcess, kept: Kept) -> None:
@@ -247,6 +250,7 @@ def test_an_unsampled_trace_has_its_id_in_the_log_alone(traced: AppInProcess, ke
         f"00-{TRACE.upper()}-{PARENT}-01",
         f"00-{TRACE}-{PARENT}-01-more",
         f"00-{TRACE}\xff-{PARENT}-01",
+        f"01-{TRACE}-{PARENT}-01-{'x' * 512}",
     ],
 )
 def test_a_malformed_parent_is_none(traced: AppInProcess, kept: Kept, malformed: str) -> None:
@@ -257,6 +261,33 @@ def test_a_malformed_parent_is_none(traced: AppInProcess, kept: Kept, malformed:
     last = traced.log.splitlines()[-1]
     assert "trace_id=" in last
     assert TRACE not in last
+
+
+@pytest.mark.parametrize(
+    ("parent", "states", "state"),
+    [
+        (f" 00-{TRACE}-{PARENT}-01\t", [], ""),
+        (f"cc-{TRACE}-{PARENT}-03-what-will-be", ["a=1"], "a=1"),
+        (f"00-{TRACE}-{PARENT}-01", ["a=1,b=2", "c=3"], "a=1,b=2,c=3"),
+        (f"00-{TRACE}-{PARENT}-01", ["nonsense"], ""),
+        (f"00-{TRACE}-{PARENT}-01", [f"a={'x' * 600}"], ""),
+    ],
+)
+def test_what_a_right_parent_may_look_like(
+    traced: AppInProcess,
+    kept: Kept,
+    caplog: pytest.LogCaptureFixture,
+    parent: str,
+    states: list[str],
+    state: str,
+) -> None:
+    headers = [("traceparent", parent), *(("tracestate", one) for one in states)]
+    assert traced.client.get("/v1/models", headers=headers).status_code == 200
+    server = kept.only()
+    assert f"{server.context.trace_id:032x}" == TRACE
+    assert f"{server.parent.span_id:016x}" == PARENT
+    assert server.context.trace_state.to_header() == state
+    assert {record.name for record in caplog.records} == {"nv_embed.access"}
 
 
 def test_probes_have_no_trace(traced: AppInProcess, kept: Kept) -> None:
