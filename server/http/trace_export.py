@@ -29,8 +29,6 @@ _RATIO = 0.01
 """Of the traces that begin here. All of them would cost the front a third of what it can do."""
 _EXPORTER_LOG = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
 _QUEUE_LOG = "opentelemetry.sdk._shared_internal"
-_COMMAND_LINE = frozenset({"process.command", "process.command_args", "process.command_line"})
-"""Attributes of the SDK's detector of processes, and perhaps --api-key with its key."""
 _FLUSH_S = 2.0
 _GIVE_UP_S = 0.5
 
@@ -134,7 +132,7 @@ class _Notes(logging.Handler):
 def _resource() -> Resource:
     """OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES and what the SDK finds out."""
     found = Resource.create()
-    attributes = {k: v for k, v in found.attributes.items() if k not in _COMMAND_LINE}
+    attributes = dict(found.attributes)
     attributes.setdefault("service.version", version("nv-embed-server"))
     if str(attributes["service.name"]).startswith("unknown_service"):
         attributes["service.name"] = "nv-embed-server"

@@ -448,7 +448,7 @@ def test_who_sends_them_is_said_and_no_command_line(monkeypatch: pytest.MonkeyPa
         return dict(export.resource.attributes)
 
     assert resource()["service.name"] == "nv-embed-server"
-    monkeypatch.setattr(sys, "argv", ["nv-embed", "serve", "--api-key", KEY])
+    monkeypatch.setattr(sys, "orig_argv", ["nv-embed", "serve", "--api-key", KEY])
     monkeypatch.setenv("OTEL_SERVICE_NAME", "search-embeddings")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test,service.version=9")
     monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "otel,process")
