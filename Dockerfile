@@ -7,7 +7,8 @@ FROM ${BASE_IMAGE} AS build
 ARG TORCH=default
 # A mirror of https://download.pytorch.org/whl/${TORCH}.
 ARG TORCH_INDEX=""
-# One more requirement: "bitsandbytes>=0.48,<1" for --quantization int8.
+# More requirements, with spaces between: "bitsandbytes>=0.48,<1" for --quantization int8,
+# "opentelemetry-exporter-otlp-proto-http>=1.45,<2" for traces.
 ARG EXTRAS=""
 WORKDIR /src
 # The environment gets no pip of its own. Only a changed lock file renews this step.
@@ -20,7 +21,7 @@ RUN case "${TORCH}" in \
     esac \
     && python3 -m venv --without-pip /opt/venv \
     && python3 -m pip --python /opt/venv/bin/python install --no-cache-dir "$@" \
-        -r requirements.lock ${EXTRAS:+"${EXTRAS}"}
+        -r requirements.lock ${EXTRAS}
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY model model
 COPY server server

@@ -430,6 +430,19 @@ class Settings(EncodeSettings, KeySettings):
         description="seconds to finish accepted requests after that",
     )
     access_log: bool = Field(True, description="one line per request, without its texts")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="send traces to this OpenTelemetry collector by OTLP over HTTP, such as "
+        "http://collector:4318 (extra otel); default: what OTEL_EXPORTER_OTLP_ENDPOINT says, else "
+        "none are made",
+    )
+    trace_sample: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="part of the traces that begin here which is sent; those of callers go by "
+        "their own sampled flag. Default: what OTEL_TRACES_SAMPLER says, else 0.01",
+    )
 
     @field_validator("host")
     @classmethod
@@ -452,6 +465,13 @@ class Settings(EncodeSettings, KeySettings):
     def _is_a_prefix(cls, value: str) -> str:
         if not re.fullmatch(r"(/[^/?#\s]+)+", value):
             raise ValueError("must begin with / and end without one, as in /api")
+        return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_an_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", value):
+            raise ValueError("must be a URL, as in http://collector:4318")
         return value
 
     @field_validator("cors_origin")

@@ -100,10 +100,11 @@ def test_the_check_finds_an_import_that_points_up(tmp_path: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.parametrize("module", TORCH_FREE)
-def test_the_front_process_needs_no_torch(module: str) -> None:
+def test_the_front_process_needs_no_torch_and_no_traces(module: str) -> None:
     program = (
         f"import sys, {module}; "
-        "print(*sorted({'torch', 'transformers', 'bitsandbytes'} & sys.modules.keys()))"
+        "not_ours = {'torch', 'transformers', 'bitsandbytes', 'opentelemetry.sdk'}; "
+        "print(*sorted(not_ours & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", program]
     child = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -126,6 +126,8 @@ class Embedding:
         try:
             with cancelled_on_disconnect(request):
                 result = await self.engine.embed(job, context_of(request.scope).key_name)
+            if (times := context_of(request.scope).times) is not None:
+                times.add(result.stages, how)
             if job.options.chunks is not None:
                 hold(request, (len(result.vectors) - 1) * size)
             how.check_vectors(result.vectors)

@@ -61,8 +61,11 @@ class _Endpoints:
         """The ids that would run for the same inputs and fields, and what the prefix adds."""
         wire, headers = await self._bodies.read(request, schemas.TokenizeRequest)
         job = self._embedding.job(request, wire, wire.model)
+        began = time.monotonic()
         with cancelled_on_disconnect(request):
             encodings = await self._engine.tokenize(job)
+        if (times := context_of(request.scope).times) is not None:
+            times.add((time.monotonic() - began,))
         tokens = sum(map(len, encodings))
         context_of(request.scope).log.update(inputs=len(job.inputs), tokens=tokens)
         hold(request, tokens * _ID_BYTES)

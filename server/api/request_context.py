@@ -5,6 +5,7 @@ The outermost layer makes it; dialects read it, add to its log line, and count w
 
 from __future__ import annotations
 
+import time
 from asyncio import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,26 @@ from starlette.types import Scope
 
 from model.families import Side
 from server.api.byte_budget import Reservation
+from server.api.vector_format import VectorFormat
 
 _KEY = "nv_embed.context"
 _EXTENSION = "nv_embed.disconnect"
+
+
+@dataclass(slots=True)
+class StageTimes:
+    """Where the time of a traced request went."""
+
+    seconds: tuple[float, ...] = ()
+    """For its tokens, for its turn, and from then to its last vector, as far as there were."""
+    ended: float = 0.0
+    """When the last of them did, on time.monotonic's clock."""
+    how: VectorFormat | None = None
+    """How its vectors are written."""
+
+    def add(self, seconds: tuple[float, ...], how: VectorFormat | None = None) -> None:
+        """They have just ended."""
+        self.seconds, self.ended, self.how = seconds, time.monotonic(), how
 
 
 @dataclass(slots=True)
@@ -35,6 +53,8 @@ class RequestContext:
     """Of the key that it came with, if that has one."""
     serialize_seconds: float = 0.0
     """How long its answer took to write as JSON."""
+    times: StageTimes | None = None
+    """Of one that is traced."""
     log: dict[str, Any] = field(default_factory=dict)
     """What its log line says besides."""
 

@@ -25,9 +25,12 @@ _MASK = "CUDA_VISIBLE_DEVICES"
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """The name that every torch takes which we do, then older ones."""
 _SECRETS = frozenset(
-    ("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+    (
+        *("NV_EMBED_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
+        *("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS"),
+    )
 )
-"""Variables that no child has a use for: none asks for keys or downloads."""
+"""Variables that no child has a use for: none asks for keys, downloads or sends traces."""
 _PROBE_S = 120.0
 _LIST_S = 60.0
 """Without its persistence daemon the driver wakes each GPU first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.routing import Route
@@ -11,6 +13,7 @@ from server.api import admin, cohere, ollama, openai, rerank, tei
 from server.api.body import IGNORED_HEADER
 from server.api.byte_budget import ByteBudget
 from server.api.embedding import HEADERS, Embedding
+from server.api.names import ServedNames
 from server.api.openapi import METRICS_PATHS, OPEN_PATHS, SUMMARY, TITLE, openapi_document
 from server.engine.interface import Engine
 from server.engine.metrics import Metrics
@@ -20,6 +23,9 @@ from server.http.pages import add_pages
 from server.http.refusals import Refusals
 from server.http.request_record import RequestRecord
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.http.trace_export import TraceExport
 
 _SHAPES = {
     **dict.fromkeys((*cohere.PATHS, rerank.COHERE_PATH), cohere.error_response),
@@ -49,8 +55,11 @@ class _App(FastAPI):
         return app
 
 
-def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
-    """The ASGI application over an engine, which the caller starts and stops.
+def create_app(
+    settings: Settings, engine: Engine, metrics: Metrics, traces: TraceExport | None = None
+) -> FastAPI:
+    """The ASGI application over an engine, which the caller starts and stops. traces: where they
+    go, if anywhere; the caller closes it.
 
     Raises SettingsError when the file of keys cannot be used.
     """
@@ -74,13 +83,18 @@ def create_app(settings: Settings, engine: Engine, metrics: Metrics) -> FastAPI:
     # most requests first, for each is compared with the paths in turn.
     app.router.routes[:0] = [route for router in routers for route in router.routes]
     pages = add_pages(app, docs=settings.docs, playground=settings.playground)
-    _add_layers(app, settings, engine, metrics, pages)
+    _add_layers(app, settings, engine, metrics, pages, traces)
     app.openapi = openapi_document  # type: ignore[method-assign]
     return app
 
 
 def _add_layers(
-    app: FastAPI, settings: Settings, engine: Engine, metrics: Metrics, pages: frozenset[str]
+    app: FastAPI,
+    settings: Settings,
+    engine: Engine,
+    metrics: Metrics,
+    pages: frozenset[str],
+    traces: TraceExport | None,
 ) -> None:
     """From the innermost to the outermost. CORS is around the refusals, which need its headers."""
     open_paths = OPEN_PATHS - (METRICS_PATHS if settings.metrics_need_key else set())
@@ -88,10 +102,9 @@ def _add_layers(
     if settings.max_key_share < 1 and not any(one.name for one in keys):
         raise SettingsError("--max-key-share needs keys with names (name:key)")
     app.add_middleware(Gate, keys=keys, open_paths=open_paths, pages=pages)
-    paths = (route.path for route in app.routes if isinstance(route, Route))
-    app.add_middleware(
-        Refusals, paths=frozenset(path for path in paths if "{" not in path), shapes=_SHAPES
-    )
+    routes = (route.path for route in app.routes if isinstance(route, Route))
+    paths = frozenset(path for path in routes if "{" not in path)
+    app.add_middleware(Refusals, paths=paths, shapes=_SHAPES)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -99,6 +112,16 @@ def _add_layers(
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["x-request-id", IGNORED_HEADER, *HEADERS],
+        )
+    if traces is not None:
+        from server.http.tracing import Tracing  # which needs OpenTelemetry's packages
+
+        app.add_middleware(
+            Tracing,
+            export=traces,
+            model=ServedNames(engine.source.model_id, settings.served_model_name).names[0],
+            dimensions=engine.dimensions,
+            paths=paths,
         )
     budget = ByteBudget(settings.max_inflight_bytes, lambda: metrics.count_refused("bytes"))
     metrics.constant(

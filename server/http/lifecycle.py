@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import signal
 import ssl
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -27,7 +29,11 @@ from server.http.connection import ProtocolLimits, limited
 from server.http.file_limit import most_connections, raise_file_limit
 from server.http.listener import BACKLOG, listen, unlink_socket
 from server.http.tls import with_tls
+from server.http.trace_target import export_to, target_of
 from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.http.trace_export import TraceExport
 
 logger = logging.getLogger("nv_embed")
 
@@ -65,7 +71,9 @@ def run(settings: Settings, source: ModelSource) -> int:
 async def _serve(settings: Settings, source: ModelSource) -> int:
     engine = EmbeddingEngine(settings, source)
     connections = _most_connections(settings, len(engine.worker_options))
-    server = _Uvicorn(_uvicorn_config(settings, engine, connections))
+    target = target_of(settings, os.environ)
+    traces = export_to(target, settings) if target is not None else None
+    server = _Uvicorn(_uvicorn_config(settings, engine, connections, traces))
     open_connections = server.server_state.connections
     engine.metrics.gauge(
         "nv_embed_open_connections", "Connections of clients", lambda: len(open_connections)
@@ -110,6 +118,8 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
         await serving
         if settings.uds:
             unlink_socket(settings.uds)
+        if traces is not None:
+            traces.close()
         logger.info("stopped")
 
 
@@ -129,13 +139,13 @@ def _most_connections(settings: Settings, workers: int) -> int:
 
 
 def _uvicorn_config(
-    settings: Settings, engine: EmbeddingEngine, connections: int
+    settings: Settings, engine: EmbeddingEngine, connections: int, traces: TraceExport | None
 ) -> uvicorn.Config:
     """Raises SettingsError when the keys or the certificate cannot be used."""
     protocol = limited(_protocol_limits(settings, connections), engine.metrics.count_refusal)
     tls = _tls_context(settings)
     config = uvicorn.Config(
-        create_app(settings, engine, engine.metrics),
+        create_app(settings, engine, engine.metrics, traces),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -53,8 +53,11 @@ class Refusals:
         except Exception as error:
             foreseen = self._foreseen(scope, error)
             if foreseen is None or (answered and not isinstance(error, ClientDisconnect)):
-                request_id = context_of(scope).request_id
-                logger.exception("a request failed", extra=details({"request_id": request_id}))
+                context = context_of(scope)
+                request_id, said = context.request_id, {"request_id": context.request_id}
+                if "trace_id" in context.log:
+                    said["trace_id"] = context.log["trace_id"]
+                logger.exception("a request failed", extra=details(said))
                 failed = f"The server failed; see its log at request {request_id}"
                 foreseen = self._written(scope, InternalError(failed))
             if not answered:

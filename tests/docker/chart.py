@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import helm_python as helm
 import kubernetes_validate
@@ -103,7 +104,7 @@ def _problems_of_schema() -> Iterator[str]:
     reserved = {"model", "revision", "offline", "devices", "host", "port", "uds", "runner"}
     reserved |= {"api_key", "api_key_file", "tls_certificate", "tls_key", "tiktoken_ranks"}
     reserved |= {"drain_delay", "drain_timeout", "max_connection_age", "min_ready_workers"}
-    reserved |= {"exit_after_failed_starts"}
+    reserved |= {"exit_after_failed_starts", "otlp_endpoint", "trace_sample"}
     if allowed != set(Settings.model_fields) - reserved:
         yield f"values.schema.json: options differ: {allowed ^ set(Settings.model_fields)}"
     values = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -201,6 +202,10 @@ class Checks:
         for secret in self.of("Secret"):
             if not _are_keys(secret["stringData"], self.values["apiKeys"]["keys"]):
                 yield "the server reads other keys"
+        traces = self.values["traces"]
+        wanted = (traces["endpoint"], traces["sample"]) if traces["endpoint"] else (None, None)
+        if (settings.otlp_endpoint, settings.trace_sample) != wanted:
+            yield "traces go elsewhere, or others"
         for name, value in self.values["options"].items():
             if (got := getattr(settings, name)) not in (value, [value]):
                 yield f"the option {name} is {got}, not {value}"
@@ -231,6 +236,11 @@ class Checks:
             for rule in policy["spec"]["ingress"]:
                 if [port["port"] for port in rule["ports"]] != ["http"]:
                     yield "the network policy opens other ports than the Service's"
+            collector = urlsplit(self.values["traces"]["endpoint"])
+            port = collector.port or {"https": 443, "http": 80}.get(collector.scheme)
+            open_ports = [one["port"] for rule in policy["spec"]["egress"] for one in rule["ports"]]
+            if port is not None and port not in open_ports:
+                yield "the network policy keeps traces from their collector"
         others = [pod["metadata"]["labels"] for pod in self.pods()[1:]]
         for name, selector in selectors.items():
             if not selector.items() <= labels.items():

@@ -23,6 +23,7 @@ GOOD: dict[str, dict[str, Any]] = {
             "prometheusRule": True,
             "labels": {"release": "prometheus"},
         },
+        "traces": {"endpoint": "http://collector.monitoring:4318", "sample": 0.05},
         "topologySpreadConstraints": [
             {
                 "maxSkew": 1,
@@ -75,6 +76,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "download": {"enabled": False},
         "hfToken": {"existingSecret": "hf"},
         "networkPolicy": {"enabled": True},
+        "traces": {"endpoint": "https://traces.example.org/otlp", "sample": 1},
     },
     "bulk beside it": {
         "bulk": {"enabled": True, "claim": "texts", "completions": 100, "parallelism": 8},
@@ -101,6 +103,8 @@ BAD: dict[str, dict[str, Any]] = {
     "bulk without a volume": {"bulk": {"enabled": True}},
     "a tag within the repository": {"image": {"repository": "nv-embed-server:latest"}},
     "an access mode that nobody can write to": {"persistence": {"accessMode": "ReadOnlyMany"}},
+    "a collector without a scheme": {"traces": {"endpoint": "collector:4318"}},
+    "a share in per cent": {"traces": {"sample": 5}},
     "a namespace that is a label": {"networkPolicy": {"namespaces": ["team=search"]}},
 }
 RELEASES = ("nv-embed", "search", "a-release-whose-name-is-as-long-as-helm-allows-names-2")
@@ -108,6 +112,9 @@ SPOILED = {  # text of what is rendered -> what would not work
     "maxUnavailable: 1": "maxUnavailble: 1",
     "path: /readyz": "path: /ready",
     "name: NV_EMBED_DRAIN_DELAY": "name: NV_EMBED_DRAIN_DELY",
+    "name: NV_EMBED_TRACE_SAMPLE": "name: NV_EMBED_TRACES_SAMPLE",
+    "value: http://collector.monitoring:4318": "value: http://collector.monitoring:4317",
+    "port: 4318": "port: 4317",
     "terminationGracePeriodSeconds: 48": "terminationGracePeriodSeconds: 42",
     "containerPort: 8000": "containerPort: 8001",
     "readOnlyRootFilesystem: true": "readOnlyRootFilesystem: false",

@@ -54,6 +54,8 @@ class FakeEngine:
         self.draining = False
         self._inputs = InputTokenizer(NVEmbedTokenizer.from_dir(model), most, settings.truncate)
 
+        self.stages = (0.0, 0.0, 0.0)
+        """What an answer says of itself."""
         self.key_names: list[str] = []
         """Of the keys that jobs came with."""
         self.jobs: list[EmbedJob] = []
@@ -74,7 +76,8 @@ class FakeEngine:
         vectors = [np.tile(row, times) / np.float32(np.sqrt(times)) for row in rows]
         cut = tuple(index for index, encoding in enumerate(encodings) if encoding.is_cut)
         spans = [encoding.span for encoding in encodings if encoding.span is not None]
-        return EmbedResult(averaged(encodings, vectors), num_tokens(encodings), cut, spans)
+        tokens = num_tokens(encodings)
+        return EmbedResult(averaged(encodings, vectors), tokens, cut, spans, self.stages)
 
     async def tokenize(self, job: EmbedJob) -> list[Encoding]:
         self.jobs.append(job)
@@ -148,13 +151,14 @@ def in_process(
     dimensions: int = WIDTH,
     log_format: str = "text",
     tracebacks: int = 0,
+    traces: Any = None,
     **options: Any,
 ) -> Iterator[AppInProcess]:
     """The app of `nv-embed serve` with these settings, over a FakeEngine; its log must hold so
-    many tracebacks in the end."""
+    many tracebacks in the end. traces: what takes its spans, as a TraceExport does."""
     settings = Settings(**{"token_ids": "model", **options})  # most tests know inputs by their ids
     engine = FakeEngine(model, settings, dimensions=dimensions)
-    app = create_app(settings, engine, Metrics())
+    app = create_app(settings, engine, Metrics(), traces)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="app", daemon=True)
     thread.start()

@@ -43,6 +43,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if eq .Values.autoscaling.mode "none" }}{{ if gt (int .Values.replicas) 1 }}yes{{ end }}{{ else }}{{ if gt (int .Values.autoscaling.minReplicas) 1 }}yes{{ end }}{{ end -}}
 {{- end -}}
 
+{{- define "nv-embed.tracesPort" -}}
+{{- $host := .Values.traces.endpoint | trimPrefix "http://" | trimPrefix "https://" | splitList "/" | first -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $host) | default (ternary "443" "80" (hasPrefix "https" .Values.traces.endpoint)) -}}
+{{- end -}}
+
 {{- define "nv-embed.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
