@@ -47,6 +47,17 @@ clean() { # what shares ten words with an evaluation set goes
   mv clean.jsonl "$1"
 }
 
+lowering() { # lowering on|off FROM TO: whether a tokenizer.json takes small letters for capitals
+  "$python" - "$@" <<'END'
+import json, sys
+state, source, to = sys.argv[1:]
+raw = json.load(open(source, encoding="utf-8"))
+parts = [part for part in raw["normalizer"]["normalizers"] if part["type"] != "Lowercase"]
+raw["normalizer"]["normalizers"] = [{"type": "Lowercase"}] * (state == "on") + parts
+json.dump(raw, open(to, "w", encoding="utf-8"), ensure_ascii=False, separators=(",", ":"))
+END
+}
+
 if [ ! -d data ]; then
   # Debian's packages and, for the long descriptions, its English translation file.
   apt-get update -o Acquire::Languages=en -o Dir::State::lists="$PWD/lists" \
@@ -77,10 +88,11 @@ if [ ! -d data ]; then
   mv data.part data
 fi
 "$python" -m model.training.teacher data/texts.jsonl vectors
+lowering off "$tokenizer" cased.json # the shipped weights learnt from texts as they are
 if [ ! -d init ]; then
   rm -rf init.part
   "$python" -m model.training.initialise init.part --texts data/texts.jsonl \
-    --vectors vectors --tokenizer "$tokenizer"
+    --vectors vectors --tokenizer cased.json
   mv init.part init
 fi
 train distil
@@ -103,4 +115,5 @@ fi
 train stage1
 train stage2
 "$python" -m model.training.average nv-embed-small runs/{distil3,stage1,stage2}/checkpoint
+lowering on cased.json nv-embed-small/tokenizer.json
 echo "the model: $PWD/nv-embed-small"
