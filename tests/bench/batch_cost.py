@@ -1,11 +1,15 @@
-"""What a batch costs its worker, given or fitted to what a server has measured.
+"""What a batch costs its worker: given, or fitted to batches that were measured.
 
 A batch takes `batch + token · tokens + input · inputs` seconds. Knows no queue and no clock.
+`python -m tests.bench.batch_cost --model small > batches.csv` measures a model here, each
+batch the least of several runs, for `python -m tests.bench.simulate --fit batches.csv`.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +18,9 @@ from typing import NamedTuple
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+
+from model.batch import CPU_BATCH_TOKENS, RunnerOptions
+from tests.bench import workloads
 
 _SUMS = {
     "batches": "nv_embed_batch_duration_seconds_count",
@@ -110,3 +117,53 @@ def watched(url: str, seconds: float, every: float = 1.0) -> Iterator[Batches]:
             if after.batches > before.batches:
                 yield between(before, after)
             before = after
+
+
+def measured(options: RunnerOptions, lengths: Sequence[int], runs: int) -> Iterator[Batches]:
+    """The largest batch, a half of it, a quarter … of texts of each of these lengths. Of one thread
+    the processor's time is taken, from which other programs take less."""
+    from model.runner import ModelRunner
+
+    alone = options.device == "cpu" and options.threads == 1
+    clock = time.process_time if alone else time.perf_counter
+    runner = ModelRunner(options)
+    runner.warm_up()
+    for length in lengths:
+        inputs = max(1, options.max_batch_tokens // length)
+        while inputs:
+            encodings = workloads.encodings_of(f"all-{length}", inputs)
+            least = float("inf")
+            for _ in range(runs):
+                begun = clock()
+                runner.embed(encodings)
+                least = min(least, clock() - begun)
+            yield Batches(1, inputs * length, inputs, least)
+            inputs //= 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="small", help="small (the shipped one), or a folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--max-batch-tokens", type=int, default=CPU_BATCH_TOKENS)
+    parser.add_argument("--lengths", default="16,64,256", help="tokens of a text")
+    parser.add_argument("--runs", type=int, default=20, help="of each batch; the least counts")
+    options = parser.parse_args()
+    runner = RunnerOptions(
+        str(workloads.checkpoint(options.model, Path("build/bench"))),
+        device=options.device,
+        threads=options.threads,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    lengths = [int(length) for length in options.lengths.split(",")]
+    writer = csv.writer(sys.stdout)
+    writer.writerow(Batches._fields)
+    for batch in measured(runner, lengths, options.runs):
+        writer.writerow(f"{value:.5g}" for value in batch)
+
+
+if __name__ == "__main__":
+    main()
