@@ -25,9 +25,10 @@ from tests.bench import workloads
 _SUMS = {
     "batches": "nv_embed_batch_duration_seconds_count",
     "seconds": "nv_embed_batch_duration_seconds_sum",
-    "tokens": "nv_embed_batch_tokens_sum",
-    "inputs": "nv_embed_batch_inputs_sum",
+    "tokens": "nv_embed_tokens_total",
+    "inputs": "nv_embed_inputs_total",
 }
+"""All of them are counted when a batch is done: histograms of its tokens, when it begins."""
 
 
 class Batches(NamedTuple):

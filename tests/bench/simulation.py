@@ -177,8 +177,9 @@ class _Clock:
 class _Turns:
     """One after the other, in the order in which they come: an event loop, or threads of a pool."""
 
-    def __init__(self, clock: _Clock, width: int = 1) -> None:
-        self._clock, self._free = clock, width
+    def __init__(self, clock: _Clock, lasts: float, width: int = 1) -> None:
+        """lasts: until when its work is counted."""
+        self._clock, self._lasts, self._free = clock, lasts, width
         self._waiting: deque[tuple[float, Action]] = deque()
         self.seconds = 0.0
 
@@ -195,9 +196,10 @@ class _Turns:
         while self._free and self._waiting:
             seconds, action = self._waiting.popleft()
             self._free -= 1
-            self.seconds += seconds
             if seconds:
-                self._clock.at(self._clock.now + seconds, partial(self._end, action))
+                now = self._clock.now
+                self.seconds += max(0.0, min(now + seconds, self._lasts) - now)
+                self._clock.at(now + seconds, partial(self._end, action))
             else:
                 action()
                 self._free += 1
@@ -231,8 +233,8 @@ class _Replica:
 
     def __init__(self, setup: Setup, clock: _Clock, outcome: Outcome) -> None:
         self._setup, self._clock, self._outcome = setup, clock, outcome
-        self.loop = _Turns(clock)
-        self._threads = _Turns(clock, _THREADS)
+        self.loop = _Turns(clock, outcome.lasted)
+        self._threads = _Turns(clock, outcome.lasted, _THREADS)
         self._queue: RequestQueue[_Request] = RequestQueue()
         self._workers = [_Worker() for _ in range(setup.workers)]
         self._under_way = 0

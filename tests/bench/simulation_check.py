@@ -43,7 +43,7 @@ _LONE = ((64,), (4000,), (64,) * 16, (1000,) * 16)
 """Requests sent alone, one after another: few and many tokens, one input and several."""
 _EACH = 20
 _ATTEMPTS = 3
-"""A run that other programs disturbed says nothing; whether they did is seen without its outcome."""
+"""A run that other programs disturbed says nothing. Whether they did shows without its outcome."""
 
 
 class Compared(NamedTuple):
@@ -183,7 +183,9 @@ class PacedServer:
         )
 
     async def _totals(self, connection: Connection) -> Batches:
-        return batch_cost.totals((await connection.ask(METRICS)).body.decode())
+        answer = await connection.ask(METRICS)
+        assert answer.status == 200, answer
+        return batch_cost.totals(answer.body.decode())
 
     # Open loop
 
@@ -206,8 +208,7 @@ class PacedServer:
         count = len(arrivals)
         seen = Outcome([0] * count, [math.nan] * count, [math.nan] * count, arrivals[-1].at)
         late = [0.0] * count
-        connection = await Connection.to(*where)
-        before = await self._totals(connection)
+        before = await self._totals(await Connection.to(*where))
         begin = loop.time() + 0.1
 
         async def ask(index: int) -> None:
@@ -229,9 +230,11 @@ class PacedServer:
                 if wait > 0:
                     await asyncio.sleep(wait)
                 group.create_task(ask(index))
-        batches = batch_cost.between(before, await self._totals(connection))
-        for other in (connection, *idle):
-            other.close()
+        # On a new connection: an idle one may have been closed meanwhile.
+        after = await self._totals(await Connection.to(*where))
+        batches = batch_cost.between(before, after)
+        for connection in idle:
+            connection.close()
         seen.batches, seen.batch_tokens = int(batches.batches), int(batches.tokens)
         slept = batches.batches * self.pace.batch + batches.tokens * self.pace.token
         return seen, Disturbance(float(np.quantile(late, 0.99)), batches.seconds / slept - 1)
@@ -259,10 +262,9 @@ def check(
         for load in loads:
             arrivals = poisson(load * rate, seconds, sizes, seed)
             predicted = simulate(setup, arrivals)
-            for attempt in range(_ATTEMPTS):
-                if attempt:
-                    print(f"load {load:g}: {disturbance}: measured again", flush=True)
+            for _ in range(_ATTEMPTS):
                 measured, disturbance = server.send(arrivals)
+                print(f"load {load:g}: {len(arrivals)} requests; {disturbance}", flush=True)
                 if disturbance.is_slight:
                     break
             assert set(measured.statuses) <= {200, 429}, set(measured.statuses)
@@ -279,5 +281,4 @@ def check(
                         "disturbed": "" if disturbance.is_slight else "yes",
                     }
                 )
-            print(f"load {load:g}: {len(arrivals)} requests; {disturbance}", flush=True)
     return setup, rows, all(row["holds"] == "yes" for row in rows)

@@ -122,12 +122,10 @@ def test_a_server_tells_its_batches() -> None:
 nv_embed_batch_duration_seconds_bucket{le="+Inf"} 4.0
 nv_embed_batch_duration_seconds_count 4.0
 nv_embed_batch_duration_seconds_sum 0.5
-# TYPE nv_embed_batch_tokens histogram
-nv_embed_batch_tokens_count 4.0
-nv_embed_batch_tokens_sum 900.0
-# TYPE nv_embed_batch_inputs histogram
-nv_embed_batch_inputs_count 4.0
-nv_embed_batch_inputs_sum 30.0
+# TYPE nv_embed_tokens_total counter
+nv_embed_tokens_total 900.0
+# TYPE nv_embed_inputs_total counter
+nv_embed_inputs_total 30.0
 """
     found = batch_cost.totals(text)
     assert found == Batches(batches=4, tokens=900, inputs=30, seconds=0.5)
