@@ -191,9 +191,17 @@ def _plot_lines(
             axes.plot(*zip(*points, strict=True), marker="o", label=None if place else name)
         axes.set_xlabel(over)
         axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0)
+        values = [row[column] for row in rows if row.get(column)]
+        if values and max(values) > _LOG_FROM * min(values):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+_LOG_FROM = 100
+"""A panel whose largest value is so many times its least has a logarithmic scale."""
 
 
 def _save(figure: Any, path: Path) -> None:

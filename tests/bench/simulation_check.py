@@ -158,11 +158,11 @@ class PacedServer:
         for tokens in _LONE:
             requests = [self.body(tokens) for _ in range(_EACH)]
             await connection.ask(requests[0])
-            before = await self._totals(connection)
+            before = await self._totals()
             cpu = front.cpu_ns(pid)
             answers = [await connection.ask(request) for request in requests[1:]]
             taken = (front.cpu_ns(pid) - cpu) / 1e9
-            batches = batch_cost.between(before, await self._totals(connection))
+            batches = batch_cost.between(before, await self._totals())
             assert all(answer.status == 200 for answer in answers), answers[-1]
             assert batches.tokens == sum(tokens) * len(answers), "tokens are counted otherwise"
             samples.append(batches)
@@ -170,6 +170,7 @@ class PacedServer:
             lone = median(answer.seconds for answer in answers)
             beside.append(lone - (batches.seconds + taken) / len(answers))
         connection.close()
+        await asyncio.sleep(0)  # until it is
         request, token, row = _front_cost(front_s)
         wire = max(0.0, median(beside))
         of_front = Front(request / 2, token, request / 2, row, wire)
@@ -182,8 +183,11 @@ class PacedServer:
             ids=True,
         )
 
-    async def _totals(self, connection: Connection) -> Batches:
+    async def _totals(self) -> Batches:
+        """On a new connection: one that was idle for long is closed."""
+        connection = await Connection.to(*address(self.server))
         answer = await connection.ask(METRICS)
+        connection.close()
         assert answer.status == 200, answer
         return batch_cost.totals(answer.body.decode())
 
@@ -208,7 +212,7 @@ class PacedServer:
         count = len(arrivals)
         seen = Outcome([0] * count, [math.nan] * count, [math.nan] * count, arrivals[-1].at)
         late = [0.0] * count
-        before = await self._totals(await Connection.to(*where))
+        before = await self._totals()
         begin = loop.time() + 0.1
 
         async def ask(index: int) -> None:
@@ -230,11 +234,10 @@ class PacedServer:
                 if wait > 0:
                     await asyncio.sleep(wait)
                 group.create_task(ask(index))
-        # On a new connection: an idle one may have been closed meanwhile.
-        after = await self._totals(await Connection.to(*where))
-        batches = batch_cost.between(before, after)
+        batches = batch_cost.between(before, await self._totals())
         for connection in idle:
             connection.close()
+        await asyncio.sleep(0)  # until they are
         seen.batches, seen.batch_tokens = int(batches.batches), int(batches.tokens)
         slept = batches.batches * self.pace.batch + batches.tokens * self.pace.token
         return seen, Disturbance(float(np.quantile(late, 0.99)), batches.seconds / slept - 1)
