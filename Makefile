@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill recipe image image-check tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers simulate chart-check observability-check drill recipe image image-check tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -192,6 +192,9 @@ bench: $(VENV)/.installed-test ## measure forward, front, large, serve, load and
 
 bench-peers: $(VENV)/.installed-test ## install other embedding servers, each by itself, and run the same texts
 	$(BIN)/python -m tests.bench.peers --results $(RESULTS) $(ARGS)
+
+simulate: $(VENV)/.installed-test ## predict answers/s, p50, p99, refusals by load and number of servers (ARGS=--help)
+	$(BIN)/python -m tests.bench.simulate --results $(RESULTS) $(ARGS)
 
 chart-check: $(VENV)/.installed-test build/chart/.installed ## the Helm chart and compose files, without a cluster
 	PYTHONPATH=build/chart:. $(BIN)/python -m tests.docker.chart $(ARGS)

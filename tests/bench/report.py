@@ -64,10 +64,21 @@ class Report:
             {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         )
 
-    def finish(self, results: Path, *, group: str, label: str, value: str, unit: str) -> None:
+    def finish(
+        self,
+        results: Path,
+        *,
+        group: str,
+        label: str,
+        value: str,
+        unit: str,
+        lines: Mapping[str, str] | None = None,
+    ) -> None:
         """Print the table, write NAME.json, .html, .png and .svg, end with a line of JSON.
 
         group, label, value: the columns that the plot's groups, bars and heights come from.
+        lines: columns and their units; then the plot has lines over a group that is a number, a
+        panel for each column.
         """
         print("\n" + table(self.rows))
         for name, ratio in self.ratios.items():
@@ -82,7 +93,11 @@ class Report:
         }
         whole = {**summary, "what": self.what, "raw": self.raw}
         (results / f"{self.name}.json").write_text(json.dumps(whole, indent=1) + "\n")
-        _plot(self.rows, results / self.name, group=group, label=label, value=value, unit=unit)
+        path = results / self.name
+        if lines:
+            _plot_lines(self.rows, path, over=group, label=label, columns=lines)
+        else:
+            _plot(self.rows, path, group=group, label=label, value=value, unit=unit)
         (results / f"{self.name}.html").write_text(self._page(summary, group, label, value, unit))
         print(json.dumps(summary), flush=True)
 
@@ -148,6 +163,48 @@ def _plot(
     axes.set_xticks([i + middle for i in range(len(groups))], groups, fontsize=8)
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _plot_lines(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    over: str,
+    label: str,
+    columns: Mapping[str, str],
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(columns) + 1.6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(str(row[label]) for row in rows))
+    for place, (column, unit) in enumerate(columns.items()):
+        axes = figure.add_subplot(1, len(columns), place + 1)
+        for name in names:
+            points = [
+                (row[over], row[column])
+                for row in rows
+                if str(row[label]) == name and row.get(column) is not None
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=None if place else name)
+        axes.set_xlabel(over)
+        axes.set_ylabel(unit)
+        values = [row[column] for row in rows if row.get(column)]
+        if values and max(values) > _LOG_FROM * min(values):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+_LOG_FROM = 100
+"""A panel whose largest value is so many times its least has a logarithmic scale."""
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=110, metadata=_UNDATED[suffix])
