@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -470,7 +471,7 @@ class Settings(EncodeSettings, KeySettings):
     @field_validator("otlp_endpoint")
     @classmethod
     def _is_an_endpoint(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", value):
+        if value is not None and not _is_url(value):
             raise ValueError("must be a URL, as in http://collector:4318")
         return value
 
@@ -499,3 +500,14 @@ class Settings(EncodeSettings, KeySettings):
 
 HIDDEN = {"runner"}
 SettingsT = TypeVar("SettingsT", bound=MachineSettings)
+
+
+def _is_url(text: str) -> bool:
+    """Of a place that is spoken to over HTTP, and no more than that."""
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018  (raises for what is no number)
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", text)
+    return bool(plain and parts.hostname)

@@ -88,6 +88,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
         for name in ("mine", "synthesize", "evaluate")
         for option, values in (("url", URLS), ("api-key", KEYS), ("api-key-file", READ))
     },
+    "serve --otlp-endpoint": URLS,
     "synthesize --chat-url": URLS,
     "synthesize --chat-api-key": KEYS,
     "synthesize --kinds": ["x", "short,", "short,short", "Short", "short long"],
