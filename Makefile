@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers simulate chart-check observability-check drill recipe image image-check tiny-model lock clean
+.PHONY: help install serve test test-slow test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers simulate chart-check observability-check drill recipe image image-check tiny-model lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,10 +38,13 @@ serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…
 # Bytecode is written even where PYTHONDONTWRITEBYTECODE is set, as images have it: else each of some
 # 400 processes compiles this project anew, and pytest all that it rewrites.
 TEST_JOBS ?= 3
-test test-fast coverage: export PYTHONDONTWRITEBYTECODE =
-test: $(VENV)/.installed-test ## run all tests: the gate (TEST_JOBS at once)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing" $(ARGS) || [ $$? -eq 5 ]
+test test-slow test-fast coverage: export PYTHONDONTWRITEBYTECODE =
+test: $(VENV)/.installed-test ## run all tests but the slow ones: the gate (TEST_JOBS at once)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing and not slow" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
+
+test-slow: $(VENV)/.installed-test ## run those that take long: compiled training, gpu-check of another family, benches
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m slow $(ARGS)
 
 # Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
 SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py

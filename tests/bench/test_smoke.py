@@ -72,6 +72,7 @@ def test_front_says_what_it_needs(
     assert "apt-get install wrk" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_serve(golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(golden_checkpoint), "--texts", "70", "--threads", "1"]
     options += ["--loads", "0.5", "--queries", "3", "--bulk-inputs", "100", "--rounds", "2"]
@@ -88,6 +89,7 @@ def test_load(golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert summary["rows"][1]["kept_gb"] < summary["rows"][0]["kept_gb"]
 
 
+@pytest.mark.slow
 def test_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rounds", "1", "--busy", "1", "--texts", "16"]
     summary = report_of(busy.main, options, tmp_path, capsys)

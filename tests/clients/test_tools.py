@@ -38,7 +38,14 @@ def test_the_full_gate_runs_the_gate_and_what_needs_a_network() -> None:
     lines = (ROOT / ".ci" / "full").read_text().splitlines()
     suites = [
         f"make {name}"
-        for name in ("test-clients", "test-browser", "test-examples", "image-check", "recipe")
+        for name in (
+            "test-slow",
+            "test-clients",
+            "test-browser",
+            "test-examples",
+            "image-check",
+            "recipe",
+        )
     ]
-    assert lines[-6:] == [".ci/run", *suites]
+    assert lines[-7:] == [".ci/run", *suites]
     assert (ROOT / ".ci" / "full").stat().st_mode & 0o111

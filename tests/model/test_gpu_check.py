@@ -164,6 +164,7 @@ def test_what_was_measured(run: tuple[int, dict[str, Any]]) -> None:
     assert report["server"]["lone_p50_ms"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_every_step_is_right_for_each_family(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,6 +190,7 @@ def test_every_step_is_right_for_each_family(
 CHECKS = ("parity.tokens", "parity.parts", "parity.backbone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIBLINGS)
 def test_a_family_that_is_changed_fails(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

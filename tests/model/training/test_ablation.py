@@ -27,6 +27,7 @@ def file(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_cell_is_scored_with_every_seed(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,10 @@ from model.training.trainer import Trainer
 from tests.layers import ROOT
 from tests.model.training.test_trainer import settings_of
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
+    pytest.mark.slow,
+]
 
 
 def test_the_gradients_are_the_same(tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path) -> None:
