@@ -133,6 +133,7 @@ SERVER = {  # by wing; "" are the files on top
         "app",
         "lifecycle",
     ],
+    "ray": ["settings", "metrics", "replica", "app"],
     "offline": [
         "sources",
         "text_files",
@@ -175,6 +176,7 @@ WINGS = {  # which others each may use, beside the files on top
     "engine": (),
     "api": ("engine",),
     "http": ("api", "engine"),
+    "ray": ("http", "api", "engine"),
     "offline": ("api", "engine"),
     "cli": ("http", "offline", "api", "engine"),
 }
