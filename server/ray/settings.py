@@ -111,6 +111,7 @@ class ReplicaSettings(Settings):
             "graceful_shutdown_timeout_s": self.drain_timeout + _WAIT_S,
             "health_check_period_s": self.health_check_period_s,
             "health_check_timeout_s": self.health_check_timeout_s,
+            "logging_config": {"enable_access_log": False},  # the server has its own
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.gpus},
         }
 

@@ -1,0 +1,370 @@
+"""`make test-ray`: replicas of Ray Serve behind both of its proxies, beside the plain server.
+
+Answers are compared byte for byte; a replica is killed under 16 busy connections, of which no more
+requests fail than were in flight, and none through OpenAI's client; a changed argument is deployed
+under load, and no request is lost. Runs in a network of its own, which has the loopback alone.
+Ends with status 1 where anything is wrong or a process is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import yaml
+
+from tests.checkpoints import write_checkpoint
+from tests.ray.cluster import APPLICATION, Cluster, Config
+from tests.server.processes import ServerProcess
+from tests.server.questions import RUNNERS
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "docker/ray/serve.yaml"
+MODES = {
+    "Python proxy": {"RAY_SERVE_ENABLE_HA_PROXY": "0"},
+    "HAProxy": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # For load balancers beyond this machine to notice that a replica leaves.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    },
+}
+PORT, METRICS_PORT = 8000, 9100
+CONNECTIONS = 16
+REQUESTS = 1_000
+KILL_AT = 300
+"""After so many answers."""
+PAUSE_S = 0.05
+"""Between two requests of a connection, while replicas start on the same two cores."""
+LEFT_S = 20.0
+QUESTIONS: list[tuple[str, str, Any]] = [
+    ("POST", "/v1/embeddings", {"model": "golden-embed", "input": ["one text", "and another"]}),
+    ("POST", "/v1/embeddings", {"input": "a text", "encoding_format": "base64"}),
+    ("POST", "/v1/embeddings", {"input": [f"text {number}" for number in range(200)]}),
+    ("POST", "/v1/embeddings", {"input": []}),
+    ("POST", "/v1/embeddings", {"input": "x", "model": "another"}),
+    ("POST", "/v1/embeddings", {"input": "x", "dimensions": -1}),
+    ("POST", "/v1/embeddings", {"input": "x" * 300_000}),
+    ("POST", "/v1/embeddings", b"{"),
+    ("POST", "/v1/embeddings", b"\xff"),
+    ("POST", "/embed", {"inputs": ["one", "two"]}),
+    ("POST", "/embed", {"inputs": 5}),
+    ("POST", "/v2/embed", {"texts": 5}),
+    ("GET", "/v1/embeddings", None),
+    ("GET", "/v1/models/none", None),
+    ("GET", "/nowhere", None),
+    ("GET", "/readyz", None),
+]
+
+
+def main() -> int:
+    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+        print("this network is not one of its own: make test-ray")
+        return 2
+    _raise_loopback()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ray-") as name:
+        folder = Path(name)
+        checkpoint = write_checkpoint(folder / "golden")
+        log = folder / "plain"
+        given = ("--no-access-log", "--cpu-products", "plain")  # others are chosen by their time
+        plain = ServerProcess(checkpoint, *given, log=log).wait_ready()
+        try:
+            wrong = [
+                f"{mode}: {problem}"
+                for mode, environment in MODES.items()
+                if not sys.argv[1:] or mode in sys.argv[1:]
+                for problem in _Trial(folder, checkpoint, plain, mode).problems(environment)
+            ]
+        finally:
+            plain.stop()
+    print("\n".join(wrong) or f"all is as it should be, after {time.monotonic() - began:.0f} s")
+    return 1 if wrong else 0
+
+
+def _raise_loopback() -> None:
+    """As `ip link set lo up` does."""
+    up, set_flags = 0x1 | 0x40, 0x8914
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up))
+
+
+class _Trial:
+    """Behind one of the proxies."""
+
+    def __init__(self, folder: Path, checkpoint: Path, plain: ServerProcess, mode: str) -> None:
+        self._folder, self._plain, self._mode = folder / mode[:2], plain, mode
+        self._folder.mkdir()
+        self._config = _config(checkpoint)
+        self._url = f"http://127.0.0.1:{PORT}"
+        self._began = time.monotonic()
+
+    def problems(self, environment: dict[str, str]) -> Iterator[str]:
+        self._cluster = Cluster(self._folder, METRICS_PORT, _quiet(environment))
+        try:
+            self._cluster.deploy(self._config)
+            self._cluster.wait("RUNNING", replicas=2)
+            self._say("two replicas")
+            yield from self._answers_differ()
+            if self._mode == "Python proxy":  # it makes no difference to these
+                yield from self._metrics_are_missing()
+                yield from self._a_typo_passes()
+            if shutil.which("wrk"):
+                self._measure()
+            yield from self._redeploy_loses()
+            yield from self._kill_loses(asyncio.run, "raw", _raw(self._url))
+            self._cluster.wait("RUNNING", replicas=2)
+            yield from self._kill_loses(asyncio.run, "OpenAI's client", _sdk(self._url))
+        finally:
+            left = self._stop()
+        if left:
+            yield f"left: {left}"
+
+    def _say(self, what: str) -> None:
+        print(f"{self._mode}, {time.monotonic() - self._began:.0f} s: {what}", flush=True)
+
+    def _answers_differ(self) -> Iterator[str]:
+        with httpx.Client(base_url=self._url, timeout=60) as ray:
+            for number, (method, path, body) in enumerate(QUESTIONS):
+                given = {"content": body} if isinstance(body, bytes) else {"json": body}
+                headers = {"content-type": "application/json", "x-request-id": f"id-{number}"}
+                one, other = (
+                    client.request(method, path, headers=headers, **(given if body else {}))
+                    for client in (self._plain.client, ray)
+                )
+                if (one.status_code, one.content) != (other.status_code, other.content):
+                    yield f"{path}: {one.status_code} {one.text!r}, not {other.text!r}"
+                if (ids := other.headers.get_list("x-request-id")) != [f"id-{number}"]:
+                    yield f"{path}: the ids are {ids}"
+            ids = ray.get("/livez").headers.get_list("x-request-id")
+            if len(ids) != 1 or not ids[0]:
+                yield f"without an id from the client: {ids}"
+        self._say(f"{len(QUESTIONS)} answers compared")
+
+    def _metrics_are_missing(self) -> Iterator[str]:
+        """They come every few seconds."""
+        answered = 4  # of embeddings, above
+        wanted = r'^ray_nv_embed_requests_total{.*deployment="nv-embed".*route="embeddings".*'
+        wanted += r'status="200".*} (\S+)$'
+        deadline, seen = time.monotonic() + 30, 0.0
+        while time.monotonic() < deadline and seen < answered:
+            with contextlib.suppress(httpx.HTTPError):
+                text = httpx.get(f"http://127.0.0.1:{METRICS_PORT}/metrics").text
+                seen = sum(map(float, re.findall(wanted, text, re.M)))
+            time.sleep(0.5)
+        if seen != answered:
+            yield f"Ray's metrics tell of {seen} requests, not {answered}"
+        for name in ("nv_embed_workers_ready", "nv_embed_request_duration_seconds_bucket"):
+            if f"ray_{name}{{" not in text:
+                yield f"Ray's metrics do not tell of {name}"
+        self._say(f"metrics of {seen:.0f} requests")
+
+    def _a_typo_passes(self) -> Iterator[str]:
+        config = copy.deepcopy(self._config)
+        typo = {**config["applications"][0], "name": "typo", "route_prefix": "/typo"}
+        typo["args"] = {**typo["args"], "max_batch_token": 100}
+        config["applications"].append(typo)
+        self._cluster.deploy(config)
+        said = self._cluster.wait("DEPLOY_FAILED", "typo")
+        if "unknown argument 'max_batch_token'; did you mean max_batch_tokens?" not in said:
+            yield f"a typo: {said}"
+        self._say("a typo is refused")
+
+    def _measure(self) -> None:
+        for name, url in (("plain server", self._plain.url), (self._mode, self._url)):
+            for connections in (1, CONNECTIONS):
+                self._say(f"{name}, {connections} connections: {_wrk(url, connections)}")
+
+    def _redeploy_loses(self) -> Iterator[str]:
+        """Other arguments, which replace both replicas."""
+        before = self._cluster.replicas()
+        self._config["applications"][0]["args"]["runner"] = f"{RUNNERS}Hashing"
+        with _Load(self._url) as load:
+            time.sleep(1)
+            began = time.monotonic()
+            self._cluster.deploy(self._config)
+            while set(before) & set(self._cluster.replicas()):
+                time.sleep(0.5)
+                if time.monotonic() - began > 120:
+                    yield "replicas of before are still there"
+                    return
+            self._cluster.wait("RUNNING", replicas=2)
+            took = time.monotonic() - began
+            while load.seen.total() < REQUESTS:
+                time.sleep(0.1)
+        lost = load.seen.total() - load.seen["200"]
+        self._say(
+            f"deployed anew in {took:.0f} s: {lost} of {load.seen.total()} lost {dict(load.seen)}"
+        )
+        if lost:
+            yield f"a new deployment lost {lost} of {load.seen.total()}: {dict(load.seen)}"
+
+    def _kill_loses(
+        self, run: Callable[[Any], None], title: str, ask: Callable[[int], Any]
+    ) -> Iterator[str]:
+        """title: `raw` may lose what is in flight, another nothing."""
+        seen: Counter[str] = Counter()
+        victim = self._cluster.replicas()[0]
+
+        async def connection(numbers: Iterator[int]) -> None:
+            for number in numbers:
+                seen[await ask(number)] += 1
+                if seen.total() == KILL_AT:
+                    os.kill(victim, signal.SIGKILL)
+
+        async def all_of_them() -> None:
+            numbers = iter(range(REQUESTS))
+            await asyncio.gather(*(connection(numbers) for _ in range(CONNECTIONS)))
+
+        run(all_of_them())
+        failed = seen.total() - seen["200"]
+        self._say(f"a replica killed, {title}: {failed} of {seen.total()} failed {dict(seen)}")
+        if seen.total() != REQUESTS or victim in self._cluster.replicas():
+            yield f"{seen.total()} requests, and {victim} was to be killed"
+        if failed > (CONNECTIONS if title == "raw" else 0):
+            yield f"a replica killed, {title}: {failed} failed {dict(seen)}"
+
+    def _stop(self) -> list[str]:
+        """-> what is left of it, which is killed."""
+        try:
+            self._cluster.stop()
+        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
+            self._say(f"stopping failed: {error}")
+        deadline = time.monotonic() + LEFT_S
+        while (pids := self._cluster.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = []
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100])
+                os.kill(pid, signal.SIGKILL)
+        self._say("stopped")
+        return left
+
+
+def _config(checkpoint: Path) -> Config:
+    """The one that is shipped, for a small model and two replicas on two cores."""
+    config: Config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"] = {"host": "127.0.0.1", "port": PORT}
+    (application,) = config["applications"]
+    assert application["name"] == APPLICATION
+    application["args"] |= {
+        "model": str(checkpoint),
+        "devices": "cpu",
+        "dtype": "float32",
+        "cpu_products": "plain",
+        "num_cpus": 0.1,
+        "access_log": False,
+        "min_replicas": 2,
+        "max_replicas": 2,
+    }
+    return config
+
+
+def _quiet(environment: dict[str, str]) -> dict[str, str]:
+    usual = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    return {**usual, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+
+
+class _Load:
+    """Connections that ask again and again, until the block ends."""
+
+    def __init__(self, url: str) -> None:
+        self._ask, self._stop = _raw(url), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
+        self.seen: Counter[str] = Counter()
+
+    def __enter__(self) -> _Load:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    async def _ask_all(self) -> None:
+        await asyncio.gather(*(self._connection(number) for number in range(CONNECTIONS)))
+
+    async def _connection(self, number: int) -> None:
+        count = number
+        while not self._stop.is_set():
+            self.seen[await self._ask(count)] += 1
+            count += CONNECTIONS
+            await asyncio.sleep(PAUSE_S)
+
+
+def _raw(url: str) -> Callable[[int], Any]:
+    """-> asks without a second try; says the status or the error."""
+    clients: list[httpx.AsyncClient] = []
+
+    async def ask(number: int) -> str:
+        if not clients:  # of the loop that runs
+            limits = httpx.Limits(max_connections=CONNECTIONS)
+            clients.append(httpx.AsyncClient(base_url=url, timeout=60, limits=limits))
+        try:
+            answer = await clients[0].post("/v1/embeddings", json={"input": f"text {number}"})
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        return f"{answer.status_code}"
+
+    return ask
+
+
+def _sdk(url: str) -> Callable[[int], Any]:
+    """-> asks with what OpenAI's client does by itself: two more tries."""
+    clients: list[openai.AsyncOpenAI] = []
+
+    async def ask(number: int) -> str:
+        if not clients:
+            clients.append(openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none"))
+        try:
+            await clients[0].embeddings.create(model="golden-embed", input=f"text {number}")
+        except openai.OpenAIError as error:
+            return repr(error)
+        return "200"
+
+    return ask
+
+
+def _wrk(url: str, connections: int) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write("""
+wrk.method, number = "POST", 0
+wrk.headers["Content-Type"] = "application/json"
+function request()
+  number = number + 1
+  return wrk.format(nil, nil, nil, '{"input": "text ' .. number .. '"}')
+end
+""")
+        script.flush()
+        command = ["wrk", "-t1", f"-c{connections}", "-d3s", "--latency", "-s", script.name]
+        command.append(f"{url}/v1/embeddings")
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    p50, rate = (re.search(rf"{name}\s+(\S+)", said) for name in ("50%", "Requests/sec:"))
+    errors = re.search(r"Non-2xx.*: (\d+)", said)
+    assert p50 is not None
+    assert rate is not None
+    return f"p50 {p50[1]}, {rate[1]} req/s{f', {errors[1]} errors' if errors else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
