@@ -59,7 +59,7 @@ MODEL = [
     "encoder",
 ]
 SERVER = {  # by wing; "" are the files on top
-    "": ["errors", "turns", "logs", "api_keys", "settings", "configuration"],
+    "": ["errors", "turns", "interpreter", "logs", "api_keys", "settings", "configuration"],
     "engine": [
         "pace",
         "interface",

@@ -1,45 +1,46 @@
-"""One replica of Ray Serve: the front's application over an engine with one worker.
+"""One replica: the front's application over an engine with one worker, from its start to its end.
 
-Ray listens, routes, asks for its health and ends it. Knows Ray by what it calls alone, and imports
-nothing of it.
+Imports nothing of Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model.hub import locate
+from model.hub import ModelSource, locate
 from model.platform import resources
-from server import logs
+from server import interpreter, logs
 from server.engine.engine import EmbeddingEngine
 from server.errors import UnavailableError
 from server.http.app import create_app
 from server.ray.metrics import Instruments, Mirror
-from server.ray.settings import read
-
-logger = logging.getLogger("nv_embed.ray")
+from server.ray.settings import ReplicaSettings, read
 
 _REQUEST_ID = b"x-request-id"
 _LOOK_S = 0.05
 
 
 class Replica:
-    """What Serve's deployment is made of. Its methods are those that Serve looks for."""
+    """A server without a listener: `app` is what Ray calls."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: Mapping[str, Any], instruments: Instruments
-    ) -> None:
-        """Returns when a request can be served. args: see server/ray/settings.py; read here once
-        more, for only here is the environment the one that counts.
+    def __init__(self, settings: ReplicaSettings, source: ModelSource) -> None:
+        """Raises SettingsError or CheckpointError."""
+        self._settings = settings
+        self._engine = engine = EmbeddingEngine(settings, source)
+        self.app: ASGIApp = OneRequestId(create_app(settings, engine, engine.metrics))
+        self._tasks: list[asyncio.Task[None]] = []
 
-        Raises SettingsError, CheckpointError or StartError, of which Ray tells.
+    @classmethod
+    async def started(cls, args: Mapping[str, Any], instruments: Instruments) -> Self:
+        """One that can serve. args: see server/ray/settings.py; read in the replica's own process,
+        for there is the environment that counts.
+
+        Raises SettingsError, CheckpointError or StartError.
         """
         settings = read(args, os.environ)
         logs.configure_own(settings.log_format, settings.log_level)
@@ -51,43 +52,40 @@ class Replica:
             offline=settings.offline,
             family=settings.family,
         )
-        self._engine = engine = EmbeddingEngine(settings, source)
-        self._drain_timeout = settings.drain_timeout
-        self._app = OneRequestId(create_app(settings, engine, engine.metrics))
-        engine.start()
-        self._failing = asyncio.create_task(engine.failed())
+        replica = cls(settings, source)
+        interpreter.prepare()
+        await replica._start(instruments)
+        return replica
+
+    async def _start(self, instruments: Instruments) -> None:
+        self._engine.start()
+        mirror = Mirror(self._engine.metrics.registry, instruments)
+        self._failing = asyncio.create_task(self._engine.failed())
+        self._tasks = [self._failing, asyncio.create_task(mirror.keep())]
         try:
-            while engine.not_ready:
+            while self._engine.not_ready:
                 self._raise_failure()
                 await asyncio.sleep(_LOOK_S)
         except BaseException:
-            await self._stop()
+            await self._end()
             raise
-        self._mirroring = asyncio.create_task(Mirror(engine.metrics.registry, instruments).keep())
-
-    def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Of @serve.ingress without an app, which could not know the engine."""
-        return self._app
 
     def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica for which this raises three times."""
+        """Raises UnavailableError while no request should be sent here, StartError when it is of
+        no use to wait."""
         self._raise_failure()
         if reason := self._engine.not_ready:
             raise UnavailableError(f"not ready: {reason}")
 
-    async def __del__(self) -> None:
-        """Serve awaits it once nobody routes here any more and all requests have ended."""
-        if not hasattr(self, "_engine"):
-            return
-        await self._engine.drain(self._drain_timeout)
-        await self._stop()
+    async def stop(self) -> None:
+        """Answer what was accepted, and end the worker."""
+        await self._engine.drain(self._settings.drain_timeout)
+        await self._end()
 
-    async def _stop(self) -> None:
-        tasks = [self._failing, *([self._mirroring] if hasattr(self, "_mirroring") else [])]
-        for task in tasks:
+    async def _end(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._engine.stop()
 
     def _raise_failure(self) -> None:

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,15 @@ class _Trial:
         self._folder.mkdir()
         self._config = _config(checkpoint)
         self._url = f"http://127.0.0.1:{PORT}"
-        self._began = time.monotonic()
+        self._began, self._answered = time.monotonic(), 0
 
     def problems(self, environment: dict[str, str]) -> Iterator[str]:
         self._cluster = Cluster(self._folder, METRICS_PORT, _quiet(environment))
         try:
             self._cluster.deploy(self._config)
-            self._cluster.wait("RUNNING", replicas=2)
-            self._say("two replicas")
+            self._cluster.wait("RUNNING", replicas=1)
+            self._say("a replica")
+            yield from self._load_adds_no_replica()
             yield from self._answers_differ()
             if self._mode == "Python proxy":  # it makes no difference to these
                 yield from self._metrics_are_missing()
@@ -131,9 +132,9 @@ class _Trial:
             if shutil.which("wrk"):
                 self._measure()
             yield from self._redeploy_loses()
-            yield from self._kill_loses(asyncio.run, "raw", _raw(self._url))
+            yield from self._kill_loses(_Raw(self._url))
             self._cluster.wait("RUNNING", replicas=2)
-            yield from self._kill_loses(asyncio.run, "OpenAI's client", _sdk(self._url))
+            yield from self._kill_loses(_Sdk(self._url))
         finally:
             left = self._stop()
         if left:
@@ -141,6 +142,17 @@ class _Trial:
 
     def _say(self, what: str) -> None:
         print(f"{self._mode}, {time.monotonic() - self._began:.0f} s: {what}", flush=True)
+
+    def _load_adds_no_replica(self) -> Iterator[str]:
+        if len(self._cluster.replicas()) != 1:
+            yield f"one replica was to start, not {self._cluster.replicas()}"
+        began = time.monotonic()
+        with _Load(self._url, pause=0) as load:
+            self._cluster.wait("RUNNING", replicas=2)
+        self._say(f"a second one after {time.monotonic() - began:.0f} s of load")
+        self._answered += load.seen["200"]
+        if lost := load.seen.total() - load.seen["200"]:
+            yield f"meanwhile {lost} of {load.seen.total()} were lost: {dict(load.seen)}"
 
     def _answers_differ(self) -> Iterator[str]:
         with httpx.Client(base_url=self._url, timeout=60) as ray:
@@ -151,6 +163,8 @@ class _Trial:
                     client.request(method, path, headers=headers, **(given if body else {}))
                     for client in (self._plain.client, ray)
                 )
+                if other.status_code == 200 and path in ("/v1/embeddings", "/embed"):
+                    self._answered += 1
                 if (one.status_code, one.content) != (other.status_code, other.content):
                     yield f"{path}: {one.status_code} {one.text!r}, not {other.text!r}"
                 if (ids := other.headers.get_list("x-request-id")) != [f"id-{number}"]:
@@ -162,7 +176,7 @@ class _Trial:
 
     def _metrics_are_missing(self) -> Iterator[str]:
         """They come every few seconds."""
-        answered = 4  # of embeddings, above
+        answered = self._answered
         wanted = r'^ray_nv_embed_requests_total{.*deployment="nv-embed".*route="embeddings".*'
         wanted += r'status="200".*} (\S+)$'
         deadline, seen = time.monotonic() + 30, 0.0
@@ -197,7 +211,8 @@ class _Trial:
     def _redeploy_loses(self) -> Iterator[str]:
         """Other arguments, which replace both replicas."""
         before = self._cluster.replicas()
-        self._config["applications"][0]["args"]["runner"] = f"{RUNNERS}Hashing"
+        args = self._config["applications"][0]["args"]
+        args |= {"runner": f"{RUNNERS}Hashing", "min_replicas": 2}
         with _Load(self._url) as load:
             time.sleep(1)
             began = time.monotonic()
@@ -218,10 +233,8 @@ class _Trial:
         if lost:
             yield f"a new deployment lost {lost} of {load.seen.total()}: {dict(load.seen)}"
 
-    def _kill_loses(
-        self, run: Callable[[Any], None], title: str, ask: Callable[[int], Any]
-    ) -> Iterator[str]:
-        """title: `raw` may lose what is in flight, another nothing."""
+    def _kill_loses(self, ask: _Raw | _Sdk) -> Iterator[str]:
+        """What is asked raw may lose what is in flight, the other nothing."""
         seen: Counter[str] = Counter()
         victim = self._cluster.replicas()[0]
 
@@ -233,15 +246,17 @@ class _Trial:
 
         async def all_of_them() -> None:
             numbers = iter(range(REQUESTS))
-            await asyncio.gather(*(connection(numbers) for _ in range(CONNECTIONS)))
+            async with ask:
+                await asyncio.gather(*(connection(numbers) for _ in range(CONNECTIONS)))
 
-        run(all_of_them())
+        asyncio.run(all_of_them())
+        what = "httpx" if isinstance(ask, _Raw) else "OpenAI's client"
         failed = seen.total() - seen["200"]
-        self._say(f"a replica killed, {title}: {failed} of {seen.total()} failed {dict(seen)}")
+        self._say(f"a replica killed, {what}: {failed} of {seen.total()} failed {dict(seen)}")
         if seen.total() != REQUESTS or victim in self._cluster.replicas():
             yield f"{seen.total()} requests, and {victim} was to be killed"
-        if failed > (CONNECTIONS if title == "raw" else 0):
-            yield f"a replica killed, {title}: {failed} failed {dict(seen)}"
+        if failed > (CONNECTIONS if isinstance(ask, _Raw) else 0):
+            yield f"a replica killed, {what}: {failed} failed {dict(seen)}"
 
     def _stop(self) -> list[str]:
         """-> what is left of it, which is killed."""
@@ -262,7 +277,7 @@ class _Trial:
 
 
 def _config(checkpoint: Path) -> Config:
-    """The one that is shipped, for a small model and two replicas on two cores."""
+    """The one that is shipped, for a small model and up to two replicas on two cores."""
     config: Config = yaml.safe_load(CONFIG.read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": PORT}
     (application,) = config["applications"]
@@ -274,8 +289,9 @@ def _config(checkpoint: Path) -> Config:
         "cpu_products": "plain",
         "num_cpus": 0.1,
         "access_log": False,
-        "min_replicas": 2,
         "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 1,
     }
     return config
 
@@ -288,8 +304,8 @@ def _quiet(environment: dict[str, str]) -> dict[str, str]:
 class _Load:
     """Connections that ask again and again, until the block ends."""
 
-    def __init__(self, url: str) -> None:
-        self._ask, self._stop = _raw(url), threading.Event()
+    def __init__(self, url: str, *, pause: float = PAUSE_S) -> None:
+        self._ask, self._pause, self._stop = _Raw(url), pause, threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
         self.seen: Counter[str] = Counter()
 
@@ -302,47 +318,53 @@ class _Load:
         self._thread.join()
 
     async def _ask_all(self) -> None:
-        await asyncio.gather(*(self._connection(number) for number in range(CONNECTIONS)))
+        async with self._ask:
+            await asyncio.gather(*map(self._connection, range(CONNECTIONS)))
 
-    async def _connection(self, number: int) -> None:
-        count = number
+    async def _connection(self, count: int) -> None:
         while not self._stop.is_set():
             self.seen[await self._ask(count)] += 1
             count += CONNECTIONS
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(self._pause)
 
 
-def _raw(url: str) -> Callable[[int], Any]:
-    """-> asks without a second try; says the status or the error."""
-    clients: list[httpx.AsyncClient] = []
+class _Raw:
+    """Asks without a second try; says the status or the error. Of one event loop."""
 
-    async def ask(number: int) -> str:
-        if not clients:  # of the loop that runs
-            limits = httpx.Limits(max_connections=CONNECTIONS)
-            clients.append(httpx.AsyncClient(base_url=url, timeout=60, limits=limits))
+    def __init__(self, url: str) -> None:
+        limits = httpx.Limits(max_connections=CONNECTIONS)
+        self._client = httpx.AsyncClient(base_url=url, timeout=60, limits=limits)
+
+    async def __call__(self, number: int) -> str:
         try:
-            answer = await clients[0].post("/v1/embeddings", json={"input": f"text {number}"})
+            answer = await self._client.post("/v1/embeddings", json={"input": f"text {number}"})
         except httpx.HTTPError as error:
             return type(error).__name__
         return f"{answer.status_code}"
 
-    return ask
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
 
 
-def _sdk(url: str) -> Callable[[int], Any]:
-    """-> asks with what OpenAI's client does by itself: two more tries."""
-    clients: list[openai.AsyncOpenAI] = []
+class _Sdk:
+    """Asks with what OpenAI's client does by itself: two more tries."""
 
-    async def ask(number: int) -> str:
-        if not clients:
-            clients.append(openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none"))
+    def __init__(self, url: str) -> None:
+        self._client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none")
+
+    async def __call__(self, number: int) -> str:
         try:
-            await clients[0].embeddings.create(model="golden-embed", input=f"text {number}")
+            await self._client.embeddings.create(model="golden-embed", input=f"text {number}")
         except openai.OpenAIError as error:
             return repr(error)
         return "200"
 
-    return ask
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
 
 
 def _wrk(url: str, connections: int) -> str:
