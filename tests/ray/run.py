@@ -8,6 +8,7 @@ Ends with status 1 where anything is wrong or a process is left.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import copy
@@ -17,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -56,6 +58,20 @@ KILL_AT = 300
 PAUSE_S = 0.05
 """Between two requests of a connection, while replicas start on the same two cores."""
 LEFT_S = 20.0
+ROUNDS = 5
+_SCRIPT = """wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+local number = 0
+function request()
+  number = number + 1
+  return wrk.format(nil, nil, nil, '{"input": "text ' .. number .. '"}')
+end
+function done(summary, latency, requests)
+  local errors = summary.errors
+  io.write(string.format("RESULT %d %d %d %d\\n", summary.requests, summary.duration,
+    errors.status + errors.connect + errors.read + errors.timeout, latency:percentile(50)))
+end
+"""
 QUESTIONS: list[tuple[str, str, Any]] = [
     ("POST", "/v1/embeddings", {"model": "golden-embed", "input": ["one text", "and another"]}),
     ("POST", "/v1/embeddings", {"input": "a text", "encoding_format": "base64"}),
@@ -77,6 +93,11 @@ QUESTIONS: list[tuple[str, str, Any]] = [
 
 
 def main() -> int:
+    arguments = argparse.ArgumentParser(prog="test-ray", description=__doc__)
+    arguments.add_argument("--figures", action="store_true", help="what the proxies cost (wrk)")
+    figures = arguments.parse_args().figures
+    if figures and shutil.which("wrk") is None:
+        arguments.exit(2, "--figures needs wrk: apt-get install wrk\n")
     if [name for _, name in socket.if_nameindex()] != ["lo"]:
         print("this network is not one of its own: make test-ray")
         return 2
@@ -92,8 +113,9 @@ def main() -> int:
             wrong = [
                 f"{mode}: {problem}"
                 for mode, environment in MODES.items()
-                if not sys.argv[1:] or mode in sys.argv[1:]
-                for problem in _Trial(folder, checkpoint, plain, mode).problems(environment)
+                for problem in _Trial(folder, checkpoint, plain, mode, figures).problems(
+                    environment
+                )
             ]
         finally:
             plain.stop()
@@ -111,27 +133,32 @@ def _raise_loopback() -> None:
 class _Trial:
     """Behind one of the proxies."""
 
-    def __init__(self, folder: Path, checkpoint: Path, plain: ServerProcess, mode: str) -> None:
-        self._folder, self._plain, self._mode = folder / mode[:2], plain, mode
+    def __init__(
+        self, folder: Path, checkpoint: Path, plain: ServerProcess, mode: str, figures: bool
+    ) -> None:
+        self._folder, self._plain, self.mode = folder / mode[:2], plain, mode
+        self._figures = figures
         self._folder.mkdir()
         self._config = _config(checkpoint)
         self._url = f"http://127.0.0.1:{PORT}"
-        self._began, self._answered = time.monotonic(), 0
+        self._answered = 0
 
-    def problems(self, environment: dict[str, str]) -> Iterator[str]:
-        self._cluster = Cluster(self._folder, METRICS_PORT, _quiet(environment))
+    def problems(self) -> Iterator[str]:
+        self._began = time.monotonic()
+        self._cluster = Cluster(self._folder, METRICS_PORT, _quiet(MODES[self.mode]))
         try:
             self._cluster.deploy(self._config)
             self._cluster.wait("RUNNING", replicas=1)
             self._say("a replica")
-            yield from self._load_adds_no_replica()
             yield from self._answers_differ()
-            if self._mode == "Python proxy":  # it makes no difference to these
+            if self.mode == "Python proxy":  # it makes no difference to these
                 yield from self._metrics_are_missing()
                 yield from self._a_typo_passes()
-            if shutil.which("wrk"):
-                self._measure()
+            else:
+                yield from self._load_adds_no_replica()
             yield from self._redeploy_loses()
+            if self._figures:
+                self._measure()
             yield from self._kill_loses(_Raw(self._url))
             self._cluster.wait("RUNNING", replicas=2)
             yield from self._kill_loses(_Sdk(self._url))
@@ -141,16 +168,15 @@ class _Trial:
             yield f"left: {left}"
 
     def _say(self, what: str) -> None:
-        print(f"{self._mode}, {time.monotonic() - self._began:.0f} s: {what}", flush=True)
+        print(f"{self.mode}, {time.monotonic() - self._began:.0f} s: {what}", flush=True)
 
     def _load_adds_no_replica(self) -> Iterator[str]:
         if len(self._cluster.replicas()) != 1:
             yield f"one replica was to start, not {self._cluster.replicas()}"
         began = time.monotonic()
-        with _Load(self._url, pause=0) as load:
+        with _Load(self._url, pause=0.01) as load:
             self._cluster.wait("RUNNING", replicas=2)
         self._say(f"a second one after {time.monotonic() - began:.0f} s of load")
-        self._answered += load.seen["200"]
         if lost := load.seen.total() - load.seen["200"]:
             yield f"meanwhile {lost} of {load.seen.total()} were lost: {dict(load.seen)}"
 
@@ -203,11 +229,6 @@ class _Trial:
             yield f"a typo: {said}"
         self._say("a typo is refused")
 
-    def _measure(self) -> None:
-        for name, url in (("plain server", self._plain.url), (self._mode, self._url)):
-            for connections in (1, CONNECTIONS):
-                self._say(f"{name}, {connections} connections: {_wrk(url, connections)}")
-
     def _redeploy_loses(self) -> Iterator[str]:
         """Other arguments, which replace both replicas."""
         before = self._cluster.replicas()
@@ -232,6 +253,24 @@ class _Trial:
         )
         if lost:
             yield f"a new deployment lost {lost} of {load.seen.total()}: {dict(load.seen)}"
+
+    def _measure(self) -> None:
+        """In turns with a plain server of the same runner; medians."""
+        checkpoint = Path(self._config["applications"][0]["args"]["model"])
+        given = ("--runner", f"{RUNNERS}Hashing", "--no-access-log")
+        plain = ServerProcess(checkpoint, *given, log=self._folder / "plain").wait_ready()
+        try:
+            for connections in (1, CONNECTIONS):
+                rounds = [
+                    (_wrk(plain.url, connections), _wrk(self._url, connections))
+                    for _ in range(ROUNDS)
+                ]
+                for name, found in zip(("plain", "Ray"), zip(*rounds, strict=True), strict=True):
+                    p50, rate = map(statistics.median, zip(*found, strict=True))
+                    said = f"p50 {p50:.1f} ms, {rate:.0f} req/s"
+                    self._say(f"{name}, {connections} connections: {said}")
+        finally:
+            plain.stop()
 
     def _kill_loses(self, ask: _Raw | _Sdk) -> Iterator[str]:
         """What is asked raw may lose what is in flight, the other nothing."""
@@ -367,25 +406,20 @@ class _Sdk:
         await self._client.close()
 
 
-def _wrk(url: str, connections: int) -> str:
+def _wrk(url: str, connections: int) -> tuple[float, float]:
+    """-> (median in ms, requests/s)."""
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        script.write("""
-wrk.method, number = "POST", 0
-wrk.headers["Content-Type"] = "application/json"
-function request()
-  number = number + 1
-  return wrk.format(nil, nil, nil, '{"input": "text ' .. number .. '"}')
-end
-""")
+        script.write(_SCRIPT)
         script.flush()
-        command = ["wrk", "-t1", f"-c{connections}", "-d3s", "--latency", "-s", script.name]
-        command.append(f"{url}/v1/embeddings")
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    p50, rate = (re.search(rf"{name}\s+(\S+)", said) for name in ("50%", "Requests/sec:"))
-    errors = re.search(r"Non-2xx.*: (\d+)", said)
-    assert p50 is not None
-    assert rate is not None
-    return f"p50 {p50[1]}, {rate[1]} req/s{f', {errors[1]} errors' if errors else ''}"
+        command = ["wrk", "-t1", f"-c{connections}", "-d3s", "-s", script.name]
+        said = subprocess.run(
+            [*command, f"{url}/v1/embeddings"], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"RESULT (\d+) (\d+) (\d+) (\d+)", said)
+    assert found is not None, said
+    requests, microseconds, errors, p50 = map(int, found.groups())
+    assert errors == 0, said
+    return p50 / 1000, requests / microseconds * 1e6
 
 
 if __name__ == "__main__":
