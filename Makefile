@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray recipe image tiny-model lock clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray recipe image tiny-model lock lock-ray clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -177,7 +177,7 @@ soak: $(VENV)/.installed-test ## watch memory, files, tasks and latency under a 
 # --strict: a package that could not be looked up fails the audit. Without it, and without a network,
 # pip-audit skips them all and finds nothing wrong. Another service: make audit ARGS="-s osv".
 audit: build/audit/bin/pip-audit ## look for known vulnerabilities in the locked packages
-	@for lock in requirements.lock requirements-test.lock; do echo "$$lock:"; \
+	@for lock in requirements.lock requirements-test.lock requirements-ray.lock; do echo "$$lock:"; \
 	    $< --strict --no-deps --disable-pip --progress-spinner off $(ARGS) -r $$lock || { \
 	    echo "$$lock: NOT AUDITED, or vulnerable: see above (the service must be reachable)"; \
 	    exit 1; }; done
@@ -242,6 +242,9 @@ lock: ## renew requirements.lock and requirements-test.lock
 	build/lock-test/bin/pip $(FREEZE) > requirements-test.lock
 	build/lock-test/bin/pip --python build/lock install -q $(PIP_FLAGS) -c requirements-test.lock .
 	build/lock-test/bin/pip --python build/lock $(FREEZE) > requirements.lock
+
+lock-ray: $(VENV)/.installed-test ## renew requirements-ray.lock, after make lock
+	PYTHONPATH=. $(BIN)/python -m tests.ray.lock
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info

@@ -16,6 +16,7 @@ LABELS = {"": "files on top"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
     "cli": (350, 60),
+    "ray": (90, 60),
     "http": (180, 160),
     "offline": (540, 160),
     "api": (330, 270),

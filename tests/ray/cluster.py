@@ -85,6 +85,15 @@ class Cluster:
                 found.append(int(folder.name))
         return sorted(found)
 
+    def memory(self) -> int:
+        """Bytes of all its processes; what several share is counted once."""
+        total = 0
+        for pid in self.processes():
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+        return total
+
     def replicas(self) -> list[int]:
         return self.processes("ray::ServeReplica:")
 

@@ -159,6 +159,7 @@ class _Trial:
             yield from self._redeploy_loses()
             if self._figures:
                 self._measure()
+            self._say(f"memory {self._cluster.memory() / 2**30:.1f} GiB")
             yield from self._kill_loses(_Raw(self._url))
             self._cluster.wait("RUNNING", replicas=2)
             yield from self._kill_loses(_Sdk(self._url))

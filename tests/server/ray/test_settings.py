@@ -102,6 +102,12 @@ def test_the_shipped_config_has_arguments_that_are_taken() -> None:
     assert found["autoscaling_config"]["max_replicas"] == 8
 
 
+def test_the_page_names_every_argument_and_what_is_not_taken() -> None:
+    page = (ROOT / "docs/ray.md").read_text()
+    own = ReplicaSettings.model_fields.keys() - Settings.model_fields.keys()
+    assert not [name for name in (*own, *RAYS_OWN) if f"`{name}`" not in page]
+
+
 def test_without_ray_it_is_said_how_to_get_it() -> None:
     with pytest.raises(SettingsError) as caught:
         import server.ray.app  # noqa: F401
