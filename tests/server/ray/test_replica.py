@@ -49,12 +49,12 @@ def this_process_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def with_replica(
-    checkpoint: Path, use: Callable[[Replica, httpx.AsyncClient], Awaitable[None]]
+    checkpoint: Path, use: Callable[[Replica, httpx.AsyncClient], Awaitable[None]], **args: str
 ) -> None:
     """Run a test between a replica's start and its end."""
 
     async def run() -> None:
-        replica = await started(checkpoint, "Hashing")
+        replica = await started(checkpoint, "Hashing", **args)
         pid = worker_of(replica)
         try:
             transport = httpx.ASGITransport(replica.app)
@@ -67,8 +67,8 @@ def with_replica(
     asyncio.run(run())
 
 
-async def started(checkpoint: Path, runner: str) -> Replica:
-    args = {"model": str(checkpoint), "devices": "cpu", "runner": f"{RUNNERS}{runner}"}
+async def started(checkpoint: Path, runner: str, **more: str) -> Replica:
+    args = {"model": str(checkpoint), "devices": "cpu", "runner": f"{RUNNERS}{runner}", **more}
     return await Replica.started(args, Instruments(Silent, Silent))
 
 
@@ -95,6 +95,19 @@ def test_it_serves_once_it_is_there_and_leaves_the_id_to_ray(golden_checkpoint: 
         assert (refused.status_code, refused.headers.get("x-request-id")) == (400, None)
 
     with_replica(golden_checkpoint, use)
+
+
+def test_it_asks_for_keys_of_a_file(golden_checkpoint: Path, tmp_path: Path) -> None:
+    key = "a-key-of-a-file-on-each-node"
+    file = tmp_path / "keys"
+    file.write_text(f"{key}\n")
+
+    async def use(replica: Replica, client: httpx.AsyncClient) -> None:
+        assert (await client.get("/v1/models")).status_code == 401
+        headers = {"authorization": f"Bearer {key}"}
+        assert (await client.get("/v1/models", headers=headers)).status_code == 200
+
+    with_replica(golden_checkpoint, use, api_key_file=str(file))
 
 
 def test_it_is_unhealthy_while_its_worker_is_away(golden_checkpoint: Path) -> None:
