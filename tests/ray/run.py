@@ -270,8 +270,8 @@ class _Trial:
             plain.stop()
 
     def _kill_loses(self, ask: _Raw | _Sdk) -> Iterator[str]:
-        """What is asked raw may lose what is in flight, the other nothing. HAProxy loses a request, at
-        most, for each connection that it has to the replica: as many as ask."""
+        """What is asked raw may lose what is in flight, the other nothing. HAProxy loses a request,
+        at most, for each connection that it has to the replica: as many as ask."""
         seen: Counter[str] = Counter()
         victim = self._cluster.replicas()[0]
 
