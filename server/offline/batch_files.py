@@ -29,8 +29,9 @@ from server.engine.averaging import averaged
 from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
 from server.offline.job import Refusal
+from server.offline.places import Place, Refused, place_of
 from server.offline.sources import Source
-from server.offline.text_files import Place, Refused, place_of, read_objects
+from server.offline.text_files import read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

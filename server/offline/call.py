@@ -28,9 +28,10 @@ from server.errors import InvalidRequestError, SettingsError
 from server.offline import batch_files, inputs, sources
 from server.offline.columns import columns_of
 from server.offline.job import Job, Rows
+from server.offline.kinds import Kind
+from server.offline.parquet_files import import_parquet
 from server.offline.part import WHOLE
-from server.offline.sources import Kind, Source
-from server.offline.text_files import import_parquet
+from server.offline.sources import Source
 from server.offline.texts import text_rows
 from server.offline.vector_files import COMPRESSED, FORMATS
 

@@ -14,8 +14,10 @@ import orjson
 
 from server.api import json_text
 from server.errors import SettingsError
-from server.offline.sources import Kind, Source
-from server.offline.text_files import InputFileError, parquet_types
+from server.offline.kinds import Kind
+from server.offline.parquet_files import parquet_types
+from server.offline.places import InputFileError
+from server.offline.sources import Source
 
 _HEAD_BYTES = 64 << 10
 """Of the first file of JSON lines: its rows tell the types."""

@@ -27,10 +27,10 @@ from server.engine.devices import in_child
 from server.offline.job import Row
 from server.offline.manifest import Settled
 from server.offline.parts import OutputError, Written
+from server.offline.places import InputFileError
 from server.offline.shard_writer import Advance, Recipe, ShardWriter
 from server.offline.shards import Chunk
 from server.offline.sources import ChangedError
-from server.offline.text_files import InputFileError
 
 logger = logging.getLogger("nv_embed.encode")
 

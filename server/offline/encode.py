@@ -24,9 +24,9 @@ from server.offline import bulk, call, inputs
 from server.offline.crew import Alone, Team
 from server.offline.job import Job
 from server.offline.parts import OutputError
+from server.offline.places import InputFileError
 from server.offline.shard_writer import Recipe
 from server.offline.sources import ChangedError
-from server.offline.text_files import InputFileError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

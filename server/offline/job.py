@@ -15,8 +15,8 @@ from model.tokenizer import Truncation
 from server.offline.columns import NONE, Columns
 from server.offline.part import WHOLE, Part
 from server.offline.parts import Parts
+from server.offline.places import Place, Refused
 from server.offline.sources import Source
-from server.offline.text_files import Place, Refused
 from server.offline.vector_files import VectorFormat
 
 Row = TypeVar("Row")

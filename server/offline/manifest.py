@@ -16,10 +16,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from model.batch import RunnerInfo
 from model.errors import FileError
+from model.fingerprint import fingerprint
+from model.hub import ModelSource
+from model.prompts import Parts, Prompt, written
 from model.user_files import open_regular
+from server.offline.job import Job
 from server.offline.parts import Key, OutputError, SliceEnd, Written
 from server.offline.slices import INDEX_BITS, Slice
+from server.offline.sources import Source
 
 LAYOUT = 2
 """How inputs are cut and files named; runs of another layout cannot be gone on with."""
@@ -79,6 +85,68 @@ def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(file, Mapping)
         ]
     return flat
+
+
+def description(
+    job: Job,
+    sources: Sequence[Source],
+    model: ModelSource,
+    prompt: Prompt,
+    asked: Mapping[str, str],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is known before the model is loaded. prompt: around each text. asked: how the model
+    shall run, but "auto". defaults: what else the vectors depend on."""
+    files = [
+        {"name": printable(one.name), "bytes": one.size, "kind": str(one.kind)} for one in sources
+    ]
+    return {
+        "layout": LAYOUT,
+        "input": {"files": files, "field": job.field, "columns": job.columns.described},
+        "model": {
+            "id": printable(model.model_id),
+            "revision": model.revision,
+            "family": model.family,
+            "fingerprint": fingerprint(model.path),
+            **{name: value for name, value in asked.items() if value != "auto"},
+        },
+        "prefix": written(prompt.prefix),
+        "suffix": written(prompt.suffix),
+        "examples": _digest(prompt.examples),
+        "truncate": str(job.truncate),
+        "on_error": "skip" if job.skip else "fail",
+        "format": job.format.suffix,
+        "output_dtype": job.format.dtype,
+        "compression": job.format.compression,
+        "shard_size": job.shard_size,
+        **defaults,
+    }
+
+
+def resolved(manifest: Mapping[str, Any], info: RunnerInfo, vectors: str) -> dict[str, Any]:
+    """With what the loaded model turned out to be. vectors: their fingerprint."""
+    model = {
+        **manifest["model"],
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "attention": info.attention,
+        "fused_kernels": info.fused_kernels,
+        "products": info.products,
+        "device": info.device.partition(":")[0],
+    }
+    return {**manifest, "model": model, "vectors": vectors}
+
+
+def as_json(manifest: Mapping[str, Any]) -> bytes:
+    """A slice a line: there are many."""
+    slices = [orjson.Fragment(orjson.dumps(one)) for one in manifest.get("slices", ())]
+    shown = {**manifest, "slices": slices} if slices else manifest
+    return orjson.dumps(shown, option=orjson.OPT_INDENT_2) + b"\n"
+
+
+def _digest(examples: Parts) -> str | None:
+    """SHA-256: they may be private, as the input is, and are too long to be shown."""
+    return hashlib.sha256(orjson.dumps(examples)).hexdigest() if examples else None
 
 
 class Outcome(NamedTuple):

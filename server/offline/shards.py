@@ -9,9 +9,9 @@ from typing import Generic, NamedTuple
 
 from server.offline.job import Refusal, Row, Rows
 from server.offline.parts import Shard, SliceEnd
+from server.offline.places import Place, Refused, place_of
 from server.offline.slices import Slice
 from server.offline.sources import Source
-from server.offline.text_files import Place, Refused, place_of
 
 _SHARD_BYTES = 64 << 20
 _ROW_BYTES = 8192
@@ -31,7 +31,6 @@ class Chunk(NamedTuple, Generic[Row]):
 class Reading:
     """How far a slice was read, 0 to 1."""
 
-    slice: int = 0
     share: float = 0.0
 
 

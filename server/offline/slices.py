@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from server.offline.sources import Kind, Source
-from server.offline.text_files import row_groups
+from server.offline.kinds import Kind
+from server.offline.parquet_files import row_groups
+from server.offline.sources import Source
 
 SLICE_BYTES_PER_ROW = 512
 """Of line files a slice has this many bytes for each row that a shard may have."""

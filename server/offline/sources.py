@@ -13,42 +13,13 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from model.errors import FileError
-from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
-from server.api import json_text
+from model.user_files import HEAD_BYTES, UTF8_MARK, kind_of, open_regular
+from server.offline.kinds import SNIFFED_BYTES, Kind, by_suffix, kind_of_content
 
-_SNIFFED_BYTES = 1 << 20
-"""How long a first line may be for its content to tell the kind of file."""
-
-
-class Kind(StrEnum):
-    """What an input file holds."""
-
-    TEXT = "text"
-    JSON_LINES = "JSON lines"
-    PARQUET = "Parquet"
-
-
-SUFFIXES = {
-    **dict.fromkeys(("", ".txt", ".text", ".md", ".log"), Kind.TEXT),
-    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl", ".json"), Kind.JSON_LINES),
-    **dict.fromkeys((".parquet", ".pq"), Kind.PARQUET),
-}
-_PARQUET_MAGIC = b"PAR1"
-_FOREIGN = (
-    (b"\x1f\x8b", "compressed with gzip: unpack it first (gunzip -k FILE)"),
-    (b"BZh", "compressed with bzip2: unpack it first (bunzip2 -k FILE)"),
-    (b"\xfd7zXZ\x00", "compressed with xz: unpack it first (unxz -k FILE)"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it first (unzstd FILE)"),
-    (b"PK\x03\x04", "a zip archive or an Office file, not text"),
-    (b"ARROW1", "an Arrow file: write it as Parquet"),
-    (b"\x93NUMPY", "a NumPy file, not text"),
-    (b"%PDF-", "a PDF, not text"),
-)
 _STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/(\d{1,9})|/proc/self/fd/(\d{1,9})")
 
 
@@ -98,7 +69,7 @@ class Source:
             self._file = self._opener()
             self.check_unchanged()
         if not self._is_sure:
-            found = _kind(self.name, False, self._file)
+            found = kind_of_content(self.name, False, self._file)
             if found is not self.kind:
                 raise FileError(f"{self.name} is {found}, which its suffix does not say: rename it")
             self._is_sure = True
@@ -166,26 +137,21 @@ def local(name: str, *, looked_at: bool = True) -> Source:
 
     if not looked_at:
         named = os.stat(name)
-        return Source(name, _by_suffix(name), named.st_size, named, opener, is_sure=False)
+        return Source(name, by_suffix(name), named.st_size, named, opener, is_sure=False)
     file = opener()
     try:
         named = os.fstat(file.fileno())
-        return Source(name, _kind(name, False, file), named.st_size, named, opener, file=file)
+        return Source(
+            name, kind_of_content(name, False, file), named.st_size, named, opener, file=file
+        )
     except BaseException:
         file.close()
         raise
 
 
-def _by_suffix(name: str) -> Kind:
-    suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise _unknown_suffix(name, suffix)
-    return SUFFIXES[suffix]
-
-
 def remote(name: str, size: int, opener: Callable[[], BinaryIO]) -> Source:
     """What a URL names, by its suffix."""
-    return Source(name, _by_suffix(name), size, None, opener, is_sure=False)
+    return Source(name, by_suffix(name), size, None, opener, is_sure=False)
 
 
 class _Replayed(io.RawIOBase):
@@ -225,7 +191,7 @@ def stream(name: str) -> Source:
         raise FileError(f"{name} is {kind_of(mode)}, not a file or a pipe")
     pipe = os.fdopen(os.dup(number), "rb")
     head = _head_of(pipe)
-    kind = _kind(name, True, io.BytesIO(head))
+    kind = kind_of_content(name, True, io.BytesIO(head))
     whole = io.BufferedReader(_Replayed(head, pipe), 1 << 16)
 
     def gone() -> BinaryIO:
@@ -243,67 +209,10 @@ def stream(name: str) -> Source:
 def _head_of(stream: BinaryIO) -> bytes:
     """What tells the kind: some bytes and a line that is not blank, or all there is."""
     head = b""
-    while len(head) < _SNIFFED_BYTES:
-        found = stream.read1(_SNIFFED_BYTES)  # type: ignore[attr-defined]
+    while len(head) < SNIFFED_BYTES:
+        found = stream.read1(SNIFFED_BYTES)  # type: ignore[attr-defined]
         head += found
         has_line = b"\n" in head.removeprefix(UTF8_MARK).lstrip()
         if not found or (len(head) >= HEAD_BYTES and has_line):
             break
     return head
-
-
-def _unknown_suffix(name: str, suffix: str) -> FileError:
-    return FileError(
-        f"{name}: unknown kind of file {suffix!r}; text is .txt, JSON lines are .jsonl, and "
-        "Parquet is .parquet (through a pipe the content tells: nv-embed encode - -o OUT < "
-        "FILE)"
-    )
-
-
-def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:
-    """By the name and by the content; where these two contradict each other, neither is believed.
-
-    What is unknown is refused: taken for text, other formats give vectors of their syntax.
-    """
-    file.seek(0)
-    head = file.read(HEAD_BYTES)
-    suffix = "" if unnamed else Path(name).suffix.lower()
-    if head.startswith(_PARQUET_MAGIC):
-        return Kind.PARQUET
-    for magic, words in _FOREIGN:
-        if head.startswith(magic):
-            raise FileError(f"{name} is {words}")
-    if suffix not in SUFFIXES:
-        raise _unknown_suffix(name, suffix)
-    kind = SUFFIXES[suffix]
-    if kind is Kind.PARQUET:
-        raise FileError(f"{name} is no Parquet file: it does not begin with PAR1")
-    check_encoding(head, name)
-    if kind is Kind.TEXT and _begins_with_object(file):
-        if not unnamed and suffix:
-            raise FileError(
-                f"{name} is called text, but its first line is a JSON object: name it .jsonl (to "
-                "embed the lines as they stand, make them JSON strings: jq -R . FILE > FILE.jsonl)"
-            )
-        return Kind.JSON_LINES
-    if kind is Kind.TEXT and _ends_lines_in_cr(file):
-        raise FileError(f"{name}: its lines end in CR alone: convert it (tr '\\r' '\\n')")
-    return kind
-
-
-def _ends_lines_in_cr(file: BinaryIO) -> bool:
-    """As on old Macs: all texts would be one."""
-    file.seek(0)
-    first = file.readline(_SNIFFED_BYTES)
-    return not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r")
-
-
-def _begins_with_object(file: BinaryIO) -> bool:
-    file.seek(0)
-    while line := file.readline(_SNIFFED_BYTES):
-        if text := line.removeprefix(UTF8_MARK).strip():
-            try:
-                return text.startswith(b"{") and isinstance(json_text.loads(text), dict)
-            except ValueError:
-                return False
-    return False

@@ -6,83 +6,20 @@ Owns every refusal of a row, by its number. Knows nothing of models or outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from model.extras import how_to_install
 from model.user_files import UTF8_MARK
 from server.api import json_text
-from server.offline.sources import Kind, Source
+from server.offline.kinds import Kind
+from server.offline.parquet_files import parquet_rows
+from server.offline.places import Line, Place, Refused, place_of
+from server.offline.sources import Source
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""
 _SKIPPED_BYTES = 1 << 20
 """What is read at once of a line that is not used."""
-
-
-class InputFileError(Exception):
-    """A row of the input cannot be used; the message holds its number."""
-
-
-@dataclass(slots=True, eq=False)
-class Place:
-    """A span of an input while it is read; `begin` and `end` as Span has them.
-
-    Its rows are numbered from 1. `before` is how many lines (rows of Parquet) of the file lie
-    before it, None where nobody has counted; `lines` and `read` (a share) say how far it was read.
-    """
-
-    name: str
-    kind: Kind
-    begin: int = 0
-    end: int | None = None
-    span: int = 0  # within its slice
-    skip: bool = False  # refused rows are yielded, not raised
-    before: int | None = 0
-    lines: int = 0
-    read: float = 0.0
-
-    @property
-    def size(self) -> int | None:
-        return None if self.end is None else self.end - self.begin
-
-    def at(self, number: int) -> str:
-        """The name of a row in messages: by its number in the file, where that is known."""
-        what = "row" if self.kind is Kind.PARQUET else "line"
-        if self.before is None:
-            return f"{self.name}, {what} {number} after byte {self.begin}"
-        return f"{self.name}, {what} {self.before + number}"
-
-    def refused(self, number: int, why: str) -> Refused:
-        """Raises InputFileError unless refused rows are skipped."""
-        if not self.skip:
-            raise InputFileError(f"{self.at(number)}: {why}")
-        return Refused(self, number, why)
-
-
-class Refused(NamedTuple):
-    """A row that cannot be used, and why; never what it holds."""
-
-    place: Place
-    number: int
-    why: str
-
-
-class Line(NamedTuple):
-    """One text, the number of its line (of its row in Parquet), and what is kept beside it."""
-
-    place: Place
-    number: int
-    text: str
-    values: tuple[Any, ...] = ()
-
-
-def place_of(
-    source: Source, begin: int = 0, end: int | None = None, *, span: int = 0, skip: bool = False
-) -> Place:
-    known = {0: 0, source.before[0]: source.before[1]}
-    return Place(source.name, source.kind, begin, end, span, skip, known.get(begin))
 
 
 def read_texts(
@@ -98,7 +35,7 @@ def read_texts(
         yield from _text_lines(source, place)
         return
     if source.kind is Kind.PARQUET:
-        values = _parquet_rows(source, place, field, columns)
+        values = parquet_rows(source, place, field, columns)
     else:
         values = _fields_of_lines(source, place, field, columns)
     for row in values:
@@ -261,70 +198,3 @@ def _fields_of_lines(
             yield number, value[field], tuple(value.get(name) for name in columns)
         else:
             yield number, value, ()
-
-
-def _parquet_rows(
-    source: Source, place: Place, field: str, columns: Sequence[str]
-) -> Iterator[tuple[int, Any, tuple[Any, ...]] | Refused]:
-    """`before` is known here at once: the footer says how many rows lie before."""
-    counts = row_groups(source)
-    end = len(counts) if place.end is None else place.end
-    place.before = sum(counts[: place.begin])
-    total = max(sum(counts[place.begin : end]), 1)
-    import pyarrow
-
-    number = 0
-    try:
-        file = source.parquet(_parquet_file)
-        names = file.schema_arrow.names
-        for name in (field, *columns):
-            if name not in names:
-                hint = " (--field names it)" if name == field else ""
-                raise InputFileError(
-                    f"{source.name} has no column {name!r}{hint}; it has {', '.join(names)}"
-                )
-        wanted = list(dict.fromkeys((field, *columns)))
-        groups = list(range(place.begin, end))
-        batches = file.iter_batches(1024, row_groups=groups, columns=wanted) if groups else ()
-        for batch in batches:
-            cells = {name: batch.column(name).to_pylist() for name in wanted}
-            kept = zip(*(cells[name] for name in columns), strict=True) if columns else None
-            for text in cells[field]:
-                number += 1
-                place.lines, place.read = number, number / total
-                yield number, text, next(kept) if kept else ()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputFileError(f"{place.at(number + 1)}: not to be read: {error}") from None
-    source.check_unchanged()
-
-
-def row_groups(source: Source) -> list[int]:
-    """How many rows each row group of a Parquet file has. Raises InputFileError."""
-    import_parquet()
-    import pyarrow
-
-    try:
-        metadata = source.parquet(_parquet_file).metadata
-        return [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputFileError(f"{source.at(1)}: not to be read: {error}") from None
-
-
-def parquet_types(source: Source) -> Mapping[str, Any]:
-    """The Arrow type of each column. Raises InputFileError."""
-    row_groups(source)
-    return {one.name: one.type for one in source.parquet(_parquet_file).schema_arrow}
-
-
-def _parquet_file(file: Any) -> Any:
-    file.seek(0)
-    return import_parquet().ParquetFile(file)
-
-
-def import_parquet() -> Any:
-    """pyarrow.parquet. Raises InputFileError with how to get it."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputFileError(f"Parquet needs pyarrow: {how_to_install('parquet')}") from None
-    return pyarrow.parquet

@@ -16,7 +16,8 @@ from server.api.vector_format import VectorFormat
 from server.errors import InvalidRequestError
 from server.offline.columns import Columns
 from server.offline.job import Job, Refusal, Rows, Tokenize
-from server.offline.text_files import InputFileError, Line, read_texts
+from server.offline.places import InputFileError, Line
+from server.offline.text_files import read_texts
 
 if TYPE_CHECKING:
     from model.encoder import Encoder

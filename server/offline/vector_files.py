@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from server.api.vector_format import int8_scale, numbers
 from server.offline import parquet_footer
-from server.offline.text_files import import_parquet
+from server.offline.parquet_files import import_parquet
 
 OutputDtype = Literal["float32", "float16", "int8"]
 Columns = Mapping[str, tuple[list[Any], Callable[[str], Any]]]

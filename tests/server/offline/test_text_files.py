@@ -15,8 +15,10 @@ from pyarrow import parquet
 
 from model.errors import FileError
 from server.offline import text_files
-from server.offline.sources import Kind, opened
-from server.offline.text_files import InputFileError, read_objects, read_texts
+from server.offline.kinds import Kind
+from server.offline.places import InputFileError
+from server.offline.sources import opened
+from server.offline.text_files import read_objects, read_texts
 from tests.server.processes import ROOT
 
 OBJECTS = b'{"text": "alpha beta"}\n{"text": "gamma"}\n'
