@@ -22,6 +22,7 @@ from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.prompts import Parts, Prompt, written
 from model.user_files import open_regular
+from server.api import vector_format
 from server.offline.job import Job
 from server.offline.parts import Key, OutputError, SliceEnd, Written
 from server.offline.slices import INDEX_BITS, Slice
@@ -134,7 +135,9 @@ def resolved(manifest: Mapping[str, Any], info: RunnerInfo, vectors: str) -> dic
         "products": info.products,
         "device": info.device.partition(":")[0],
     }
-    return {**manifest, "model": model, "vectors": vectors}
+    is_int8 = manifest["output_dtype"] == "int8"
+    scale = vector_format.int8_scale(info.width) if is_int8 else None
+    return {**manifest, "model": model, "vectors": vectors, "int8_scale": scale}
 
 
 def as_json(manifest: Mapping[str, Any]) -> bytes:

@@ -69,7 +69,9 @@ class Source:
             self._file = self._opener()
             self.check_unchanged()
         if not self._is_sure:
-            found = kind_of_content(self.name, False, self._file)
+            # Looked at without being taken: nothing is read twice.
+            head = self._file.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]
+            found = kind_of_content(self.name, False, io.BytesIO(head))
             if found is not self.kind:
                 raise FileError(f"{self.name} is {found}, which its suffix does not say: rename it")
             self._is_sure = True
