@@ -63,7 +63,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         type=_part,
         metavar="I/N",
         help="do the I-th of N parts of it, on any machine, at any time: all write to one folder, "
-        "none waits for another, and the last completes it; repeated, it goes on",
+        "none waits for another, and the last completes it; repeated, it goes on. I counts from 1, "
+        "or from 0 to N-1",
     )
     parser.add_argument(
         "--format",
@@ -120,11 +121,11 @@ def _add_prefix(parser: argparse.ArgumentParser) -> None:
 
 
 def _part(text: str) -> Part:
-    """I/N, counted from 1."""
+    """I/N, counted from 1; 0 is the N-th, for schedulers that count from 0."""
     found = re.fullmatch(r"(\d{1,7})/(\d{1,7})", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    if found is None or not 0 <= int(found[1]) <= int(found[2]) or not int(found[2]):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, not {text[:64]!r}")
-    return Part(int(found[1]), int(found[2]))
+    return Part(int(found[1]) or int(found[2]), int(found[2]))
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -629,7 +629,7 @@ def test_what_parts_skip_is_what_one_run_skips(encode: Encode, tmp_path: Path) -
     Path("in.jsonl").write_text("\n\n".join(lines) + "\n")
     options = ["in.jsonl", "--shard-size", 5, "--on-error", "skip"]
     assert encode(*options, "-o", "one/") == 0
-    for part in ("3/3", "1/3", "2/3"):
+    for part in ("0/3", "1/3", "2/3"):  # as one counts who begins at 0
         assert encode(*options, "-o", "parts/", "--part", part) == 0
     assert contents("parts") == contents("one")
     skipped = [json.loads(line) for line in Path("one/skipped.jsonl").read_text().splitlines()]
