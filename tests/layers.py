@@ -133,7 +133,6 @@ SERVER = {  # by wing; "" are the files on top
         "app",
         "lifecycle",
     ],
-    "ray": ["settings", "metrics", "replica", "app"],
     "offline": [
         "part",
         "kinds",
@@ -163,6 +162,7 @@ SERVER = {  # by wing; "" are the files on top
         "call",
         "encode",
     ],
+    "ray": ["settings", "metrics", "replica", "app", "actors"],
     "cli": [
         "streams",
         "parsing",
@@ -190,9 +190,9 @@ WINGS = {  # which others each may use, beside the files on top
     "engine": (),
     "api": ("engine",),
     "http": ("api", "engine"),
-    "ray": ("http", "api", "engine"),
     "offline": ("api", "engine"),
-    "cli": ("http", "offline", "api", "engine"),
+    "ray": ("http", "offline", "api", "engine"),
+    "cli": ("http", "offline", "ray", "api", "engine"),
 }
 TRAINING = [
     "examples",

@@ -67,6 +67,19 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         "or from 0 to N-1",
     )
     parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="who does the work: this machine, or the actors of a Ray cluster (RAY_ADDRESS), which "
+        "reach input, model and output by the same names (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--actors",
+        type=_actors,
+        metavar="MIN:MAX",
+        help="of --engine ray, each on a GPU, or on --threads cores with --device cpu (default: 1)",
+    )
+    parser.add_argument(
         "--format",
         choices=("npy", "jsonl", "parquet"),
         help="of the shards in a folder (default: npy)",
@@ -128,6 +141,15 @@ def _part(text: str) -> Part:
     return Part(int(found[1]) or int(found[2]), int(found[2]))
 
 
+def _actors(text: str) -> tuple[int, int]:
+    """N, or MIN:MAX."""
+    found = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise argparse.ArgumentTypeError(f"must be N or MIN:MAX, from 1 on, not {text[:64]!r}")
+    return least, most
+
+
 def run(arguments: argparse.Namespace) -> int:
     options = settle(arguments, EncodeSettings)
     if len(options.devices) > 1:
@@ -138,4 +160,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.devices = [options.one_device()]
     from server.offline import encode
 
+    if arguments.engine == "ray":
+        arguments.devices = [options.one_device()]
+        from server.ray.actors import Actors
+
+        return encode.run(arguments, Actors)
     return encode.run(arguments)

@@ -21,7 +21,7 @@ from model.hub import ModelSource
 from model.progress import Progress
 from model.prompts import Prompt
 from model.user_files import LockedError, locked
-from server.offline.crew import Crew, Task
+from server.offline.crew import Crew, SliceCrew, Task
 from server.offline.earlier import Earlier, OtherSettledError
 from server.offline.job import Job, Row, Rows
 from server.offline.manifest import (
@@ -240,6 +240,25 @@ class Run(Generic[Row]):
             for shard in crew.write(self._todo(), self._advance):
                 self._output.take(shard)
                 self._kept += shard.rows
+            self._end()
+
+    def finish_slices(self, crew: SliceCrew) -> None:
+        """As `finish`, of a folder, by those that find out by themselves what is there."""
+        self._ahead.clear()
+        sizes = {one.number: one.size for one in self._reader.mine}
+        rows = read = 0
+        with self._leaving_nothing(), Progress(None) as progress:
+            for one in crew.write(self._reader.mine, self.run):
+                if isinstance(one, SliceEnd):
+                    self._output.slice_ended(one)
+                    rows += sum(count for count, _ in one.spans)
+                    read += sizes[one.slice]
+                    progress.expect(round(rows * sum(sizes.values()) / max(read, 1)))
+                    progress.reach(rows)
+                else:
+                    self._output.take(one)
+                    self._kept += one.rows
+            self._parts.sweep()  # of those that were killed
             self._end()
 
     def _todo(self) -> Iterator[Task[Row]]:

@@ -62,6 +62,15 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise SettingsError("--part needs a folder as --output, which the parts share: NAME/")
     if arguments.part is not None and any(map(sources.is_stream, arguments.file)):
         raise SettingsError("--part needs files: each part would have to read all of a pipe")
+    if arguments.engine == "ray":
+        if not is_folder:
+            raise SettingsError("--engine ray needs a folder as --output, which all reach: NAME/")
+        if any(map(sources.is_stream, arguments.file)):
+            raise SettingsError("--engine ray needs files: nobody else could read a pipe")
+        if arguments.part is not None:
+            raise SettingsError("--part and --engine ray: Ray shares the work itself")
+    elif arguments.actors is not None:
+        raise SettingsError("--actors is for --engine ray")
     if arguments.openai_batch:
         if is_folder and arguments.format is None:
             suffix = ".jsonl"

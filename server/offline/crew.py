@@ -26,10 +26,11 @@ from model.platform.resources import usable_cores
 from server.engine.devices import in_child
 from server.offline.job import Row
 from server.offline.manifest import Settled
-from server.offline.parts import OutputError, Written
+from server.offline.parts import OutputError, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.shard_writer import Advance, Recipe, ShardWriter
 from server.offline.shards import Chunk
+from server.offline.slices import Slice
 from server.offline.sources import ChangedError
 
 logger = logging.getLogger("nv_embed.encode")
@@ -56,6 +57,21 @@ class Crew(Protocol[Row]):
 
     def write(self, tasks: Iterable[Task[Row]], advance: Advance) -> Iterator[Written]:
         """Each shard, when it is on disk, in any order."""
+        ...
+
+
+class SliceCrew(Protocol):
+    """Those that read what they write, on other machines perhaps. info: how the model runs there.
+    A context manager."""
+
+    info: RunnerInfo
+
+    def __enter__(self) -> SliceCrew: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def write(self, slices: Sequence[Slice], run: str) -> Iterator[Written | SliceEnd]:
+        """Of each slice, in any order, the shards that were not there, then its end."""
         ...
 
 
@@ -96,7 +112,7 @@ class Team:
                     settled = Settled(self.info.dtype, dict(self.info.products))
                     recipe = replace(recipe, settled=settled)
             for member in self._members[1:]:
-                _refuse_another(self.info, member.ready(), member.device)
+                refuse_another(self.info, member.ready(), member.device)
         except BaseException:
             self.close()
             raise
@@ -180,7 +196,7 @@ class _Member:
             said = self.connection.recv()
         except (EOFError, OSError):
             raise self._gone() from None
-        if isinstance(said, _Failure):
+        if isinstance(said, Failure):
             raise said.error()
         return said
 
@@ -196,7 +212,7 @@ class _Member:
         )
 
 
-class _Failure(NamedTuple):
+class Failure(NamedTuple):
     """An error that a process ended with: its kind, and what it was made with."""
 
     kind: str
@@ -208,7 +224,7 @@ class _Failure(NamedTuple):
         return known.get(self.kind, RuntimeError)(*self.arguments)
 
     @classmethod
-    def of(cls, error: Exception) -> _Failure:
+    def of(cls, error: Exception) -> Failure:
         if isinstance(error, OSError):
             return cls("OSError", (error.errno, error.strerror, error.filename))
         return cls(type(error).__name__, (f"{error}",))
@@ -246,7 +262,7 @@ def _work(
         return
     except Exception as error:
         with suppress(OSError):
-            connection.send(_Failure.of(error))
+            connection.send(Failure.of(error))
 
 
 def _received(connection: Connection) -> Iterator[Task[Any]]:
@@ -265,7 +281,8 @@ def _received(connection: Connection) -> Iterator[Task[Any]]:
         yield task
 
 
-def _refuse_another(first: RunnerInfo, other: RunnerInfo, device: str) -> None:
+def refuse_another(first: RunnerInfo, other: RunnerInfo, device: str) -> None:
+    """Raises UnsupportedError where another writer would make other vectors."""
     for name in ("dtype", "quantization", "attention", "fused_kernels", "products", "width"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:

@@ -10,7 +10,7 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -21,7 +21,7 @@ from model.fitting import is_out_of_memory
 from model.hub import locate
 from model.prompts import Example
 from server.offline import bulk, call, inputs
-from server.offline.crew import Alone, Team
+from server.offline.crew import Alone, SliceCrew, Team
 from server.offline.job import Job
 from server.offline.parts import OutputError
 from server.offline.places import InputFileError
@@ -38,8 +38,10 @@ class _Stopped(BaseException):
         self.status = 128 + signum
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, crew_of: Callable[[Recipe], SliceCrew] | None = None) -> int:
     """Returns the exit status: 0, 1 for a failure, 128 + N when signal N ended the run.
+
+    crew_of: who reads and writes; default: this process, or one for each of its devices.
 
     Raises SettingsError or ModelError for a wrong call.
     """
@@ -52,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             mode = call.mode_of(sources)
             todo = bulk.Run(job, sources, call.rows_of(arguments, job), mode)
             try:
-                done = _run(arguments, job, mode, todo, examples)
+                done = _run(arguments, job, mode, todo, examples, crew_of)
             finally:
                 rows_kept = todo.rows_kept
     except (InputFileError, ChangedError, OutputError) as error:
@@ -127,6 +129,7 @@ def _run(
     mode: int,
     todo: bulk.Run[Any],
     examples: Sequence[Example],
+    crew_of: Callable[[Recipe], SliceCrew] | None,
 ) -> bool:
     """Returns whether all was done already."""
     model = locate(
@@ -152,9 +155,9 @@ def _run(
         defaults = call.defaults_of(arguments, config)
         recipe = Recipe(said, model, job, mode, prompt, defaults, todo.settled, bulk.KEEP_EVERY_S)
         try:
-            _write(recipe, todo)
+            _write(recipe, todo, crew_of)
         except bulk.OtherSettledError:
-            _write(replace(recipe, settled=todo.settled), todo)
+            _write(replace(recipe, settled=todo.settled), todo, crew_of)
     return False
 
 
@@ -162,9 +165,16 @@ _OF_CLI = ("parser", "run")
 """What no other process needs of the arguments, nor can be sent."""
 
 
-def _write(recipe: Recipe, todo: bulk.Run[Any]) -> None:
+def _write(
+    recipe: Recipe, todo: bulk.Run[Any], crew_of: Callable[[Recipe], SliceCrew] | None
+) -> None:
     devices = recipe.arguments.devices
     try:
+        if crew_of is not None:
+            with crew_of(recipe) as crew:
+                todo.begin(crew.info, recipe.vectors(crew.info))
+                todo.finish_slices(crew)
+            return
         with ExitStack() as stack:
             if len(devices) == 1:
                 encoder = recipe.encoder(devices[0])

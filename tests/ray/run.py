@@ -35,6 +35,7 @@ import openai
 import yaml
 
 from tests.checkpoints import write_checkpoint
+from tests.ray import encode
 from tests.ray.cluster import APPLICATION, Cluster, Config
 from tests.server.processes import ServerProcess
 from tests.server.questions import RUNNERS
@@ -57,7 +58,6 @@ KILL_AT = 300
 """After so many answers."""
 PAUSE_S = 0.05
 """Between two requests of a connection, while replicas start on the same two cores."""
-LEFT_S = 20.0
 ROUNDS = 5
 _SCRIPT = """wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
@@ -113,6 +113,7 @@ def main() -> int:
         try:
             trials = [_Trial(folder, checkpoint, plain, mode, figures) for mode in MODES]
             wrong = [f"{trial.mode}: {one}" for trial in trials for one in trial.problems()]
+            wrong += [f"encode: {one}" for one in encode.problems(folder / "encode", checkpoint)]
         finally:
             plain.stop()
     print("\n".join(wrong) or f"all is as it should be, after {time.monotonic() - began:.0f} s")
@@ -141,7 +142,7 @@ class _Trial:
 
     def problems(self) -> Iterator[str]:
         self._began = time.monotonic()
-        self._cluster = Cluster(self._folder, METRICS_PORT, _quiet(MODES[self.mode]))
+        self._cluster = Cluster(self._folder, METRICS_PORT, MODES[self.mode])
         try:
             self._cluster.deploy(self._config)
             self._cluster.wait("RUNNING", replicas=1)
@@ -160,7 +161,8 @@ class _Trial:
             self._cluster.wait("RUNNING", replicas=2)
             yield from self._kill_loses(_Sdk(self._url))
         finally:
-            left = self._stop()
+            left = self._cluster.stop()
+            self._say("stopped")
         if left:
             yield f"left: {left}"
 
@@ -295,23 +297,6 @@ class _Trial:
         if failed > (CONNECTIONS if isinstance(ask, _Raw) else 0):
             yield f"a replica killed, {what}: {failed} failed {dict(seen)}"
 
-    def _stop(self) -> list[str]:
-        """-> what is left of it, which is killed."""
-        try:
-            self._cluster.stop()
-        except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
-            self._say(f"stopping failed: {error}")
-        deadline = time.monotonic() + LEFT_S
-        while (pids := self._cluster.processes()) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        left = []
-        for pid in pids:
-            with contextlib.suppress(OSError):
-                left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:100])
-                os.kill(pid, signal.SIGKILL)
-        self._say("stopped")
-        return left
-
 
 def _config(checkpoint: Path) -> Config:
     """The one that is shipped, for a small model and up to two replicas on two cores."""
@@ -331,10 +316,6 @@ def _config(checkpoint: Path) -> Config:
         "upscale_delay_s": 1,
     }
     return config
-
-
-def _quiet(environment: dict[str, str]) -> dict[str, str]:
-    return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **environment}
 
 
 class _Load:
