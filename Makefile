@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray recipe image tiny-model lock lock-ray clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray test-ray-encode recipe image tiny-model lock lock-ray clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -203,10 +203,13 @@ build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed
 	@touch $@
 
 # In a network of its own: Ray's processes would talk over the machine's address, and ask outside for it.
-RAY := $(CURDIR)/build/ray
+ALONE = unshare $(if $(filter-out 0,$(shell id -u)),-r) -n
+test-ray test-ray-encode: export PYTHONPATH = $(CURDIR):$(CURDIR)/build/ray
 test-ray: $(VENV)/.installed-test build/ray/.installed ## replicas of Ray Serve behind both proxies: killed, deployed anew
-	PYTHONPATH=$(CURDIR):$(RAY) unshare $(if $(filter-out 0,$(shell id -u)),-r) -n \
-	    $(BIN)/python -P -m tests.ray.run $(ARGS)
+	$(ALONE) $(BIN)/python -P -m tests.ray.run $(ARGS)
+
+test-ray-encode: $(VENV)/.installed-test build/ray/.installed ## encode on a Ray cluster whose actors and nodes come and go
+	$(ALONE) $(BIN)/python -P -m tests.ray.encode
 
 build/ray/.installed: requirements-ray.lock | $(VENV)/.installed-test
 	@echo "Installing Ray into build/ray (600 MB) …"

@@ -16,11 +16,11 @@ LABELS = {"": "files on top"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
     "cli": (350, 60),
-    "ray": (90, 60),
-    "http": (180, 160),
-    "offline": (540, 160),
-    "api": (330, 270),
-    "engine": (450, 390),
+    "ray": (150, 140),
+    "http": (190, 225),
+    "offline": (540, 225),
+    "api": (330, 310),
+    "engine": (450, 405),
     "": (90, 500),
     "model": (600, 530),
 }

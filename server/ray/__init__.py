@@ -1,3 +1,3 @@
-"""The server on Ray, for those who run Ray: Serve's replicas. Docs: docs/ray.md."""
+"""The server on Ray: Serve's replicas, and the actors of `encode`. Docs: docs/ray.md."""
 
 from __future__ import annotations

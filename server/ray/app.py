@@ -1,6 +1,6 @@
 """`serve run server.ray.app:app model=…`: the application that Ray Serve deploys.
 
-The one file that imports Ray.
+Ray is imported here and in server/ray/actors.py alone.
 """
 
 from __future__ import annotations

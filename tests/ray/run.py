@@ -12,14 +12,11 @@ import argparse
 import asyncio
 import contextlib
 import copy
-import fcntl
 import os
 import re
 import shutil
 import signal
-import socket
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -35,8 +32,8 @@ import openai
 import yaml
 
 from tests.checkpoints import write_checkpoint
-from tests.ray import encode
 from tests.ray.cluster import APPLICATION, Cluster, Config
+from tests.ray.program import in_own_network
 from tests.server.processes import ServerProcess
 from tests.server.questions import RUNNERS
 
@@ -99,10 +96,9 @@ def main() -> int:
     figures = arguments.parse_args().figures
     if figures and shutil.which("wrk") is None:
         arguments.exit(2, "--figures needs wrk: apt-get install wrk\n")
-    if [name for _, name in socket.if_nameindex()] != ["lo"]:
+    if not in_own_network():
         print("this network is not one of its own: make test-ray")
         return 2
-    _raise_loopback()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ray-") as name:
         folder = Path(name)
@@ -113,18 +109,10 @@ def main() -> int:
         try:
             trials = [_Trial(folder, checkpoint, plain, mode, figures) for mode in MODES]
             wrong = [f"{trial.mode}: {one}" for trial in trials for one in trial.problems()]
-            wrong += [f"encode: {one}" for one in encode.problems(folder / "encode", checkpoint)]
         finally:
             plain.stop()
     print("\n".join(wrong) or f"all is as it should be, after {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
-
-
-def _raise_loopback() -> None:
-    """As `ip link set lo up` does."""
-    up, set_flags = 0x1 | 0x40, 0x8914
-    with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up))
 
 
 class _Trial:
