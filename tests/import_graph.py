@@ -16,7 +16,7 @@ LABELS = {"": "files on top"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
     "cli": (350, 60),
-    "ray": (150, 140),
+    "ray": (75, 120),
     "http": (190, 225),
     "offline": (540, 225),
     "api": (330, 310),
