@@ -22,6 +22,7 @@ from typing import Any, Generic, NamedTuple, Protocol
 
 from model.batch import RunnerInfo
 from model.errors import UnsupportedError
+from model.platform import resources
 from model.platform.resources import usable_cores
 from server.engine.devices import in_child
 from server.offline.job import Row
@@ -80,7 +81,7 @@ class Team:
     rows_kept = 0  # nobody tells
 
     def __init__(self, recipe: Recipe, devices: Sequence[str]) -> None:
-        """Starts them, the first alone: what it settles by timing the others take.
+        """Starts them; what the first settles by timing the others take.
 
         Raises UnsupportedError where they would not make the same vectors.
         """
@@ -91,10 +92,10 @@ class Team:
             for device in devices:
                 share = recipe.arguments.threads or (threads if device == "cpu" else None)
                 self._members.append(_Member(recipe, device, share))
-                if len(self._members) == 1:
-                    self.info = self._members[0].ready()
-                    settled = Settled(self.info.dtype, dict(self.info.products))
-                    recipe = replace(recipe, settled=settled)
+            self._members[0].send(recipe.settled)
+            self.info = self._members[0].ready()
+            for member in self._members[1:]:
+                member.send(Settled(self.info.dtype, dict(self.info.products)))
             for member in self._members[1:]:
                 _refuse_another(self.info, member.ready(), member.device)
         except BaseException:
@@ -236,17 +237,23 @@ def _work(
     signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(_StopError), suppress(EOFError, BrokenPipeError):
+        _live(connection, recipe, device, threads)
+
+
+def _live(connection: Connection, recipe: Recipe, device: str, threads: int | None) -> None:
     try:
-        encoder = recipe.encoder(device, threads)
+        with resources.for_good():
+            import model.encoder  # noqa: F401  (while the first one settles what all take)
+        encoder = replace(recipe, settled=connection.recv()).encoder(device, threads)
         connection.send(encoder.runner.info)
         writer = recipe.writer(encoder, connection.recv())
         for task in _received(connection):
             connection.send(writer.write(task.chunk, task.first_index, connection.send))
-    except (EOFError, BrokenPipeError, _StopError):
-        return
+    except (EOFError, BrokenPipeError):
+        raise
     except Exception as error:
-        with suppress(OSError):
-            connection.send(_Failure.of(error))
+        connection.send(_Failure.of(error))
 
 
 def _received(connection: Connection) -> Iterator[Task[Any]]:

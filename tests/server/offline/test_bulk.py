@@ -668,6 +668,20 @@ def test_two_devices_write_what_one_writes(encode: Encode, tmp_path: Path) -> No
 
 
 @pytest.mark.process
+def test_a_device_that_is_not_there_is_one_line(
+    golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one\n")
+    model = ["--model", str(golden_checkpoint), "--dtype", "float32"]
+    assert cli.main(["encode", "a.txt", "-o", "out/", "--devices", "cpu,cuda:4000", *model]) == 2
+    said = capfd.readouterr().err
+    assert "cuda:4000: " in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.process
 def test_what_fails_on_a_device_ends_the_run_and_what_is_done_stays(
     encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
