@@ -150,11 +150,13 @@ def _run(
             **{name: value for name, value in vars(arguments).items() if name not in _OF_CLI}
         )
         defaults = call.defaults_of(arguments, config)
-        recipe = Recipe(said, model, job, mode, prompt, defaults, todo.settled, bulk.KEEP_EVERY_S)
+        recipe = Recipe(
+            said, model, job, mode, prompt, defaults, todo.earlier.settled, bulk.KEEP_EVERY_S
+        )
         try:
             _write(recipe, todo)
         except bulk.OtherSettledError:
-            _write(replace(recipe, settled=todo.settled), todo)
+            _write(replace(recipe, settled=todo.earlier.settled), todo)
     return False
 
 
@@ -179,4 +181,4 @@ def _write(recipe: Recipe, todo: bulk.Run[Any]) -> None:
                 team.begin(todo.run)
                 todo.finish(team)
     except UnsupportedError as error:
-        todo.refuse_settled(error)
+        todo.earlier.refuse_settled(error)
