@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray test-ray-encode recipe image tiny-model lock lock-ray clean
+.PHONY: help install serve test test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-bulk test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers chart-check observability-check drill test-ray test-ray-encode recipe image tiny-model lock lock-ray clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -138,6 +138,15 @@ $(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package-lock
 
 test-examples: $(VENV)/.installed-test ## each example in a new environment of its own, with real stores
 	EXAMPLE_ENVIRONMENTS=build/examples $(BIN)/pytest tests/examples $(ARGS)
+
+test-bulk: $(VENV)/.installed-test build/stores/.installed ## encode's output in pandas and LanceDB, and a million rows
+	PYTHONPATH=build/stores BULK_ROWS=30000 $(BIN)/pytest tests/server/offline/test_read_back.py $(ARGS)
+	CHAOS=full $(BIN)/pytest tests/chaos/test_encode.py $(ARGS)
+
+build/stores/.installed: tests/server/offline/requirements-stores.txt | $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
 
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)

@@ -10,22 +10,20 @@ how rows are read nor how vectors are written.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from typing import Any, Generic, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple
 
 from model.batch import RunnerInfo
-from model.errors import UnsupportedError
 from model.hub import ModelSource
 from model.progress import Progress
 from model.prompts import Prompt
 from model.user_files import LockedError, locked
-from server.offline.crew import Crew, SliceCrew, Task
+from server.offline.crew import Crew, Task
 from server.offline.earlier import Earlier, OtherSettledError
 from server.offline.job import Job, Row, Rows
 from server.offline.manifest import (
-    Settled,
     as_json,
     description,
     description_of,
@@ -35,9 +33,10 @@ from server.offline.manifest import (
     run_of,
 )
 from server.offline.output import FileOutput, FolderOutput, Output
-from server.offline.parts import OutputError, Proof, SliceEnd
+from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.reader import Reader
+from server.offline.slices import Slice
 from server.offline.sources import Source
 
 logger = logging.getLogger("nv_embed.encode")
@@ -45,7 +44,7 @@ logger = logging.getLogger("nv_embed.encode")
 KEEP_EVERY_S = 30.0
 """How much work of an unfinished shard is lost at most, and a batch."""
 
-__all__ = ["OtherSettledError", "Run", "Tally", "place"]
+__all__ = ["OtherSettledError", "Run", "Tally", "WriteSlices", "place"]
 
 
 @contextmanager
@@ -71,6 +70,9 @@ def place(job: Job) -> Iterator[None]:
         if made:
             with suppress(OSError):  # it holds something now, or is gone
                 job.target.rmdir()
+
+
+WriteSlices = Callable[[Sequence[Slice], Ledger], Iterable[Written | SliceEnd]]
 
 
 class Tally(NamedTuple):
@@ -114,12 +116,9 @@ class Run(Generic[Row]):
         return run_of(self._manifest)
 
     @property
-    def settled(self) -> Settled:
-        """With `is_done` asked: what an earlier run found for `auto`."""
-        return self._earlier.settled
-
-    def refuse_settled(self, error: UnsupportedError) -> NoReturn:
-        self._earlier.refuse_settled(error)
+    def earlier(self) -> Earlier:
+        """With `is_done` asked: what an earlier run has settled."""
+        return self._earlier
 
     def describe(
         self,
@@ -242,22 +241,21 @@ class Run(Generic[Row]):
                 self._kept += shard.rows
             self._end()
 
-    def finish_slices(self, crew: SliceCrew) -> None:
-        """As `finish`, of a folder, by those that find out by themselves what is there."""
-        self._ahead.clear()
-        sizes = {one.number: one.size for one in self._reader.mine}
-        rows = read = 0
-        with self._leaving_nothing(), Progress(None) as progress:
-            for one in crew.write(self._reader.mine, self.run):
+    def finish_slices(self, write: WriteSlices) -> None:
+        """The same where others read the slices, too (ShardWriter.write_slice): a folder's.
+
+        write: the shards of each slice, but those that the ledger has, then how the slice ended;
+        of any slice at any time.
+        """
+        assert self._job.is_folder
+        with self._leaving_nothing(), Progress(None) as self._progress:
+            for one in write(self._reader.mine, self._output.ledger):
                 if isinstance(one, SliceEnd):
                     self._output.slice_ended(one)
-                    rows += sum(count for count, _ in one.spans)
-                    read += sizes[one.slice]
-                    progress.expect(round(rows * sum(sizes.values()) / max(read, 1)))
-                    progress.reach(rows)
                 else:
                     self._output.take(one)
                     self._kept += one.rows
+                    self._advance(one.rows)
             self._parts.sweep()  # of those that were killed
             self._end()
 

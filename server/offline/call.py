@@ -90,7 +90,7 @@ def job_of(arguments: argparse.Namespace) -> Job:
     if compression is not None and compression not in FORMATS[suffix].compressions:
         known = ", ".join(FORMATS[suffix].compressions)
         raise SettingsError(f"--compression {compression}: {suffix} has {known}")
-    if suffix == ".npy" and (arguments.id_field or arguments.keep):
+    if suffix == ".npy" and (arguments.id_field is not None or arguments.keep):
         raise SettingsError("--id-field and --keep need --format parquet or jsonl: .npy has none")
     said = [arguments.prompt, arguments.instruction, arguments.query_instruction]
     for name, text in (("prefix", "".join(filter(None, said))), ("field", arguments.field or "")):
@@ -194,7 +194,7 @@ def check(arguments: argparse.Namespace, job: Job, sources: Sequence[Source]) ->
             raise SettingsError(
                 f"--output {job.target} lies in {outer}, which is read: name one outside of it"
             )
-    ids = [arguments.id_field] if arguments.id_field else []
+    ids = [] if arguments.id_field is None else [arguments.id_field]
     names = tuple(dict.fromkeys([*ids, *(arguments.keep or ())]))
     return replace(job, columns=columns_of(names, arguments.id_field, sources))
 

@@ -22,11 +22,12 @@ from typing import Any, Generic, NamedTuple, Protocol
 
 from model.batch import RunnerInfo
 from model.errors import UnsupportedError
+from model.platform import resources
 from model.platform.resources import usable_cores
 from server.engine.devices import in_child
 from server.offline.job import Row
 from server.offline.manifest import Settled
-from server.offline.parts import OutputError, SliceEnd, Written
+from server.offline.parts import Ledger, OutputError, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.shard_writer import Advance, Recipe, ShardWriter
 from server.offline.shards import Chunk
@@ -70,8 +71,8 @@ class SliceCrew(Protocol):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def write(self, slices: Sequence[Slice], run: str) -> Iterator[Written | SliceEnd]:
-        """Of each slice, in any order, the shards that were not there, then its end."""
+    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        """Of each slice, in any order, the shards that the ledger has not, then its end."""
         ...
 
 
@@ -96,7 +97,7 @@ class Team:
     rows_kept = 0  # nobody tells
 
     def __init__(self, recipe: Recipe, devices: Sequence[str]) -> None:
-        """Starts them, the first alone: what it settles by timing the others take.
+        """Starts them; what the first settles by timing the others take.
 
         Raises UnsupportedError where they would not make the same vectors.
         """
@@ -107,10 +108,10 @@ class Team:
             for device in devices:
                 share = recipe.arguments.threads or (threads if device == "cpu" else None)
                 self._members.append(_Member(recipe, device, share))
-                if len(self._members) == 1:
-                    self.info = self._members[0].ready()
-                    settled = Settled(self.info.dtype, dict(self.info.products))
-                    recipe = replace(recipe, settled=settled)
+            self._members[0].send(recipe.settled)
+            self.info = self._members[0].ready()
+            for member in self._members[1:]:
+                member.send(Settled(self.info.dtype, dict(self.info.products)))
             for member in self._members[1:]:
                 refuse_another(self.info, member.ready(), member.device)
         except BaseException:
@@ -252,17 +253,23 @@ def _work(
     signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    with suppress(_StopError), suppress(EOFError, BrokenPipeError):
+        _live(connection, recipe, device, threads)
+
+
+def _live(connection: Connection, recipe: Recipe, device: str, threads: int | None) -> None:
     try:
-        encoder = recipe.encoder(device, threads)
+        with resources.for_good():
+            import model.encoder  # noqa: F401  (while the first one settles what all take)
+        encoder = replace(recipe, settled=connection.recv()).encoder(device, threads)
         connection.send(encoder.runner.info)
         writer = recipe.writer(encoder, connection.recv())
         for task in _received(connection):
             connection.send(writer.write(task.chunk, task.first_index, connection.send))
-    except (EOFError, BrokenPipeError, _StopError):
-        return
+    except (EOFError, BrokenPipeError):
+        raise
     except Exception as error:
-        with suppress(OSError):
-            connection.send(Failure.of(error))
+        connection.send(Failure.of(error))
 
 
 def _received(connection: Connection) -> Iterator[Task[Any]]:

@@ -153,11 +153,13 @@ def _run(
             **{name: value for name, value in vars(arguments).items() if name not in _OF_CLI}
         )
         defaults = call.defaults_of(arguments, config)
-        recipe = Recipe(said, model, job, mode, prompt, defaults, todo.settled, bulk.KEEP_EVERY_S)
+        recipe = Recipe(
+            said, model, job, mode, prompt, defaults, todo.earlier.settled, bulk.KEEP_EVERY_S
+        )
         try:
             _write(recipe, todo, crew_of)
         except bulk.OtherSettledError:
-            _write(replace(recipe, settled=todo.settled), todo, crew_of)
+            _write(replace(recipe, settled=todo.earlier.settled), todo, crew_of)
     return False
 
 
@@ -173,7 +175,7 @@ def _write(
         if crew_of is not None:
             with crew_of(recipe) as crew:
                 todo.begin(crew.info, recipe.vectors(crew.info))
-                todo.finish_slices(crew)
+                todo.finish_slices(crew.write)
             return
         with ExitStack() as stack:
             if len(devices) == 1:
@@ -189,4 +191,4 @@ def _write(
                 team.begin(todo.run)
                 todo.finish(team)
     except UnsupportedError as error:
-        todo.refuse_settled(error)
+        todo.earlier.refuse_settled(error)

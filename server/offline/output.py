@@ -30,6 +30,11 @@ class Output(ABC):
         self._ended: list[SliceEnd] = []
         self._is_open = False
 
+    @property
+    def ledger(self) -> Ledger:
+        """What is known to be there. It can be sent to others, who ask it what they may leave."""
+        return self._ledger
+
     def read(self, run: str, manifest: Mapping[str, Any]) -> None:
         """What an earlier run has left; run: what its vectors were made by."""
         self._ledger.run = run

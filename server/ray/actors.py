@@ -68,7 +68,7 @@ class Actors:
     def __exit__(self, *exception: object) -> None:
         self._ends.close()
 
-    def write(self, slices: Sequence[Slice], run: str) -> Iterator[Written | SliceEnd]:
+    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -76,7 +76,7 @@ class Actors:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         least, most = self._recipe.arguments.actors or (1, 1)
         settled = Settled(self.info.dtype, dict(self.info.products))
-        work = _Work(self._place, replace(self._recipe, settled=settled), self.info, run)
+        work = _Work(self._place, replace(self._recipe, settled=settled), self.info, ledger)
         rows = [{"slice": pickle.dumps(one)} for one in slices]
         found = ray.data.from_items(
             rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)
@@ -101,12 +101,12 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What an actor is made of. info: how the model has to run."""
+    """What an actor is made of. info: how the model has to run. ledger: what may be left out."""
 
     place: _Place
     recipe: Recipe
     info: RunnerInfo
-    run: str
+    ledger: Ledger
 
 
 def _how_it_runs(place: _Place, recipe: Recipe) -> RunnerInfo | Failure:
@@ -134,12 +134,11 @@ class _SliceWriter:
         self._job = recipe.job
         encoder = recipe.encoder(place.device, place.threads)
         refuse_another(work.info, encoder.runner.info, f"{place.device} on {platform.node()}")
-        self._writer = recipe.writer(encoder, work.run)
+        self._writer = recipe.writer(encoder, work.ledger.run)
         self._rows = call.rows_of(recipe.arguments, recipe.job)
         self._opened = inputs.opened(recipe.arguments.file)
         self._sources = self._opened.__enter__()  # for as long as the actor lives
-        self._ledger = Ledger(recipe.job.parts(recipe.mode), work.run)
-        self._ledger.read()
+        self._ledger = work.ledger
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
         (raw,) = batch["slice"]

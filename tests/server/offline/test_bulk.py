@@ -7,13 +7,14 @@ import io
 import json
 import logging
 import os
+import pickle
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from model.batch import Encoding, RunnerOptions
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
 from server.api.vector_format import int8_scale
-from server.offline import inputs, slices
+from server.offline import bulk, call, inputs, slices
 from server.offline.columns import NONE
-from server.offline.parts import SliceEnd
+from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.shard_writer import Recipe
 from server.offline.shards import chunks_of
 from server.offline.texts import text_rows
 from tests.server.processes import ROOT
@@ -668,6 +670,20 @@ def test_two_devices_write_what_one_writes(encode: Encode, tmp_path: Path) -> No
 
 
 @pytest.mark.process
+def test_a_device_that_is_not_there_is_one_line(
+    golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("one\n")
+    model = ["--model", str(golden_checkpoint), "--dtype", "float32"]
+    assert cli.main(["encode", "a.txt", "-o", "out/", "--devices", "cpu,cuda:4000", *model]) == 2
+    said = capfd.readouterr().err
+    assert "cuda:4000: " in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.process
 def test_what_fails_on_a_device_ends_the_run_and_what_is_done_stays(
     encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -680,3 +696,40 @@ def test_what_fails_on_a_device_ends_the_run_and_what_is_done_stays(
     assert "in.jsonl, line 51: the input has 40003 tokens" in said
     assert said.count("\n") == 1
     assert Path("out.npy.parts/.joined").stat().st_size > 0
+
+
+# ---- another engine
+
+
+def test_slices_that_others_write_in_any_order_are_one_run(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an engine does whose workers get the recipe, a slice and what is known to be there."""
+    rows = write_rows("in.jsonl", 500)
+    rows[77]["text"] = ""
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["in.jsonl", "--shard-size", 20, "--format", "parquet", "--id-field", "id"]
+    options += ["--on-error", "skip"]
+    assert encode(*options, "-o", "one/") == 0
+    assert encode(*options, "-o", "other/", "--part", "2/5") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("other").glob("part-*")}
+
+    def write(recipe: Recipe, todo: bulk.Run[Any], _: object) -> None:
+        sent = pickle.loads(pickle.dumps(recipe))  # noqa: S301
+        encoder = sent.encoder("cpu")
+        todo.begin(encoder.runner.info, sent.vectors(encoder.runner.info))
+        writer, job = sent.writer(encoder, todo.run), sent.job
+
+        def slices_of(plan: Sequence[slices.Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+            known = pickle.loads(pickle.dumps(ledger))  # noqa: S301
+            for which in random.Random(3).sample(plan, len(plan)):
+                with inputs.opened(sent.arguments.file) as sources:
+                    rows = call.rows_of(sent.arguments, job)
+                    yield from writer.write_slice(which, sources, rows, job, known.has)
+
+        todo.finish_slices(slices_of)
+
+    monkeypatch.setattr("server.offline.encode._write", write)
+    assert encode(*options, "-o", "other/", "--resume") == 0
+    assert contents("other") == contents("one")
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -14,7 +14,7 @@ from model.extras import how_to_install
 from server import cli
 from server.cli import encode as command
 from server.offline import encode
-from server.offline.parts import SliceEnd, Written
+from server.offline.parts import Ledger, SliceEnd, Written
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
 from server.ray import actors
@@ -49,8 +49,8 @@ class InThisProcess:
         traceback: TracebackType | None,
     ) -> None: ...
 
-    def write(self, slices: Sequence[Slice], run: str) -> Iterator[Written | SliceEnd]:
-        work = actors._Work(self._place, self._recipe, self.info, run)
+    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        work = actors._Work(self._place, self._recipe, self.info, ledger)
         both = [actors._SliceWriter(sent(work)) for _ in range(2)]
         for number, one in enumerate(reversed(slices)):
             if number == self.most:
