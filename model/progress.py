@@ -21,15 +21,15 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         what: str = "Embedding",
         unit: str = "rows",
         *,
         done: int = 0,
         shown: bool | None = None,
     ) -> None:
-        """done: how many of them an earlier run did. shown: None is a bar on a terminal and lines
-        in a log elsewhere, True always the bar, False neither."""
+        """total: None where nobody knows. done: how many of them an earlier run did. shown: None is
+        a bar on a terminal and lines in a log elsewhere, True always the bar, False neither."""
         by_itself = None if sys.stderr else True  # None: where there is a terminal
         self._bar = tqdm(
             total=total,
@@ -51,6 +51,10 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+
+    def expect(self, total: int | None) -> None:
+        """There are so many, as is known by now."""
+        self._total = self._bar.total = total
 
     def skip_to(self, place: int) -> None:
         """Up to there all was done before."""
@@ -81,12 +85,16 @@ class Progress:
     def _say(self, seconds: float, figures: str) -> None:
         done = self._reached - self._skipped
         rate = done / seconds
-        left = f", about {_duration((self._total - self._reached) / rate)} left" if done else ""
+        left = of = ""
+        if self._total is not None:
+            of = f" of {self._total}"
+            ahead = max(self._total - self._reached, 0)
+            left = f", about {_duration(ahead / rate)} left" if done else ""
         logger.info(
-            "%s: %d of %d %s, %.1f %s/s%s%s",
+            "%s: %d%s %s, %.1f %s/s%s%s",
             self._what,
             self._reached,
-            self._total,
+            of,
             self._unit,
             rate,
             self._unit,

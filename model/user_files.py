@@ -46,6 +46,7 @@ _WIDE_MARKS = (  # the longer ones first: UTF-32's begins as UTF-16's
 _PAGES = bytes(byte for byte in range(32) if byte not in b"\r\n")
 """High bytes of UTF-16: of all alphabets, but for two whose number is that of a line's end."""
 
+_NO_LINKS_HERE = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -141,10 +142,15 @@ def mode_like(read: int | None) -> int:
 
 
 @contextmanager
-def replacing_bytes(path: Path, mode: int, folder: Path | None = None) -> Iterator[BinaryIO]:
+def replacing_bytes(
+    path: Path, mode: int, folder: Path | None = None, *, tag: str = "", new: bool = False
+) -> Iterator[BinaryIO]:
     """A file that takes the name `path` when the block ends well, and else vanishes. Till then its
-    name is one that nobody can guess, in `folder` or beside `path`. Raises OSError."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder or path.parent)
+    name is one that nobody can guess, in `folder` or beside `path`, with `tag` in it.
+
+    new: nothing may have the name already. Raises OSError, FileExistsError among them.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY + tag, dir=folder or path.parent)
     try:
         with os.fdopen(descriptor, "w+b") as file:
             with suppress(PermissionError):  # file systems without modes; it is 0600 till here
@@ -152,11 +158,28 @@ def replacing_bytes(path: Path, mode: int, folder: Path | None = None) -> Iterat
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        if new:
+            _take_new_name(name, path)
+        else:
+            os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
+
+
+def _take_new_name(name: str, path: Path) -> None:
+    """As os.replace, of several at once for one alone. Raises FileExistsError."""
+    try:
+        os.link(name, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS_HERE:
+            raise
+        if os.path.lexists(path):  # a file system without links: the best that it can do
+            raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
+        os.replace(name, path)
+    else:
+        os.unlink(name)
 
 
 @contextmanager
@@ -171,14 +194,18 @@ def replacing(path: Path, mode: int) -> Iterator[TextIO]:
 
 
 @contextmanager
-def locked(lock: Path, output: Path) -> Iterator[None]:
+def locked(lock: Path, output: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other runs away from `output` until the block ends. Raises LockedError when one is
-    there already. The lock goes with its process; a file that is left over locks nothing."""
+    there already. The lock goes with its process; a file that is left over locks nothing.
+
+    shared: others that share it may be there, too.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
         descriptor = os.open(lock, flags, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise LockedError(
@@ -197,5 +224,15 @@ def locked(lock: Path, output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        if not shared or _is_alone(descriptor):
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _is_alone(descriptor: int) -> bool:
+    """Whether nobody else holds a lock that is shared."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

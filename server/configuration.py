@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,16 +37,27 @@ _PORT = re.compile(rf"{ENV_PREFIX}(\w+_)?PORT(_\d+_(TCP|UDP|SCTP))?")
 _ADDRESS = re.compile("(tcp|udp|sctp)://")
 
 
+def flag_of(name: str) -> str:
+    """--max-batch-tokens of max_batch_tokens."""
+    return "--" + name.replace("_", "-")
+
+
 def load(flags: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
     """The server's. Flags over environment over file over defaults. Raises SettingsError."""
     return load_as(Settings, flags, environment)
 
 
 def load_as(
-    kind: type[SettingsT], flags: Mapping[str, Any], environment: Mapping[str, str]
+    kind: type[SettingsT],
+    flags: Mapping[str, Any],
+    environment: Mapping[str, str],
+    named: Callable[[str], str] = flag_of,
 ) -> SettingsT:
-    """As `load`, the fields of `kind` alone; names, but not values, are checked of the others."""
-    known = ChatSettings.model_fields | Settings.model_fields
+    """As `load`, the fields of `kind` alone; names, but not values, are checked of the others.
+
+    named: how errors call what is given in `flags`.
+    """
+    known = ChatSettings.model_fields | Settings.model_fields | kind.model_fields
     not_ours = service_links(environment)
     from_environment = {
         name.removeprefix(ENV_PREFIX).lower(): (name, value)
@@ -60,8 +71,8 @@ def load_as(
         _check_given(option, name, value)
     given: dict[str, tuple[str, Any]] = {**from_environment}
     for option, value in flags.items():
-        _check_given(option, flag_of(option), value)
-        given[option] = (flag_of(option), value)
+        _check_given(option, named(option), value)
+        given[option] = (named(option), value)
     _, path = given.pop("config", ("", None))
     for option, value in read_file(Path(path)).items() if path else ():
         if option not in known:
@@ -177,11 +188,6 @@ def _is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def flag_of(name: str) -> str:
-    """--max-batch-tokens of max_batch_tokens."""
-    return "--" + name.replace("_", "-")
 
 
 def choices_of(field: FieldInfo) -> list[str]:

@@ -173,9 +173,7 @@ def _about_dropped(count: int) -> logging.LogRecord:
 
 def configure(log_format: str, level: str) -> None:
     """Send all loggers to stderr; libraries only from warning on."""
-    handler = Outlet(2)
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_to_stderr(log_format)], level=logging.WARNING, force=True)
     logging.getLogger("nv_embed").setLevel(level.upper())
     logging.captureWarnings(True)
     # Looked up for each record otherwise, and shown in no line.
@@ -183,3 +181,17 @@ def configure(log_format: str, level: str) -> None:
     logging._srcfile = None  # nor who called: documented under that name
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False
+
+
+def configure_own(log_format: str, level: str) -> None:
+    """Send our own loggers to stderr, in a process whose others belong to somebody else."""
+    logger = logging.getLogger("nv_embed")
+    logger.handlers = [_to_stderr(log_format)]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+def _to_stderr(log_format: str) -> Outlet:
+    handler = Outlet(2)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    return handler

@@ -16,10 +16,11 @@ LABELS = {"": "files on top"}
 # (centre x, centre y) of each room: whoever imports stands above what it imports.
 PLACES = {
     "cli": (350, 60),
-    "http": (180, 160),
-    "offline": (540, 160),
-    "api": (330, 270),
-    "engine": (450, 390),
+    "ray": (75, 120),
+    "http": (190, 225),
+    "offline": (540, 225),
+    "api": (330, 310),
+    "engine": (450, 405),
     "": (90, 500),
     "model": (600, 530),
 }

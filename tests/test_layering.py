@@ -25,6 +25,7 @@ TORCH_FREE = [
     "model.weights.names",
     "server.cli",
     "server.http.lifecycle",
+    "server.ray.replica",
 ]
 
 

@@ -69,8 +69,8 @@ class VectorFormat:
             row = cut(vector, self.dimensions)
             if np.abs(row).max() * int8_scale(len(row)) < 127.5:
                 continue
-            numbers = _int8(row).astype(np.float32)
-            cosine = float(numbers @ row / np.linalg.norm(numbers))
+            held = _int8(row).astype(np.float32)
+            cosine = float(held @ row / np.linalg.norm(held))
             if cosine < _LEAST_COSINE:
                 raise InvalidRequestError(
                     f"input[{index}] has a vector whose largest numbers {self.dtype} cannot hold "
@@ -82,11 +82,11 @@ class VectorFormat:
         """As JSON, in parts to be joined: a list of numbers, or base64 in quotes, whose characters
         need no escaping."""
         row = cut(vector, self.dimensions)
-        numbers = _NUMBERS[self.dtype](row)
+        found = _NUMBERS[self.dtype](row)
         if not self.base64:
-            return (orjson.dumps(np.ascontiguousarray(numbers), option=orjson.OPT_SERIALIZE_NUMPY),)
-        order = numbers.dtype.newbyteorder(">" if self.big_endian else "<")
-        ordered = np.ascontiguousarray(numbers, dtype=order)
+            return (orjson.dumps(np.ascontiguousarray(found), option=orjson.OPT_SERIALIZE_NUMPY),)
+        order = found.dtype.newbyteorder(">" if self.big_endian else "<")
+        ordered = np.ascontiguousarray(found, dtype=order)
         return b'"', pybase64.b64encode(ordered.data), b'"'
 
 
@@ -99,14 +99,19 @@ def cut(vector: NDArray[np.float32], dimensions: int | None) -> NDArray[np.float
     return (head / norm).astype(np.float32) if norm else head
 
 
+def numbers(vectors: NDArray[np.float32], dtype: OutputDtype) -> NDArray[Any]:
+    """A vector [D], or several [N, D], in another type."""
+    return _NUMBERS[dtype](vectors)
+
+
 def _int8(row: NDArray[np.float32]) -> NDArray[np.int8]:
-    scaled = np.rint(row * np.float32(int8_scale(len(row))))
-    numbers: NDArray[np.int8] = np.clip(scaled, -127, 127).astype(np.int8)
-    return numbers
+    scaled = np.rint(row * np.float32(int8_scale(row.shape[-1])))
+    found: NDArray[np.int8] = np.clip(scaled, -127, 127).astype(np.int8)
+    return found
 
 
 def _bits(row: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.packbits(row > 0)
+    return np.packbits(row > 0, axis=-1)
 
 
 _NUMBERS: Mapping[OutputDtype, Callable[[NDArray[np.float32]], NDArray[Any]]] = {

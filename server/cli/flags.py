@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from model.families import known_families
 from server.configuration import choices_of, flag_of, is_list
-from server.settings import ENV_PREFIX, HIDDEN, MachineSettings, Settings
+from server.settings import ENV_PREFIX, HIDDEN, EncodeSettings, MachineSettings, Settings
 
 if TYPE_CHECKING:
     from model.hub import ModelSource
@@ -35,9 +35,9 @@ def add_flags(
             options["metavar"] = options["metavar"] or name.upper()
         options["help"] = argparse.SUPPRESS if name in HIDDEN else _help(name, field)
         flags = [flag_of(name)]
-        if name == "devices" and issubclass(kind, Settings):
+        if name == "devices" and issubclass(kind, EncodeSettings):
             flags.append("--device")
-        elif name == "devices":  # the commands without a server run on one
+        elif name == "devices":  # the other commands run on one
             flags, options["metavar"] = ["--device"], "DEVICE"
             options["help"] = f"auto, cpu, cuda or cuda:N (default: auto) [{ENV_PREFIX}DEVICES]"
         parser.add_argument(*flags, **options)

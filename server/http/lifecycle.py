@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
 import ssl
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -30,6 +28,7 @@ from server.http.file_limit import most_connections, raise_file_limit
 from server.http.listener import BACKLOG, listen, unlink_socket
 from server.http.tls import with_tls
 from server.http.trace_target import export_to, target_of
+from server.interpreter import prepare
 from server.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,12 +36,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nv_embed")
 
-_SWITCH_S = 0.0005
-"""How long a thread may keep the interpreter when the event loop wants it; Python's own 5 ms are as
-long as many answers take (D106)."""
-_YOUNG = 20_000
-"""New containers after which the collector looks for cycles. Python's own 700 are what a dozen
-requests in flight hold: it looked all the time, and found nothing (D108)."""
 _CLOSE_S = 5.0
 """How long open connections may take to finish their last answer once all is answered."""
 
@@ -63,7 +56,6 @@ def run(settings: Settings, source: ModelSource) -> int:
 
     Raises SettingsError or CheckpointError before anything listens.
     """
-    sys.setswitchinterval(_SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, source))
 
@@ -81,9 +73,7 @@ async def _serve(settings: Settings, source: ModelSource) -> int:
     engine.metrics.constant("nv_embed_max_connections", "Connections, at most", connections)
     listener, address = listen(settings)
     stop = _Signals()
-    gc.collect()
-    gc.freeze()  # what has been made by now stays: no collection need look at it again
-    gc.set_threshold(_YOUNG, 20, 20)
+    prepare()
     logger.info("listening on %s; the model is loading", address)
     names = ServedNames(source.model_id, settings.served_model_name).names
     logger.info("clients name the model %s", ", ".join(names))

@@ -28,8 +28,10 @@ from server.api.openai_errors import error_body
 from server.engine.averaging import averaged
 from server.engine.inputs import InputTokenizer
 from server.errors import DeviceMemoryError, NonFiniteVectorError, ServerError
+from server.offline.job import Refusal
+from server.offline.places import Place, Refused, place_of
 from server.offline.sources import Source
-from server.offline.text_files import InputFileError, read_objects
+from server.offline.text_files import read_objects
 
 if TYPE_CHECKING:
     from model.encoder import Encoder
@@ -45,6 +47,8 @@ _INPUT_BYTES = 2048
 class BatchLine(NamedTuple):
     """One request: `body` as it would come over HTTP."""
 
+    place: Place
+    number: int
     custom_id: str
     body: bytes
     inputs: int  # how many vectors it asks for, at most
@@ -58,28 +62,38 @@ class BatchLine(NamedTuple):
         return len(self.body) + _INPUT_BYTES * self.inputs
 
 
-def read_requests(source: Source) -> Iterator[BatchLine]:
-    """The lines of a batch file. Raises InputFileError for one that is no request."""
-    for number, line in read_objects(source):
-        at = source.at(number)
-        if unknown := [name for name in line if name not in _FIELDS]:
-            raise InputFileError(
-                f"{at}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}; "
-                f"known: {', '.join(_FIELDS)}"
-            )
-        if not isinstance(line.get("custom_id"), str):
-            raise InputFileError(f"{at}: no custom_id")
-        if line.get("method", "POST") != "POST":
-            raise InputFileError(f"{at}: method is {line['method']!r}, only POST is served")
-        if line.get("url") not in schemas.EMBEDDINGS_PATHS:
-            raise InputFileError(
-                f"{at}: url is {line.get('url')!r}, only {schemas.EMBEDDINGS_PATHS[0]} is served"
-            )
+def read_requests(source: Source, place: Place | None = None) -> Iterator[BatchLine | Refused]:
+    """The lines of a batch file. Raises InputFileError for one that is no request, or yields it."""
+    place = place or place_of(source)
+    for row in read_objects(source, place):
+        if isinstance(row, Refused):
+            yield row
+            continue
+        number, line = row
+        if why := _wrong(line):
+            yield place.refused(number, why)
+            continue
         body = line.get("body")
         inputs = body.get("input") if isinstance(body, dict) else None
         count = len(inputs) if isinstance(inputs, list) and not _is_ids(inputs) else 1
         # Not orjson, which writes NaN as null: over HTTP these are not the same.
-        yield BatchLine(line["custom_id"], json.dumps(body).encode(), count)
+        yield BatchLine(place, number, line["custom_id"], json.dumps(body).encode(), count)
+
+
+def _wrong(line: dict[str, Any]) -> str | None:
+    """Why a line is no request."""
+    if unknown := [name for name in line if name not in _FIELDS]:
+        return (
+            f"unknown field {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}; "
+            f"known: {', '.join(_FIELDS)}"
+        )
+    if not isinstance(line.get("custom_id"), str):
+        return "no custom_id"
+    if line.get("method", "POST") != "POST":
+        return f"method is {line['method']!r}, only POST is served"
+    if line.get("url") not in schemas.EMBEDDINGS_PATHS:
+        return f"url is {line.get('url')!r}, only {schemas.EMBEDDINGS_PATHS[0]} is served"
+    return None
 
 
 def _is_ids(inputs: list[Any]) -> bool:
@@ -100,10 +114,10 @@ class BatchAnswers:
     reading: Reading
     _said: set[str] = field(default_factory=set)  # of ignored fields, each once
 
-    def tokenize(self, lines: Sequence[BatchLine], first: int) -> _Answers:
+    def tokenize(self, lines: Sequence[BatchLine], indices: Sequence[int]) -> _Answers:
         requests = [self._read(line) for line in lines]
         encodings = [e for request in requests if isinstance(request, tuple) for e in request[1]]
-        return _Answers(encodings, lines, requests, first, {}, self._fingerprint)
+        return _Answers(encodings, lines, requests, indices, {}, self._fingerprint)
 
     def _fingerprint(self, wire: schemas.EmbeddingsRequest) -> str:
         info, family = self.encoder.runner.info, self.tokenizer.tokenizer.family
@@ -142,18 +156,21 @@ class _Answers:
     encodings: list[Encoding]
     lines: Sequence[BatchLine]
     requests: Sequence[tuple[schemas.EmbeddingsRequest, list[Encoding]] | ServerError]
-    first: int
+    indices: Sequence[int]  # of the requests in the output
     lost: dict[int, None]  # indices of encodings that did not fit into memory
     fingerprint: Callable[[schemas.EmbeddingsRequest], str]
+    refusals: list[Refusal] = field(default_factory=list)  # none: each is answered
+
+    @property
+    def rows(self) -> int:
+        return len(self.lines)
 
     def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
         self.lost.update(dict.fromkeys(lost))  # the others do not suffer
 
     def write(self, file: BinaryIO, vectors: NDArray[np.float32]) -> None:
         start = 0
-        for index, (line, request) in enumerate(
-            zip(self.lines, self.requests, strict=True), self.first
-        ):
+        for index, line, request in zip(self.indices, self.lines, self.requests, strict=True):
             if isinstance(request, tuple):
                 wire, encodings = request
                 rows = range(start, start + len(encodings))
@@ -167,7 +184,7 @@ class _Answers:
             else:
                 status, body = 200, answered
                 facts["fingerprint"] = self.fingerprint(wire)
-                if cut := [e.input(index) for index, e in enumerate(encodings) if e.is_cut]:
+                if cut := [e.input(place) for place, e in enumerate(encodings) if e.is_cut]:
                     facts["truncated"] = cut
             answer = {
                 "id": f"batch_req_{index}",

@@ -1,57 +1,56 @@
-"""`nv-embed encode`: a file of texts to files of vectors, without a server, resumable.
+"""`nv-embed encode`: files of texts to files of vectors, without a server, resumable.
 
-Owns the order of a run: the input is read once to describe it, then again, a shard at a time, and
-what is read must be the same. A manifest beside the output says what it was made of; `--resume`
-goes on only with the same. A shard is written whole; what is done of the one in hand is kept every
-half a minute. Constant memory: a shard's worth. Knows neither how rows are read nor how vectors
-are written.
+Owns the order of a run: inputs are cut into slices before they are read, each slice is read once,
+a shard at a time, and what is there already is skipped. A manifest beside the output says what it
+was made of; `--resume` and `--part` go on only with the same. A shard is written whole; what is
+done of the one in hand is kept every half a minute. Constant memory: a shard's worth. Knows neither
+how rows are read nor how vectors are written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Generic, NoReturn
-
-import numpy as np
-import orjson
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
+from typing import Any, Generic, NamedTuple
 
 from model.batch import RunnerInfo
-from model.errors import UnsupportedError
-from model.fingerprint import fingerprint
 from model.hub import ModelSource
 from model.progress import Progress
-from model.prompts import Parts, Prompt, written
+from model.prompts import Prompt
 from model.user_files import LockedError, locked
-from server.offline.job import Job, Row, Rows, Tokenize
+from server.offline.crew import Crew, Task
+from server.offline.earlier import Earlier, OtherSettledError
+from server.offline.job import Job, Row, Rows
 from server.offline.manifest import (
-    Settled,
-    differences,
-    printable,
-    proofs_of,
+    as_json,
+    description,
+    description_of,
+    made_of,
     read_manifest,
-    settled_by,
+    resolved,
+    run_of,
 )
-from server.offline.parts import Ledger, OutputError, Proof, Shard, proves
-from server.offline.shards import shards_of
+from server.offline.output import FileOutput, FolderOutput, Output
+from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
+from server.offline.places import InputFileError
+from server.offline.reader import Reader
+from server.offline.slices import Slice
 from server.offline.sources import Source
-from server.offline.text_files import InputFileError
-
-if TYPE_CHECKING:
-    from model.encoder import Encoder
 
 logger = logging.getLogger("nv_embed.encode")
 
 KEEP_EVERY_S = 30.0
 """How much work of an unfinished shard is lost at most, and a batch."""
 
+__all__ = ["OtherSettledError", "Run", "Tally", "WriteSlices", "place"]
+
 
 @contextmanager
 def place(job: Job) -> Iterator[None]:
-    """The output's place, for this run alone. Nothing is left of a run that did not begin."""
+    """The output's place, for this run alone, or for the parts of one. Nothing is left of a run
+    that did not begin."""
     made = False
     if job.is_folder and not job.target.is_dir():
         with suppress(FileExistsError):  # another run was quicker
@@ -59,7 +58,11 @@ def place(job: Job) -> Iterator[None]:
             made = True
     lock = job.manifest.with_name(f".{job.manifest.name}.lock")
     try:
-        with locked(lock, job.target):
+        with ExitStack() as stack:
+            stack.enter_context(locked(lock, job.target, shared=job.is_part))
+            if job.is_part:
+                own = job.target / f".part-{job.part.tag}.lock"
+                stack.enter_context(locked(own, job.target))
             yield
     except LockedError as error:
         raise OutputError(str(error)) from None
@@ -69,27 +72,53 @@ def place(job: Job) -> Iterator[None]:
                 job.target.rmdir()
 
 
-def _digest(examples: Parts) -> str | None:
-    """SHA-256: they may be private, as the input is, and are too long to be shown."""
-    return hashlib.sha256(orjson.dumps(examples)).hexdigest() if examples else None
+WriteSlices = Callable[[Sequence[Slice], Ledger], Iterable[Written | SliceEnd]]
+
+
+class Tally(NamedTuple):
+    """What a run came to. is_complete: all parts of it are there."""
+
+    rows: int
+    skipped: int
+    is_complete: bool
 
 
 class Run(Generic[Row]):
-    """One job on one input: `describe`, `is_done`, `begin`, `finish`, in this order."""
+    """One job on its inputs: `describe`, `is_done`, `begin`, `finish`, in this order."""
 
-    def __init__(self, job: Job, source: Source, rows: Rows[Row], mode: int) -> None:
-        self._job, self._source, self._rows = job, source, rows
+    def __init__(self, job: Job, sources: Sequence[Source], rows: Rows[Row], mode: int) -> None:
+        """Raises InputFileError for an input that cannot be cut."""
+        self._job, self._sources = job, sources
+        self._reader = Reader(job, sources, rows)
         self._parts = job.parts(mode)
+        self._output: Output = (FolderOutput if job.is_folder else FileOutput)(job, self._parts)
         self._manifest: dict[str, Any] = {}
-        self._shards: list[Shard] = []
-        self._earlier: dict[str, Any] | None = None
-        self._proofs: dict[int, Proof] = {}
+        self._earlier = Earlier(job)
         self._has_begun = self._is_complete = False
-        self.rows_kept = 0
+        self._missing = self._missing_shards()
+        self._ahead: list[Task[Row]] = []  # read before the model was loaded
+        self._read = self._done = self._kept = 0  # rows
+        self._crew: Crew[Row] | None = None
+        self._progress: Progress | None = None
 
     @property
-    def num_rows(self) -> int:
-        return sum(shard.rows for shard in self._shards)
+    def tally(self) -> Tally:
+        rows = self._manifest.get("rows", self._read)
+        return Tally(rows, self._manifest.get("skipped", 0), self._is_complete)
+
+    @property
+    def rows_kept(self) -> int:
+        return self._kept + (self._crew.rows_kept if self._crew is not None else 0)
+
+    @property
+    def run(self) -> str:
+        """A name for all that the vectors depend on."""
+        return run_of(self._manifest)
+
+    @property
+    def earlier(self) -> Earlier:
+        """With `is_done` asked: what an earlier run has settled."""
+        return self._earlier
 
     def describe(
         self,
@@ -98,246 +127,172 @@ class Run(Generic[Row]):
         asked: Mapping[str, str],
         defaults: Mapping[str, Any],
     ) -> None:
-        """Read the whole input once, so that a bad row is found before a model is loaded.
+        """What the run will be made of (server/offline/manifest.py)."""
+        self._manifest = description(self._job, self._sources, model, prompt, asked, defaults)
 
-        prompt: around each text. asked: how the model shall run; "auto" is settled by `begin`.
-        defaults: what else the vectors depend on. Raises InputFileError.
-        """
-        job = self._job
-        sha256 = self._source.sha256()
-        self._shards = [shard for shard, _ in shards_of(self._rows, job.shard_size)]
-        if not self._shards:
-            raise InputFileError(f"{self._source.name} holds no text")
-        self._manifest = {
-            "input": {
-                "sha256": sha256,
-                "rows": self.num_rows,
-                "field": job.field,
-                "kind": str(self._source.kind),
-            },
-            "model": {
-                "id": printable(model.model_id),
-                "revision": model.revision,
-                "family": model.family,
-                "fingerprint": fingerprint(model.path),
-                **{name: value for name, value in asked.items() if value != "auto"},
-            },
-            "prefix": written(prompt.prefix),
-            "suffix": written(prompt.suffix),
-            "examples": _digest(prompt.examples),
-            "truncate": str(job.truncate),
-            "format": job.format.suffix,
-            "shard_size": job.shard_size,
-            "shards": len(self._shards),
-            **defaults,
-        }
+    # What is there
 
     def is_done(self, *, resume: bool) -> bool:
-        """Whether an earlier run did it all. Raises OutputError when this one must not begin."""
-        job = self._job
-        self._earlier = read_manifest(job.manifest)
-        complete = bool(self._earlier and self._earlier.get("complete"))
-        if self._earlier is not None and not complete and self._parts.is_empty:
-            self._earlier = None  # a run that had done nothing yet binds nobody
-        taken = job.is_folder and any(
-            entry != job.manifest and not entry.name.startswith(".")
-            for entry in job.target.iterdir()
-        )
-        if not resume or self._earlier is None:
-            if not resume and self._earlier is not None and not complete:
-                raise OutputError(
-                    f"{job.manifest} is of an unfinished run: go on with --resume, or remove "
-                    f"{job.to_remove}"
-                )
-            if taken:
-                hint = ", or --resume" if self._earlier is not None else ""
-                raise OutputError(f"{job.target} is not empty: take another folder{hint}")
-            self._earlier = None
-            return False
-        self._refuse_another()
-        if not complete:
-            return False
-        return self._is_whole()
+        """Whether an earlier run did it all; else the first rows were read, and can be embedded.
 
-    def _is_whole(self) -> bool:
-        """Whether the files of a complete run are still what it wrote."""
-        assert self._earlier is not None
-        job, proofs = self._job, proofs_of(self._earlier)
-        if job.is_folder:
-            self._proofs = proofs
-            paths = {shard: self._parts.path(shard.number) for shard in self._shards}
-            return all(proves(proofs.get(s.number), s, path) for s, path in paths.items())
-        if not job.target.exists():
-            logger.warning(
-                "%s was complete and is gone; to make it anew, remove %s", job.target, job.to_remove
-            )
-        elif not proofs or not proofs[0].holds(job.target):
-            logger.warning("%s is not what its run wrote: it is made anew", job.target)
-            return False
+        Raises OutputError when this one must not begin, InputFileError for a bad row.
+        """
+        earlier = self._earlier
+        earlier.read(self._manifest, resume=resume, is_empty=self._parts.is_empty)
+        if earlier.manifest is not None:
+            self._manifest |= description_of(earlier.manifest)
+            self._output.read(self.run, earlier.manifest)
+            if earlier.is_complete and not self._job.is_folder and self._is_whole():
+                return True
+        self._ahead = list(islice(self._missing, 1))
+        return not self._ahead and self._is_ended()
+
+    def _is_ended(self) -> bool:
+        """With nothing left to be embedded by this run."""
+        if not self._read and not self._job.is_part:
+            raise InputFileError(f"{', '.join(self._reader.names[:3])} holds no text")
+        if self._earlier.manifest is None:  # a part without rows, and the first
+            return not self._reader.mine
+        if self._earlier.is_complete:
+            self._manifest, self._is_complete = self._earlier.manifest, True
+            return True
+        self._parts.make()
+        self._output.open(self.run)
+        self._end()
         return True
 
-    @property
-    def settled(self) -> Settled:
-        """With `is_done` asked: what was chosen by timing when the earlier run began. To choose
-        anew could mean other numbers, and their vectors have to go with those that are kept."""
-        return settled_by(self._earlier or {})
+    def _is_whole(self) -> bool:
+        """Whether the one file of a complete run is still what it wrote, of this input."""
+        earlier, target = self._earlier.manifest, self._job.target
+        assert earlier is not None
+        chunks = self._reader.chunks()
+        now = made_of(one.shard.digest for one in chunks if not isinstance(one, SliceEnd))
+        with suppress(KeyError, TypeError, IndexError):
+            file = earlier["files"][0]
+            if file["made_of"] != now:
+                raise self._earlier.another(["input.texts"])
+            if not target.exists():
+                gone = "%s was complete and is gone; to make it anew, remove %s"
+                logger.warning(gone, target, self._job.to_remove)
+            elif not Proof(file["size"], file["sha256"]).holds(target):
+                logger.warning("%s is not what its run wrote: it is made anew", target)
+                return False
+            self._manifest = earlier
+            return True
+        return False
 
-    def refuse_settled(self, error: UnsupportedError) -> NoReturn:
-        """Raises `error`, or OutputError where it is the earlier run that asks for too much."""
-        if self._earlier is None:
-            raise error
-        raise OutputError(
-            f"{self._job.manifest} cannot be gone on with here: {error}; use the machine that it "
-            f"was begun on, or remove {self._job.to_remove} to begin anew"
-        ) from None
+    def _missing_shards(self) -> Iterator[Task[Row]]:
+        """The shards that are not there, each with the index of its first row."""
+        for one in self._reader.chunks():
+            if isinstance(one, SliceEnd):
+                self._output.slice_ended(one)
+                continue
+            which = self._reader.plan[one.shard.slice]
+            shard, index = self._output.placed(which, one.shard, self._read)
+            self._read += shard.rows
+            if self._progress is not None:
+                self._progress.expect(self._reader.total(self._read))
+            if self._output.has(shard):
+                self._kept += shard.rows
+                self._done += shard.rows
+                if self._progress is not None:
+                    self._progress.skip_to(self._done)
+            else:
+                yield Task(one._replace(shard=shard), index)
+
+    # The work
+
+    def begin(self, info: RunnerInfo, vectors: str) -> None:
+        """With the model ready, and how it runs settled: the first thing that is written.
+
+        vectors: their fingerprint. Raises OutputError for a mix, OtherSettledError.
+        """
+        self._manifest = resolved(self._manifest, info, vectors)
+        self._earlier.refuse_another(self._manifest)
+        with self._leaving_nothing():
+            if self._earlier.manifest is None and not self._job.is_part:
+                self._parts.clear()
+            self._parts.make()
+            self._parts.sweep()
+            self._write_first()
+            self._has_begun = True
+            self._output.open(self.run)
+
+    def _write_first(self) -> None:
+        """The manifest of a run that has begun, once, by whichever part is the first."""
+        earlier = self._earlier
+        if earlier.manifest is not None and not earlier.is_complete:
+            return
+        try:
+            self._write_manifest(new=self._job.is_part and earlier.manifest is None)
+        except FileExistsError:
+            earlier.take_another(self._manifest)
+            self._manifest = description_of(earlier.manifest or {})
+
+    def finish(self, crew: Crew[Row]) -> None:
+        """Write what is missing of the shards, then put them together. Raises InputFileError for a
+        row that cannot be embedded."""
+        self._crew = crew
+        total = self._reader.total(self._read)
+        with self._leaving_nothing(), Progress(total) as self._progress:
+            self._progress.skip_to(self._done)
+            for shard in crew.write(self._todo(), self._advance):
+                self._output.take(shard)
+                self._kept += shard.rows
+            self._end()
+
+    def finish_slices(self, write: WriteSlices) -> None:
+        """The same where others read the slices, too (ShardWriter.write_slice): a folder's.
+
+        write: the shards of each slice, but those that the ledger has, then how the slice ended;
+        of any slice at any time.
+        """
+        assert self._job.is_folder
+        with self._leaving_nothing(), Progress(None) as self._progress:
+            for one in write(self._reader.mine, self._output.ledger):
+                if isinstance(one, SliceEnd):
+                    self._output.slice_ended(one)
+                else:
+                    self._output.take(one)
+                    self._kept += one.rows
+                    self._advance(one.rows)
+            self._parts.sweep()  # of those that were killed
+            self._end()
+
+    def _todo(self) -> Iterator[Task[Row]]:
+        while self._ahead:
+            yield self._ahead.pop()
+        yield from self._missing
+
+    def _advance(self, rows: int) -> None:
+        self._done += rows
+        if self._progress is not None:
+            self._progress.reach(self._done)
+
+    def _end(self) -> None:
+        found = self._output.end(self._reader.plan, self._reader.names)
+        if found is not None:
+            self._manifest = {**description_of(self._manifest), **found, "complete": True}
+            self._write_manifest()
+            self._is_complete = True
+            self._output.tidy(self._manifest)
+        elif (now := read_manifest(self._job.manifest)) and now.get("complete"):
+            self._manifest, self._is_complete = now, True  # another part was quicker
 
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
-        """A run that fails before anything was kept leaves nothing that a later one trips over."""
+        """A run that fails before anything was kept leaves nothing that a later one trips over.
+        A part leaves what others may have joined."""
         try:
             yield
         except BaseException:
             with suppress(OSError):
-                if self._parts.is_empty and not self._is_complete:
+                if self._parts.is_empty and not self._is_complete and not self._job.is_part:
                     if self._has_begun:  # otherwise the manifest is that of an earlier run
                         self._job.manifest.unlink(missing_ok=True)
                     self._parts.clear()
             raise
 
-    def begin(self, info: RunnerInfo, vectors: str) -> None:
-        """With the model ready, and how it runs settled: the first thing that is written.
-
-        vectors: their fingerprint.
-        """
-        self._vectors = vectors
-        self._manifest["model"] |= {
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-            "attention": info.attention,
-            "fused_kernels": info.fused_kernels,
-            "products": info.products,
-            "device": info.device.partition(":")[0],
-        }
-        if self._earlier is not None:
-            self._refuse_another()
-        with self._leaving_nothing():
-            if self._earlier is None:
-                self._parts.clear()
-            self._parts.make()
-            self._parts.sweep()
-            self._write_manifest({})
-            self._has_begun = True
-
-    def finish(self, encoder: Encoder, tokenize: Tokenize[Row], *, every: float) -> None:
-        """Write what is missing of the shards, then put them together.
-
-        every: seconds after which finished batches of a shard are kept. Raises InputFileError for
-        a row that cannot be embedded, or when the input is not what it was.
-        """
-        with self._leaving_nothing():
-            self._finish(encoder, tokenize, every)
-
-    def _finish(self, encoder: Encoder, tokenize: Tokenize[Row], every: float) -> None:
-        job, parts = self._job, self._parts
-        ledger = Ledger(parts, self._proofs)
-        with Progress(self.num_rows) as progress:
-            again = shards_of(self._rows, job.shard_size)
-            for shard in self._shards:
-                found, chunk = next(again, (None, []))
-                if found != shard:
-                    raise self._changed()
-                end = shard.first + shard.rows
-                if ledger.has(shard, parts.path(shard.number)):
-                    progress.skip_to(end)
-                else:
-                    self._write_shard(shard, chunk, ledger, encoder, tokenize, progress, every)
-                    progress.reach(end)
-                self.rows_kept = end
-        sha256 = self._manifest["input"]["sha256"]
-        if next(again, None) is not None or self._source.sha256() != sha256:
-            raise self._changed()
-        if job.is_folder:
-            self._complete(self._files(ledger))
-            parts.sweep(finished=True)
-            return
-        with parts.replacing(job.target) as file:
-            paths = [parts.path(shard.number) for shard in self._shards]
-            job.format.join(file, paths, self.num_rows)
-            proof = Proof.of(file)
-        files = [{"name": printable(job.target.name), **asdict(proof)}]
-        self._complete(files)
-        parts.clear()
-
-    def _write_shard(
-        self,
-        shard: Shard,
-        chunk: Sequence[Row],
-        ledger: Ledger,
-        encoder: Encoder,
-        tokenize: Tokenize[Row],
-        progress: Progress,
-        every: float,
-    ) -> None:
-        work = tokenize(chunk, shard.first)
-        width = encoder.runner.info.width
-        vectors = np.empty((len(work.encodings), width), dtype=np.float32)
-        lengths = np.array([len(encoding) for encoding in work.encodings], dtype=np.int64)
-        todo = max(int(lengths.sum()), 1)
-
-        keeper = self._parts.keeper(shard, width, every)
-        done = keeper.recall(vectors)
-        tokens = int(lengths[sorted(done)].sum())
-        progress.skip_to(shard.first + int(shard.rows * tokens / todo))
-        try:
-            with keeper:
-                for indices, rows, lost in encoder.batches(work.encodings, done):
-                    work.check(indices, rows, lost)
-                    vectors[indices] = rows
-                    if not lost:
-                        keeper.add(indices, rows)
-                    tokens += int(lengths[[i for i in indices if i not in done]].sum())
-                    progress.reach(shard.first + int(shard.rows * tokens / todo))
-        finally:
-            share = keeper.rows / max(len(vectors), 1)
-            self.rows_kept = shard.first + int(shard.rows * min(share, 1))
-        with self._parts.replacing(self._parts.path(shard.number)) as file:
-            work.write(file, vectors)
-            proof = Proof.of(file, shard.digest)
-        ledger.note(shard.number, proof)
-        keeper.forget()
-
-    def _changed(self) -> InputFileError:
-        return InputFileError(
-            f"{self._source.name} changed while it was read: nothing was put together; remove "
-            f"{self._job.to_remove} and begin anew"
-        )
-
-    def _refuse_another(self) -> None:
-        """Raises OutputError naming what differs from the earlier run's manifest."""
-        assert self._earlier is not None
-        changed = differences(self._manifest, self._earlier)
-        if changed:
-            raise OutputError(
-                f"{self._job.manifest} was made with another {', '.join(changed)}: the vectors "
-                f"would not belong together; give the same, or remove {self._job.to_remove} to "
-                "begin anew"
-            )
-
-    def _files(self, ledger: Ledger) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": self._parts.path(shard.number).name,
-                "rows": shard.rows,
-                **asdict(ledger.proofs[shard.number]),
-            }
-            for shard in self._shards
-        ]
-
-    def _complete(self, files: list[dict[str, Any]]) -> None:
-        self._write_manifest({"files": files, "complete": True})
-        self._is_complete = True
-
-    def _write_manifest(self, more: Mapping[str, Any]) -> None:
-        with self._parts.replacing(self._job.manifest) as file:
-            document = {**self._manifest, "vectors": self._vectors, **more}
-            file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n")
+    def _write_manifest(self, *, new: bool = False) -> None:
+        with self._parts.replacing(self._job.manifest, new=new) as file:
+            file.write(as_json(self._manifest))

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +25,58 @@ from server.api.json_text import loads
 from server.api.parsing import parse_fields
 from server.api.schemas import InstructedInput
 from server.errors import InvalidRequestError, SettingsError
-from server.offline import batch_files, sources, text_files
+from server.offline import batch_files, inputs, sources
+from server.offline.columns import columns_of
 from server.offline.job import Job, Rows
-from server.offline.sources import Kind, Source
-from server.offline.text_files import import_parquet
-from server.offline.vector_files import FORMATS
+from server.offline.kinds import Kind
+from server.offline.parquet_files import import_parquet
+from server.offline.part import WHOLE
+from server.offline.sources import Source
+from server.offline.texts import text_rows
+from server.offline.vector_files import COMPRESSED, FORMATS
+
+_OF_TEXTS = ("field", "prompt", "instruction", "task", "examples", "input_type")
+"""Options that a batch file has no use for: each request says its own."""
 
 
-@contextmanager
-def opened(name: str) -> Iterator[Source]:
-    """The input. Raises SettingsError or FileError where it is not there, or is no file."""
-    with ExitStack() as stack:
-        try:
-            source = stack.enter_context(sources.opened(name))
-        except FileNotFoundError:
-            hint = ""
-            if any(sign in name for sign in "*?["):
-                hint = " (patterns are not expanded: cat the files | nv-embed encode - -o OUT)"
-            raise SettingsError(f"there is no file {name}{hint}") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            why = error.strerror if isinstance(error, OSError) else None
-            raise SettingsError(f"{name} cannot be read: {why or error}") from None
-        yield source
-
-
-def rows_of(arguments: argparse.Namespace, source: Source) -> Rows[Any]:
+def rows_of(arguments: argparse.Namespace, job: Job) -> Rows[Any]:
     if arguments.openai_batch:
         return Rows(
-            lambda: batch_files.read_requests(source),
-            key=lambda line: line.key,
-            weight=lambda line: line.weight,
+            batch_files.read_requests, key=lambda line: line.key, weight=lambda line: line.weight
         )
-    return Rows(
-        lambda: text_files.read_texts(source, arguments.field or "text"),
-        key=lambda line: line.text.encode(),
-        weight=lambda line: len(line.text),
-    )
+    return text_rows(job.field, job.columns)
 
 
-def mode_of(source: Source) -> int:
-    """The permissions of what is written: no more than the input's, whose texts vectors tell."""
-    mode = source.named.st_mode
-    return mode_like(mode if stat.S_ISREG(mode) else None)
+def mode_of(sources: Sequence[Source]) -> int:
+    """The permissions of what is written: no more than the inputs', whose texts vectors tell."""
+    modes = [one.named.st_mode for one in sources if one.named is not None]
+    files = [mode for mode in modes if stat.S_ISREG(mode)]
+    return mode_like(reduce(and_, (stat.S_IMODE(mode) for mode in files)) if files else None)
 
 
 def job_of(arguments: argparse.Namespace) -> Job:
     """Raises SettingsError for an output that cannot be, before anything is read."""
     target, is_folder = _target(arguments)
-    suffix = f".{arguments.format or 'npy'}" if is_folder else target.suffix.lower()
-    if arguments.format and suffix != f".{arguments.format}":
-        raise SettingsError(f"--format {arguments.format} contradicts --output {target}")
+    suffix, compression = _suffix(arguments, target, is_folder)
+    if arguments.part is not None and not is_folder:
+        raise SettingsError("--part needs a folder as --output, which the parts share: NAME/")
+    if arguments.part is not None and any(map(sources.is_stream, arguments.file)):
+        raise SettingsError("--part needs files: each part would have to read all of a pipe")
+    if arguments.engine == "ray":
+        if not is_folder:
+            raise SettingsError("--engine ray needs a folder as --output, which all reach: NAME/")
+        if any(map(sources.is_stream, arguments.file)):
+            raise SettingsError("--engine ray needs files: nobody else could read a pipe")
+        if arguments.part is not None:
+            raise SettingsError("--part and --engine ray: Ray shares the work itself")
+    elif arguments.actors is not None:
+        raise SettingsError("--actors is for --engine ray")
     if arguments.openai_batch:
         if is_folder and arguments.format is None:
             suffix = ".jsonl"
         if suffix != ".jsonl":
             raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
-        for name in ("field", "prompt", "instruction", "task", "examples", "input_type"):
+        for name in (*_OF_TEXTS, "output_dtype", "compression", "id_field", "keep"):
             if getattr(arguments, name) is not None:
                 flag = f"--{name.replace('_', '-')}"
                 raise SettingsError(f"{flag} and --openai-batch: each request says its own")
@@ -87,8 +85,13 @@ def job_of(arguments: argparse.Namespace) -> Job:
         raise SettingsError(
             f"--output {target}: write to {known}, or to a folder (with a / behind)"
         )
-    if suffix == ".parquet":
+    if suffix == ".parquet" or compression == "zstd":
         import_parquet()
+    if compression is not None and compression not in FORMATS[suffix].compressions:
+        known = ", ".join(FORMATS[suffix].compressions)
+        raise SettingsError(f"--compression {compression}: {suffix} has {known}")
+    if suffix == ".npy" and (arguments.id_field is not None or arguments.keep):
+        raise SettingsError("--id-field and --keep need --format parquet or jsonl: .npy has none")
     said = [arguments.prompt, arguments.instruction, arguments.query_instruction]
     for name, text in (("prefix", "".join(filter(None, said))), ("field", arguments.field or "")):
         try:
@@ -98,22 +101,51 @@ def job_of(arguments: argparse.Namespace) -> Job:
     return Job(
         target,
         is_folder,
-        FORMATS[suffix],
+        FORMATS[suffix](arguments.output_dtype or "float32", compression),
         arguments.field or "text",
         arguments.truncate,
         arguments.shard_size,
+        arguments.on_error == "skip",
+        arguments.part or WHOLE,
     )
+
+
+def _suffix(arguments: argparse.Namespace, target: Path, is_folder: bool) -> tuple[str, str | None]:
+    """The format of the output, and how it is compressed where that is said."""
+    compression: str | None = arguments.compression
+    if is_folder:
+        return f".{arguments.format or 'npy'}", compression
+    suffix = target.suffix.lower()
+    ending = next((name for name, end in COMPRESSED.items() if end == suffix), None)
+    if ending is not None:
+        suffix = Path(target.stem).suffix.lower()
+    if arguments.format and suffix != f".{arguments.format}":
+        raise SettingsError(f"--format {arguments.format} contradicts --output {target}")
+    if suffix == ".jsonl" and (ending or compression not in (None, "none", ending)):
+        if compression not in (None, ending) and compression in COMPRESSED:
+            name = f"{target.stem if ending else target.name}{COMPRESSED[compression]}"
+            raise SettingsError(f"--compression {compression}: name the --output {name}")
+        if compression == "none":
+            raise SettingsError(f"--compression none contradicts --output {target}")
+        return suffix, ending or compression
+    if ending is not None:
+        raise SettingsError(f"--output {target}: only JSON lines are compressed as a whole")
+    return suffix, compression
 
 
 def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     """The output, and whether it is a folder: it is one, ends in a slash, or has no suffix."""
     given: str | None = arguments.output
-    source = Path(arguments.file)
     if given is None:
-        if sources.is_stream(arguments.file) or source.is_relative_to("/dev"):
+        name = arguments.file[0]
+        source = Path(name)
+        if sources.is_stream(name) or source.is_relative_to("/dev"):
             raise SettingsError("name the --output: the input is a pipe, which has no name")
+        several = len(arguments.file) > 1 or (inputs.has_pattern(name) and not os.path.exists(name))
+        if several or inputs.is_url(name) or inputs.folders_of([name]):
+            raise SettingsError("name the --output: only that of one local file has a default")
         if not source.name:
-            raise SettingsError(f"there is no file {arguments.file}")
+            raise SettingsError(f"there is no file {name}")
         if arguments.openai_batch:
             return source.with_name(f"{source.stem}.answers.jsonl"), False
         return source.with_suffix(".npy"), False
@@ -134,28 +166,42 @@ def _target(arguments: argparse.Namespace) -> tuple[Path, bool]:
     return target, False
 
 
-def check(arguments: argparse.Namespace, job: Job, source: Source) -> None:
-    """What only the open input tells. Raises SettingsError."""
-    if source.kind is Kind.TEXT and arguments.field is not None:
-        raise SettingsError(f"--field is for JSON lines and Parquet, and {source.name} is text")
-    if arguments.openai_batch and source.kind is not Kind.JSON_LINES:
-        raise SettingsError(f"--openai-batch reads JSON lines, and {source.name} is {source.kind}")
-    for path in (job.target, job.manifest):
-        if path.exists() and os.path.samestat(path.stat(), source.named):
+def check(arguments: argparse.Namespace, job: Job, sources: Sequence[Source]) -> Job:
+    """What only the open inputs tell; returns the job with the columns that are kept. Raises
+    SettingsError, InputFileError."""
+    kinds = {source.kind for source in sources}
+    first = sources[0].name
+    if kinds == {Kind.TEXT} and arguments.field is not None:
+        raise SettingsError(f"--field is for JSON lines and Parquet, and {first} is text")
+    for source in sources:
+        if arguments.openai_batch and source.kind is not Kind.JSON_LINES:
+            raise SettingsError(
+                f"--openai-batch reads JSON lines, and {source.name} is {source.kind}"
+            )
+    named = {(one.named.st_dev, one.named.st_ino) for one in sources if one.named is not None}
+    for path in (job.target, job.manifest, job.skipped):
+        if path.exists() and _identity(path) in named:
             raise SettingsError(f"--output {path} is the input file")
         if path.exists() and arguments.examples and path.samefile(arguments.examples):
             raise SettingsError(f"--output {path} is the file of --examples")
     folder = job.parts(0).folder
-    if folder.is_dir() and _is_within(source, folder):
+    if folder.is_dir() and any(
+        _identity(entry) in named for entry in folder.iterdir() if entry.is_file()
+    ):
         raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
+    for outer in inputs.folders_of(arguments.file):
+        if job.target.resolve().is_relative_to(outer.resolve()):
+            raise SettingsError(
+                f"--output {job.target} lies in {outer}, which is read: name one outside of it"
+            )
+    ids = [] if arguments.id_field is None else [arguments.id_field]
+    names = tuple(dict.fromkeys([*ids, *(arguments.keep or ())]))
+    return replace(job, columns=columns_of(names, arguments.id_field, sources))
 
 
-def _is_within(source: Source, folder: Path) -> bool:
-    return any(
-        os.path.samestat(entry.stat(), source.named)
-        for entry in folder.iterdir()
-        if entry.is_file()
-    )
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def defaults_of(arguments: argparse.Namespace, config: ModelConfig) -> Defaults:

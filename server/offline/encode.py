@@ -10,34 +10,23 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from model.batch import BatchLimits, RunnerOptions
 from model.errors import UnsupportedError
-from model.fingerprint import fingerprint, kind_of_vectors, of_vectors
 from model.fitting import is_out_of_memory
-from model.hub import ModelSource, locate
-from model.platform import resources
+from model.hub import locate
 from model.prompts import Example
-from model.tokenizer import NVEmbedTokenizer
-from server.api.encoding_options import Reading
-from server.api.names import ServedNames
-from server.engine.inputs import InputTokenizer
-from server.engine.worker import load_factory
-from server.offline import bulk, call
-from server.offline.batch_files import BatchAnswers
-from server.offline.job import Job, Tokenize
-from server.offline.manifest import Settled
+from server.offline import bulk, call, inputs
+from server.offline.crew import Alone, SliceCrew, Team
+from server.offline.job import Job
 from server.offline.parts import OutputError
-from server.offline.sources import Source
-from server.offline.text_files import InputFileError
-from server.offline.texts import texts
-
-if TYPE_CHECKING:
-    from model.encoder import Encoder
+from server.offline.places import InputFileError
+from server.offline.shard_writer import Recipe
+from server.offline.sources import ChangedError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -49,8 +38,10 @@ class _Stopped(BaseException):
         self.status = 128 + signum
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, crew_of: Callable[[Recipe], SliceCrew] | None = None) -> int:
     """Returns the exit status: 0, 1 for a failure, 128 + N when signal N ended the run.
+
+    crew_of: who reads and writes; default: this process, or one for each of its devices.
 
     Raises SettingsError or ModelError for a wrong call.
     """
@@ -58,19 +49,20 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         job = call.job_of(arguments)
         examples = call.examples_of(arguments)
-        with _stoppable(), call.opened(arguments.file) as source:
-            call.check(arguments, job, source)
-            mode = call.mode_of(source)
-            todo = bulk.Run(job, source, call.rows_of(arguments, source), mode)
+        with _stoppable(), inputs.opened(arguments.file) as sources:
+            job = call.check(arguments, job, sources)
+            mode = call.mode_of(sources)
+            todo = bulk.Run(job, sources, call.rows_of(arguments, job), mode)
             try:
-                done = _run(arguments, job, source, todo, examples)
+                done = _run(arguments, job, mode, todo, examples, crew_of)
             finally:
                 rows_kept = todo.rows_kept
-    except (InputFileError, OutputError) as error:
+    except (InputFileError, ChangedError, OutputError) as error:
         return _failed(f"{error}")
     except (KeyboardInterrupt, _Stopped) as stop:
         kept = f"{rows_kept} rows are kept; " if rows_kept else ""
-        _failed(f"interrupted; {kept}the same command with --resume goes on")
+        again = "" if job.is_part else " with --resume"
+        _failed(f"interrupted; {kept}the same command{again} goes on")
         return stop.status if isinstance(stop, _Stopped) else 130
     except Exception as error:
         if is_out_of_memory(error):
@@ -78,8 +70,18 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError):
             return _failed(_why(error, arguments))
         raise
-    print(f"{todo.num_rows} rows in {job.target}{' (complete already)' if done else ''}")
+    _say(job, todo.tally, done)
     return 0
+
+
+def _say(job: Job, tally: bulk.Tally, done: bool) -> None:
+    what = f"{tally.rows} rows in {job.target}"
+    if tally.skipped:
+        what += f", {tally.skipped} more are skipped ({job.skipped.name})"
+    if job.is_part and not tally.is_complete:
+        what = f"part {job.part.number} of {job.part.of} is in {job.target}; others are not yet"
+        done = False
+    print(f"{what}{' (complete already)' if done else ''}")
 
 
 _RESUME = "then the same command with --resume goes on"
@@ -97,7 +99,7 @@ def _why(error: OSError, arguments: argparse.Namespace) -> str:
         full = "the disk is full" if error.errno == errno.ENOSPC else "no more may be written"
         where = output if error.filename is None else error.filename
         return f"{where}: {full} ({error.strerror}): make room, {_RESUME}"
-    where = f"{arguments.file} or {output}" if error.filename is None else error.filename
+    where = f"{' '.join(arguments.file)} or {output}" if error.filename is None else error.filename
     return f"{where}: {error.strerror or error}"
 
 
@@ -124,9 +126,10 @@ def _stoppable() -> Iterator[None]:
 def _run(
     arguments: argparse.Namespace,
     job: Job,
-    source: Source,
+    mode: int,
     todo: bulk.Run[Any],
     examples: Sequence[Example],
+    crew_of: Callable[[Recipe], SliceCrew] | None,
 ) -> bool:
     """Returns whether all was done already."""
     model = locate(
@@ -140,68 +143,52 @@ def _run(
     if arguments.openai_batch:
         deciding += ["query_instruction", "default_input_type", "detect_instructions"]
         deciding += ["allow_truncated_dimensions", "token_ids"]
-    defaults = {name: getattr(arguments, name) for name in deciding}
     config = model.config()
     prompt = call.prompt_of(arguments, config, examples)
     with bulk.place(job):
-        todo.describe(model, prompt, asked, defaults)
+        todo.describe(model, prompt, asked, {name: getattr(arguments, name) for name in deciding})
         if todo.is_done(resume=arguments.resume):
             return True
+        said = argparse.Namespace(
+            **{name: value for name, value in vars(arguments).items() if name not in _OF_CLI}
+        )
+        defaults = call.defaults_of(arguments, config)
+        recipe = Recipe(
+            said, model, job, mode, prompt, defaults, todo.earlier.settled, bulk.KEEP_EVERY_S
+        )
         try:
-            encoder = _encoder(arguments, model, todo.settled)
-        except UnsupportedError as error:
-            todo.refuse_settled(error)
-        if arguments.max_input_tokens:
-            encoder.max_tokens = min(config.most_input_tokens, arguments.max_input_tokens)
-        checkpoint, info = fingerprint(model.path), encoder.runner.info
-        kind = kind_of_vectors(info.dtype, info.quantization)
-        todo.begin(info, of_vectors(checkpoint, config.family, info.width, kind))
-        tokenize: Tokenize[Any] = texts(job, source, encoder, prompt)
-        if arguments.openai_batch:
-            tokenize = BatchAnswers(
-                encoder,
-                InputTokenizer(encoder.tokenizer, encoder.max_tokens, arguments.truncate),
-                ServedNames(model.model_id),
-                call.defaults_of(arguments, config),
-                arguments.allow_truncated_dimensions,
-                config.matryoshka_dimensions,
-                checkpoint,
-                Reading.of(arguments, config.family),
-            ).tokenize
-        todo.finish(encoder, tokenize, every=bulk.KEEP_EVERY_S)
+            _write(recipe, todo, crew_of)
+        except bulk.OtherSettledError:
+            _write(replace(recipe, settled=todo.earlier.settled), todo, crew_of)
     return False
 
 
-def _encoder(arguments: argparse.Namespace, model: ModelSource, settled: Settled) -> Encoder:
-    """settled: what an earlier run found for `auto`."""
-    with resources.for_good():
-        from model.encoder import Encoder
-
-    if arguments.runner:
-        return _encoder_around(arguments, model)
-    return Encoder(
-        model,
-        device=arguments.device,
-        dtype=(settled.dtype if arguments.dtype == "auto" else None) or arguments.dtype,
-        quantization=arguments.quantization,
-        attention=arguments.attention,
-        threads=arguments.threads,
-        cpu_products=arguments.cpu_products,
-        products=settled.products,
-        fused_kernels=arguments.fused_kernels,
-        max_batch_tokens=arguments.max_batch_tokens,
-    )
+_OF_CLI = ("parser", "run")
+"""What no other process needs of the arguments, nor can be sent."""
 
 
-def _encoder_around(arguments: argparse.Namespace, model: ModelSource) -> Encoder:
-    """With another runner than the model, for tests and benchmarks."""
-    from model.encoder import Encoder
-
-    options = RunnerOptions(path=str(model.path), family=model.family)
-    most_tokens = arguments.max_batch_tokens or options.max_batch_tokens
-    return Encoder.of(
-        NVEmbedTokenizer.from_dir(model.path, model.family),
-        load_factory(arguments.runner)(options),
-        BatchLimits(most_tokens, options.max_batch_seqs),
-        max_tokens=options.max_input_tokens,
-    )
+def _write(
+    recipe: Recipe, todo: bulk.Run[Any], crew_of: Callable[[Recipe], SliceCrew] | None
+) -> None:
+    devices = recipe.arguments.devices
+    try:
+        if crew_of is not None:
+            with crew_of(recipe) as crew:
+                todo.begin(crew.info, recipe.vectors(crew.info))
+                todo.finish_slices(crew.write)
+            return
+        with ExitStack() as stack:
+            if len(devices) == 1:
+                encoder = recipe.encoder(devices[0])
+                info = encoder.runner.info
+            else:
+                team = stack.enter_context(Team(recipe, devices))
+                info = team.info
+            todo.begin(info, recipe.vectors(info))
+            if len(devices) == 1:
+                todo.finish(Alone(recipe.writer(encoder, todo.run)))
+            else:
+                team.begin(todo.run)
+                todo.finish(team)
+    except UnsupportedError as error:
+        todo.earlier.refuse_settled(error)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Generic, Protocol, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.batch import Encoding
 from model.tokenizer import Truncation
+from server.offline.columns import NONE, Columns
+from server.offline.part import WHOLE, Part
 from server.offline.parts import Parts
+from server.offline.places import Place, Refused
+from server.offline.sources import Source
 from server.offline.vector_files import VectorFormat
 
 Row = TypeVar("Row")
@@ -29,6 +33,9 @@ class Job:
     field: str
     truncate: Truncation
     shard_size: int
+    skip: bool = False  # refused rows are listed, and the run goes on
+    part: Part = WHOLE
+    columns: Columns = NONE
 
     @property
     def manifest(self) -> Path:
@@ -36,10 +43,21 @@ class Job:
             return self.target / "manifest.json"
         return self.target.with_name(self.target.name + ".manifest.json")
 
+    @property
+    def skipped(self) -> Path:
+        """The list of the rows that were refused."""
+        if self.is_folder:
+            return self.target / "skipped.jsonl"
+        return self.target.with_name(self.target.name + ".skipped.jsonl")
+
+    @property
+    def is_part(self) -> bool:
+        return self.part != WHOLE
+
     def parts(self, mode: int) -> Parts:
         """Where the shards are; mode: of every file that is written."""
         folder = self.target if self.is_folder else Path(f"{self.target}.parts")
-        return Parts(folder, self.format.suffix, mode)
+        return Parts(folder, self.format.suffix, mode, self.part.tag if self.is_part else "")
 
     @property
     def to_remove(self) -> Path:
@@ -49,12 +67,21 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Rows(Generic[Row]):
-    """The rows of an input: `read` begins anew with each call, `key` is all that a row's vectors
-    depend on, and `weight` the bytes that it takes."""
+    """The rows of an input: `read` those of a span, `key` is all that a row's output depends on,
+    and `weight` the bytes that it takes."""
 
-    read: Callable[[], Iterator[Row]]
+    read: Callable[[Source, Place], Iterator[Row | Refused]]
     key: Callable[[Row], bytes]
     weight: Callable[[Row], int]
+
+
+class Refusal(NamedTuple):
+    """Of a shard's row: which one of the shard, where it stands, and why it was refused."""
+
+    row: int
+    span: int
+    number: int
+    why: str
 
 
 class Work(Protocol):
@@ -62,6 +89,14 @@ class Work(Protocol):
 
     @property
     def encodings(self) -> list[Encoding]: ...
+
+    @property
+    def refusals(self) -> list[Refusal]: ...
+
+    @property
+    def rows(self) -> int:
+        """How many rows `write` writes."""
+        ...
 
     def check(self, indices: Sequence[int], rows: NDArray[np.float32], lost: Sequence[int]) -> None:
         """Look at a batch's vectors as it is done; lost: indices that did not fit into memory."""
@@ -71,4 +106,6 @@ class Work(Protocol):
 
 
 class Tokenize(Protocol[Row_contra]):
-    def __call__(self, rows: Sequence[Row_contra], first: int, /) -> Work: ...
+    def __call__(self, rows: Sequence[Row_contra], indices: Sequence[int], /) -> Work:
+        """indices: of each row in the output; see Chunk."""
+        ...

@@ -1,8 +1,9 @@
-"""The files of one run: shards that are proven.
+"""The files of one run: shards that are proven, and what each writer notes of them.
 
-Nothing here is believed for its name. A shard counts when the ledger has its size and hash, and
-when it was made of the same rows; temporary files have names that nobody can guess. Knows neither
-models nor what a shard holds.
+Nothing here is believed for its name. A shard counts when a ledger of the same run has its size and
+hash, and when it was made of the same rows; temporary files have names that nobody can guess.
+Several writers share a folder: each has a ledger of its own and reads all. Knows neither models nor
+what a shard holds.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import orjson
 
@@ -22,8 +24,12 @@ from model.errors import FileError
 from model.user_files import TEMPORARY, open_regular, replacing_bytes
 from server.offline.kept_rows import Keeper
 
-_LEDGER = ".ledger.jsonl"
-_OURS = re.compile(r"part-\d{5,}\.(npy|jsonl|parquet)|\.part-\d{5,}\.kept|\.ledger\.jsonl")
+_SHARD = r"part-(\d{5,})-(\d{5,})\.(npy|jsonl|jsonl\.gz|jsonl\.zst|parquet)"
+_STATE = r"\.part-[\d-]+(\.\d+-of-\d+)?\.kept|\.ledger[\w-]*\.jsonl|\.joined(\.jsonl)?"
+_OURS = re.compile(rf"{_SHARD}|{_STATE}|part-\d{{5,}}\.(npy|jsonl|parquet)")
+
+Key = tuple[int, int]
+"""Of a shard: its slice, and which of the slice's it is."""
 
 
 class OutputError(Exception):
@@ -32,69 +38,26 @@ class OutputError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which rows of the input one shard holds; `digest` (sha256, hex) proves that they are."""
+    """Which rows of the input one shard holds: of slice `slice`, from row `first` on; `digest`
+    (sha256, hex) proves that they are."""
 
+    slice: int
     number: int
     first: int
     rows: int
     digest: str
 
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """The folder of a run's shards, `suffix` being theirs and `mode` that of all files in it."""
-
-    folder: Path
-    suffix: str
-    mode: int
-
-    def make(self) -> None:
-        """Raises OutputError for a link, which may have been placed by somebody else."""
-        self._refuse_link()
-        self.folder.mkdir(exist_ok=True)
-
-    def _refuse_link(self) -> None:
-        if self.folder.is_symlink():
-            raise OutputError(f"{self.folder} is a symbolic link: remove it")
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"part-{number:05}{self.suffix}"
-
-    def replacing(self, target: Path) -> AbstractContextManager[BinaryIO]:
-        """A file that takes the target's name when the block ends well, and else vanishes."""
-        return replacing_bytes(target, self.mode, self.folder)
-
-    def clear(self) -> None:
-        """Remove what runs have left here, and the folder if nothing else is in it."""
-        self._refuse_link()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for entry in list(os.scandir(self.folder)):
-                ours = _OURS.fullmatch(entry.name) or entry.name.startswith(TEMPORARY)
-                if ours and not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-            with suppress(OSError):
-                self.folder.rmdir()
-
-    def sweep(self, *, finished: bool = False) -> None:
-        """Remove the temporary files that a killed run may have left; `finished`: also what only
-        a run that goes on needs."""
-        for entry in list(os.scandir(self.folder)):
-            needed = entry.name == _LEDGER or entry.name.endswith(".kept")
-            if entry.name.startswith(TEMPORARY) or (finished and needed):
-                os.unlink(entry.path)
-
     @property
-    def is_empty(self) -> bool:
-        """Whether no row has been kept here."""
-        try:
-            names = os.listdir(self.folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        return not any(name.startswith("part-") or name.endswith(".kept") for name in names)
+    def key(self) -> Key:
+        return self.slice, self.number
 
-    def keeper(self, shard: Shard, width: int, every: float) -> Keeper:
-        path = self.folder / f".part-{shard.number:05}.kept"
-        return Keeper(path, shard.digest, width, every, self.mode)
+
+class SliceEnd(NamedTuple):
+    """A slice that was read: how many shards it has, and rows and lines of each of its spans."""
+
+    slice: int
+    shards: int
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,45 +88,200 @@ class Proof:
             return Proof.of(file).sha256 == self.sha256
 
 
-def proves(proof: Proof | None, shard: Shard, path: Path) -> bool:
-    return proof is not None and proof.made_of == shard.digest and proof.holds(path)
+class Written(NamedTuple):
+    """A shard that is on disk: rows of the input, rows of the output, and those that were refused,
+    each as [which row of the shard, span, number in the span, why]."""
+
+    slice: int
+    number: int
+    first: int
+    rows: int
+    vectors: int
+    size: int
+    sha256: str
+    made_of: str
+    refused: tuple[tuple[int, int, int, str], ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.slice, self.number
+
+    @property
+    def proof(self) -> Proof:
+        return Proof(self.size, self.sha256, self.made_of)
+
+    def is_of(self, shard: Shard) -> bool:
+        """Whether it was made of these very rows, in this place."""
+        mine = (self.key, self.first, self.rows, self.made_of)
+        return mine == (shard.key, shard.first, shard.rows, shard.digest)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The folder of a run's shards, `suffix` being theirs and `mode` that of all files in it.
+
+    tag: of the writer, where several share the folder.
+    """
+
+    folder: Path
+    suffix: str
+    mode: int
+    tag: str = ""
+
+    def make(self) -> None:
+        """Raises OutputError for a link, which may have been placed by somebody else."""
+        self._refuse_link()
+        self.folder.mkdir(exist_ok=True)
+
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise OutputError(f"{self.folder} is a symbolic link: remove it")
+
+    def path(self, key: Key) -> Path:
+        return self.folder / f"part-{key[0]:05}-{key[1]:05}{self.suffix}"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / (f".ledger-{self.tag}.jsonl" if self.tag else ".ledger.jsonl")
+
+    @property
+    def joined(self) -> Path:
+        """One file while it grows."""
+        return self.folder / ".joined"
+
+    def replacing(self, target: Path, *, new: bool = False) -> AbstractContextManager[BinaryIO]:
+        """A file that takes the target's name when the block ends well, and else vanishes."""
+        return replacing_bytes(target, self.mode, self.folder, tag=self._temporary, new=new)
+
+    @property
+    def _temporary(self) -> str:
+        return f"{self.tag}-" if self.tag else ""
+
+    def clear(self) -> None:
+        """Remove what runs have left here, and the folder if nothing else is in it."""
+        self._refuse_link()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for entry in list(os.scandir(self.folder)):
+                ours = _OURS.fullmatch(entry.name) or entry.name.startswith(TEMPORARY)
+                if ours and not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def sweep(self) -> None:
+        """Remove the temporary files that a killed run of this writer may have left."""
+        for entry in list(os.scandir(self.folder)):
+            if entry.name.startswith(TEMPORARY + self._temporary):
+                _remove(entry.path)
+
+    def finish(self, names: Iterable[str]) -> None:
+        """With all shards there: remove what only a run that goes on needs, and shards that are
+        not among `names`, of an input that was another."""
+        kept = set(names)
+        for entry in list(os.scandir(self.folder)):
+            if _OURS.fullmatch(entry.name) and entry.name not in kept:
+                _remove(entry.path)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row has been kept here."""
+        try:
+            names = os.listdir(self.folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        with suppress(OSError):
+            if os.path.getsize(self.joined):
+                return False
+        return not any(name.startswith("part-") or name.endswith(".kept") for name in names)
+
+    def keeper(self, shard: Shard, width: int, every: float, run: str = "") -> Keeper:
+        """run: what the vectors were made by; those of another are not believed."""
+        tag = f".{self.tag}" if self.tag else ""
+        path = self.folder / f".part-{shard.slice:05}-{shard.number:05}{tag}.kept"
+        digest = hashlib.sha256(f"{run} {shard.digest}".encode()).hexdigest()
+        return Keeper(path, digest, width, every, self.mode)
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):  # another writer was quicker
+        os.unlink(path)
+
+
+@dataclass(slots=True)
 class Ledger:
-    """The proofs of a run's shards, one a line, each on disk before the next shard begins."""
+    """What the writers of a run have noted: shards, and slices that were read to their end.
 
-    def __init__(self, parts: Parts, proofs: dict[int, Proof] | None = None) -> None:
-        """What an earlier run has noted, and `proofs`. Half a line, of a killed run, is none."""
-        self._path = parts.folder / _LEDGER
-        self.proofs = {**(proofs or {}), **self._read()}
-        with parts.replacing(self._path) as file:
-            file.writelines(self._line(number) for number in self.proofs)
+    Each line is on disk before the next shard begins. `run` names what all of them depend on: what
+    others have noted under another name is not read.
+    """
 
-    def has(self, shard: Shard, path: Path) -> bool:
+    parts: Parts
+    run: str = ""
+    shards: dict[Key, Written] = field(default_factory=dict)
+    ends: dict[int, SliceEnd] = field(default_factory=dict)
+
+    def read(self) -> None:
+        """All ledgers that are there. Half a line, of a killed run, is none."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for name in sorted(os.listdir(self.parts.folder)):
+                if name.startswith(".ledger") and name.endswith(".jsonl"):
+                    self._read(self.parts.folder / name)
+
+    def open(self) -> None:
+        """Begin this writer's own, with all that is known."""
+        with self.parts.replacing(self.parts.ledger) as file:
+            file.write(orjson.dumps({"run": self.run}) + b"\n")
+            file.writelines(map(_line, self.shards.values()))
+            file.writelines(map(_line, self.ends.values()))
+
+    def has(self, shard: Shard) -> bool:
         """Whether the shard is there, whole, and of these rows."""
-        return proves(self.proofs.get(shard.number), shard, path)
+        found = self.shards.get(shard.key)
+        return (
+            found is not None
+            and found.is_of(shard)
+            and found.proof.holds(self.parts.path(shard.key))
+        )
 
-    def note(self, number: int, proof: Proof) -> None:
-        self.proofs[number] = proof
+    def note(self, what: Written | SliceEnd) -> None:
+        if isinstance(what, SliceEnd):
+            if self.ends.get(what.slice) == what:
+                return
+            self.ends[what.slice] = what
+        else:
+            self.shards[what.key] = what
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._path, flags), "ab") as file:
-            file.write(self._line(number))
+        with os.fdopen(os.open(self.parts.ledger, flags), "ab") as file:
+            file.write(_line(what))
             file.flush()
             os.fsync(file.fileno())
 
-    def _line(self, number: int) -> bytes:
-        proof = self.proofs[number]
-        return orjson.dumps([number, proof.size, proof.sha256, proof.made_of]) + b"\n"
-
-    def _read(self) -> dict[int, Proof]:
+    def _read(self, path: Path) -> None:
         try:
-            with open_regular(self._path) as file:
+            with open_regular(path) as file:
                 lines = file.read().splitlines()
         except (FileNotFoundError, FileError):
-            return {}
-        proofs = {}
+            return
+        named = None
         for line in lines:
-            with suppress(ValueError, TypeError):
-                number, *rest = orjson.loads(line)
-                proofs[int(number)] = Proof(*rest)
-        return proofs
+            with suppress(ValueError, TypeError, KeyError):
+                found = orjson.loads(line)
+                if isinstance(found, dict):
+                    named = found["run"]
+                elif named == self.run:
+                    self._take(found)
+
+    def _take(self, found: list[object]) -> None:
+        if len(found) == len(SliceEnd._fields):
+            end = SliceEnd(*found)  # type: ignore[arg-type]
+            self.ends[int(end.slice)] = end._replace(
+                spans=tuple((int(rows), int(lines)) for rows, lines in end.spans)
+            )
+        else:
+            one = Written(*found)  # type: ignore[arg-type]
+            refused = tuple((int(a), int(b), int(c), str(why)) for a, b, c, why in one.refused)
+            self.shards[int(one.slice), int(one.number)] = one._replace(refused=refused)
+
+
+def _line(what: Written | SliceEnd) -> bytes:
+    return orjson.dumps(list(what)) + b"\n"

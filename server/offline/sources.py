@@ -1,77 +1,118 @@
-"""The input of a run as a file: how it is opened, which kind it is, and that it can be read again.
+"""One input of a run: how it is opened, which kind it is, and that it stays what it was.
 
-Knows nothing of rows.
+A file of any size is read from any byte; a stream once, from its beginning. Knows nothing of rows.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from model.errors import FileError
-from model.user_files import HEAD_BYTES, UTF8_MARK, check_encoding, kind_of, open_regular
-from server.api import json_text
+from model.user_files import HEAD_BYTES, UTF8_MARK, kind_of, open_regular
+from server.offline.kinds import SNIFFED_BYTES, Kind, by_suffix, kind_of_content
 
-_SNIFFED_BYTES = 1 << 20
-"""How long a first line may be for its content to tell the kind of file."""
-
-
-class Kind(StrEnum):
-    """What an input file holds."""
-
-    TEXT = "text"
-    JSON_LINES = "JSON lines"
-    PARQUET = "Parquet"
-
-
-_SUFFIXES = {
-    **dict.fromkeys(("", ".txt", ".text", ".md", ".log"), Kind.TEXT),
-    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl", ".json"), Kind.JSON_LINES),
-    **dict.fromkeys((".parquet", ".pq"), Kind.PARQUET),
-}
-_PARQUET_MAGIC = b"PAR1"
-_FOREIGN = (
-    (b"\x1f\x8b", "compressed with gzip: unpack it first (gunzip -k FILE)"),
-    (b"BZh", "compressed with bzip2: unpack it first (bunzip2 -k FILE)"),
-    (b"\xfd7zXZ\x00", "compressed with xz: unpack it first (unxz -k FILE)"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it first (unzstd FILE)"),
-    (b"PK\x03\x04", "a zip archive or an Office file, not text"),
-    (b"ARROW1", "an Arrow file: write it as Parquet"),
-    (b"\x93NUMPY", "a NumPy file, not text"),
-    (b"%PDF-", "a PDF, not text"),
-)
 _STREAMS = re.compile(r"-|/dev/stdin|/dev/fd/(\d{1,9})|/proc/self/fd/(\d{1,9})")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """An input that is open and can be read again from its beginning, one reading at a time.
+class ChangedError(Exception):
+    """The input is not what it was when the run began; the message names it."""
 
-    It stays the file that was opened, whatever takes its name later.
+
+class Source:
+    """An input. While it is open it stays the file that was opened, whatever takes its name.
+
+    size: bytes, None of a stream. named: of what the name or the redirection stands for, None of a
+    URL. before: a byte (or row group) and how many lines (rows) lie before it, as far as read.
     """
 
-    name: str  # as the user wrote it
-    kind: Kind
-    named: os.stat_result  # of what the name or the redirection stands for: a file or a pipe
-    file: BinaryIO
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        size: int | None,
+        named: os.stat_result | None,
+        opener: Callable[[], BinaryIO],
+        *,
+        file: BinaryIO | None = None,
+        head: bytes | None = None,
+        is_sure: bool = True,
+        is_copy: bool = False,
+    ) -> None:
+        """is_sure: whether its content was looked at, or the kind is what its suffix says.
+        is_copy: of a stream, which nobody else can change."""
+        self.name, self.kind, self.size, self.named = name, kind, size, named
+        self.before = (0, 0)
+        self._opener, self._file, self._head, self._is_sure = opener, file, head, is_sure
+        self._is_once = is_copy or size is None  # it cannot be opened again
+        self._parquet: Any = None
+
+    @property
+    def is_stream(self) -> bool:
+        return self.size is None
 
     def at(self, number: int) -> str:
         """The name of a row in messages."""
         return f"{self.name}, {'row' if self.kind is Kind.PARQUET else 'line'} {number}"
 
-    def sha256(self) -> str:
-        self.file.seek(0)
-        return hashlib.file_digest(self.file, "sha256").hexdigest()  # type: ignore[arg-type]
+    def open(self) -> BinaryIO:
+        """The file, wherever the last reading left it. Raises FileError, OSError, ChangedError."""
+        if self._file is None:
+            self._file = self._opener()
+            self.check_unchanged()
+        if not self._is_sure:
+            # Looked at without being taken: nothing is read twice.
+            head = self._file.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]
+            found = kind_of_content(self.name, False, io.BytesIO(head))
+            if found is not self.kind:
+                raise FileError(f"{self.name} is {found}, which its suffix does not say: rename it")
+            self._is_sure = True
+        return self._file
+
+    def parquet(self, made: Callable[[BinaryIO], Any]) -> Any:
+        """What `made` makes of the open file, once."""
+        if self._parquet is None:
+            self._parquet = made(self.open())
+        return self._parquet
+
+    def close(self) -> None:
+        """What cannot be opened again stays."""
+        if self._file is not None and not self._is_once:
+            self.end()
+
+    def end(self) -> None:
+        """Nobody reads it any more."""
+        if self._file is not None:
+            self._parquet = None
+            self._file.close()
+            self._file = None
+
+    def head(self, size: int) -> bytes:
+        """How it begins; of a stream what was looked at, which may be less."""
+        if self._head is not None:
+            return self._head[:size]
+        file = self.open()
+        file.seek(0)
+        return file.read(size)
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedError for a local file of another size, time or number."""
+        if self._file is None or self.named is None or self._is_once:
+            return
+        if self._stamp(os.fstat(self._file.fileno())) != self._stamp(self.named):
+            raise ChangedError(f"{self.name} changed while it was read")
+
+    @staticmethod
+    def _stamp(status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def is_stream(name: str) -> bool:
@@ -81,21 +122,66 @@ def is_stream(name: str) -> bool:
 
 @contextmanager
 def opened(name: str) -> Iterator[Source]:
-    """The input called `name`; a stream is first copied to an unnamed temporary file.
-
-    Raises FileError or OSError.
-    """
+    """The input called `name`, a local file or a stream. Raises FileError or OSError."""
     with ExitStack() as stack:
-        if is_stream(name):
-            copy, named = _copy_of_stream(name)
-            file = stack.enter_context(copy)
-        else:
-            file = stack.enter_context(open_regular(Path(name)))
-            named = os.fstat(file.fileno())
-        yield Source(name, _kind(name, is_stream(name), file), named, file)
+        source = stream(name) if is_stream(name) else local(name)
+        stack.callback(source.end)
+        source.open()
+        yield source
 
 
-def _copy_of_stream(name: str) -> tuple[BinaryIO, os.stat_result]:
+def local(name: str, *, looked_at: bool = True) -> Source:
+    """A local file; looked_at: its content tells its kind, and it stays open. Else its suffix
+    does, which its content must not contradict when it is first read."""
+
+    def opener() -> BinaryIO:
+        return open_regular(Path(name))
+
+    if not looked_at:
+        named = os.stat(name)
+        return Source(name, by_suffix(name), named.st_size, named, opener, is_sure=False)
+    file = opener()
+    try:
+        named = os.fstat(file.fileno())
+        return Source(
+            name, kind_of_content(name, False, file), named.st_size, named, opener, file=file
+        )
+    except BaseException:
+        file.close()
+        raise
+
+
+def remote(name: str, size: int, opener: Callable[[], BinaryIO]) -> Source:
+    """What a URL names, by its suffix."""
+    return Source(name, by_suffix(name), size, None, opener, is_sure=False)
+
+
+class _Replayed(io.RawIOBase):
+    """A stream whose beginning was read already."""
+
+    def __init__(self, head: bytes, stream: BinaryIO) -> None:
+        self._head, self._stream = memoryview(head), stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._head:
+            count = min(len(buffer), len(self._head))
+            buffer[:count] = self._head[:count]
+            self._head = self._head[count:]
+            return count
+        data = self._stream.read1(len(buffer))  # type: ignore[attr-defined]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def stream(name: str) -> Source:
+    """Read once, as it comes; Parquet, whose end tells what it holds, from an unnamed copy."""
     match = _STREAMS.fullmatch(name)
     assert match is not None, name
     number = int(match[1] or match[2] or 0)
@@ -105,60 +191,30 @@ def _copy_of_stream(name: str) -> tuple[BinaryIO, os.stat_result]:
         raise FileError(f"{name} is a terminal: send a file through a pipe, or name one")
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         raise FileError(f"{name} is {kind_of(mode)}, not a file or a pipe")
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    with os.fdopen(os.dup(number), "rb") as stream:
-        shutil.copyfileobj(stream, copy)
-    return copy, named
+    pipe = os.fdopen(os.dup(number), "rb")
+    head = _head_of(pipe)
+    kind = kind_of_content(name, True, io.BytesIO(head))
+    whole = io.BufferedReader(_Replayed(head, pipe), 1 << 16)
+
+    def gone() -> BinaryIO:
+        raise ChangedError(f"{name} was read already, and a pipe is read once")
+
+    if kind is not Kind.PARQUET:
+        return Source(name, kind, None, named, gone, file=cast("BinaryIO", whole), head=head)
+    with whole:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 (the Source closes it)
+        shutil.copyfileobj(whole, copy)
+    copied = cast("BinaryIO", copy)
+    return Source(name, kind, copy.tell(), named, gone, file=copied, is_copy=True)
 
 
-def _kind(name: str, unnamed: bool, file: BinaryIO) -> Kind:
-    """By the name and by the content; where these two contradict each other, neither is believed.
-
-    What is unknown is refused: taken for text, other formats give vectors of their syntax.
-    """
-    file.seek(0)
-    head = file.read(HEAD_BYTES)
-    suffix = "" if unnamed else Path(name).suffix.lower()
-    if head.startswith(_PARQUET_MAGIC):
-        return Kind.PARQUET
-    for magic, words in _FOREIGN:
-        if head.startswith(magic):
-            raise FileError(f"{name} is {words}")
-    if suffix not in _SUFFIXES:
-        raise FileError(
-            f"{name}: unknown kind of file {suffix!r}; text is .txt, JSON lines are .jsonl, and "
-            "Parquet is .parquet (through a pipe the content tells: nv-embed encode - -o OUT < "
-            "FILE)"
-        )
-    kind = _SUFFIXES[suffix]
-    if kind is Kind.PARQUET:
-        raise FileError(f"{name} is no Parquet file: it does not begin with PAR1")
-    check_encoding(head, name)
-    if kind is Kind.TEXT and _begins_with_object(file):
-        if not unnamed and suffix:
-            raise FileError(
-                f"{name} is called text, but its first line is a JSON object: name it .jsonl (to "
-                "embed the lines as they stand, make them JSON strings: jq -R . FILE > FILE.jsonl)"
-            )
-        return Kind.JSON_LINES
-    if kind is Kind.TEXT and _ends_lines_in_cr(file):
-        raise FileError(f"{name}: its lines end in CR alone: convert it (tr '\\r' '\\n')")
-    return kind
-
-
-def _ends_lines_in_cr(file: BinaryIO) -> bool:
-    """As on old Macs: all texts would be one."""
-    file.seek(0)
-    first = file.readline(_SNIFFED_BYTES)
-    return not first.endswith(b"\n") and b"\r" in first.rstrip(b"\r")
-
-
-def _begins_with_object(file: BinaryIO) -> bool:
-    file.seek(0)
-    while line := file.readline(_SNIFFED_BYTES):
-        if text := line.removeprefix(UTF8_MARK).strip():
-            try:
-                return text.startswith(b"{") and isinstance(json_text.loads(text), dict)
-            except ValueError:
-                return False
-    return False
+def _head_of(stream: BinaryIO) -> bytes:
+    """What tells the kind: some bytes and a line that is not blank, or all there is."""
+    head = b""
+    while len(head) < SNIFFED_BYTES:
+        found = stream.read1(SNIFFED_BYTES)  # type: ignore[attr-defined]
+        head += found
+        has_line = b"\n" in head.removeprefix(UTF8_MARK).lstrip()
+        if not found or (len(head) >= HEAD_BYTES and has_line):
+            break
+    return head

@@ -82,7 +82,12 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
     "serve --api-key": ["a key", "a,b", "x", "schlüssel"],
     "serve --devices": ["gpu", "cuda:x", "auto,cpu", "cuda:99999999999999999999"],
     "encode --task": WORDS,
-    **{f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"] for name in ON_ONE_DEVICE},
+    "encode --devices": ["gpu", "cuda:x", "cuda:4000", "cpu:0", "cpu,auto"],
+    **{
+        f"{name} --device": ["gpu", "cuda:x", "cuda:4000", "cpu:0"]
+        for name in ON_ONE_DEVICE
+        if name != "encode"
+    },
     **{
         f"{name} --{option}": values
         for name in ("mine", "synthesize", "evaluate")
@@ -95,7 +100,7 @@ NAMED = {  # neither numbers nor paths, and yet not every text will do
     "synthesize --languages": [",", "English,", "English,English", "5", "-", "a" * 50],
 }
 ANY = re.compile(
-    r"encode --(prompt|instruction|field)|(serve|encode) --(query-instruction|runner)|"
+    r"encode --(prompt|instruction|field|id-field)|(serve|encode) --(query-instruction|runner)|"
     r"serve --served-model-name|[\w-]+ --revision|evaluate --(mteb|results)|"
     r"synthesize --chat-model"
 )

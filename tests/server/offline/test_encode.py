@@ -73,7 +73,7 @@ def test_parquet_to_parquet_and_to_shards(golden_checkpoint: Path, tmp_path: Pat
     np.testing.assert_allclose(got, case["embeddings"], rtol=0, atol=1e-5)
     assert encode(golden_checkpoint, *options, "-o", folder, "--format", "jsonl") == 0
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["manifest.json", "part-00000.jsonl", "part-00001.jsonl"]
+    assert names == ["manifest.json", "part-00000-00000.jsonl", "part-00000-00001.jsonl"]
     assert json.loads((folder / names[2]).read_text())["index"] == 1
 
 
@@ -143,7 +143,7 @@ def test_resume_goes_on_with_the_same_only(
     parts = tmp_path / "a.npy.parts"
     parts.mkdir()
     first = np.load(output)[:3]
-    np.save(parts / "part-00000.npy", first)
+    np.save(parts / "part-00000-00000.npy", first)
     output.unlink()
     assert encode(golden_checkpoint, *options) == 1
     assert "go on with --resume" in capsys.readouterr().err
@@ -276,7 +276,15 @@ def test_a_bad_line_is_named_and_no_output_appears(
         (["missing.txt"], "there is no file missing.txt"),
         (["FILE", "-o", "out.csv"], "write to .npy, .jsonl, .parquet, or to a folder"),
         (["JSONL", "-o", "JSONL"], "a.jsonl is the input file"),
-        (["FILE", "--devices", "cpu"], "unrecognized argument --devices; did you mean --device?"),
+        (["FILE", "--part", "1/2"], "--part needs a folder as --output, which the parts share"),
+        (["FILE", "-o", "x/", "--part", "3/2"], "must be I/N with I from 1 to N, not '3/2'"),
+        (["-", "-o", "x/", "--part", "1/2"], "each part would have to read all of a pipe"),
+        (["FILE", "--keep", "id"], "--id-field and --keep need --format parquet or jsonl"),
+        (["FILE", "-o", "x.parquet", "--keep", "id"], "--keep names a field, and"),
+        (["JSONL", "-o", "x.parquet", "--keep", "index"], "the output has a column of that name"),
+        (["FILE", "-o", "x.npy", "--compression", "zstd"], "--compression zstd: .npy has none"),
+        (["FILE", "-o", "x.jsonl", "--compression", "gzip"], "name the --output x.jsonl.gz"),
+        (["FILE", "JSONL"], "name the --output: only that of one local file has a default"),
         (["FILE", "--task", "nope"], "unknown task 'nope'"),
         (["FILE", "-o", "/no/such/folder/x.npy"], "there is no folder"),
     ],

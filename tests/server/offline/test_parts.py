@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.offline.parts import Ledger, Parts, Proof, Shard
+from server.offline.parts import Ledger, Parts, Proof, Shard, SliceEnd, Written
 
-SHARD = Shard(2, 20, 10, "ab" * 32)
+SHARD = Shard(2, 0, 20, 10, "ab" * 32)
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)
 
 
@@ -23,7 +23,7 @@ def parts(tmp_path: Path) -> Parts:
 
 
 def test_batches_are_kept_when_it_is_time(parts: Parts) -> None:
-    file = parts.folder / ".part-00002.kept"
+    file = parts.folder / ".part-00002-00000.kept"
     at_once, later = parts.keeper(SHARD, 4, every=0), parts.keeper(SHARD, 4, every=1000)
     later.add([0], ROWS[:1])
     assert not file.exists()
@@ -53,11 +53,11 @@ def test_kept_rows_of_something_else_are_forgotten(parts: Parts) -> None:
     ):
         parts.keeper(SHARD, 4, every=0).add([1], ROWS[1:2])
         assert other.recall(np.zeros((10, other._width), dtype=np.float32)) == set()
-        assert not (parts.folder / ".part-00002.kept").exists()
+        assert not (parts.folder / ".part-00002-00000.kept").exists()
 
 
 def test_a_record_that_was_cut_off_costs_itself_alone(parts: Parts) -> None:
-    file = parts.folder / ".part-00002.kept"
+    file = parts.folder / ".part-00002-00000.kept"
     keeper = parts.keeper(SHARD, 4, every=0)
     keeper.add([1], ROWS[1:2])
     whole = file.stat().st_size
@@ -73,23 +73,57 @@ def test_a_record_that_was_cut_off_costs_itself_alone(parts: Parts) -> None:
 
 
 def test_a_ledger_remembers_what_was_noted(parts: Parts) -> None:
-    path = parts.path(2)
-    with parts.replacing(path) as file:
+    with parts.replacing(parts.path(SHARD.key)) as file:
         file.write(b"rows")
         proof = Proof.of(file, SHARD.digest)
-    Ledger(parts).note(2, proof)
-    assert Ledger(parts).has(SHARD, path)
-    assert not Ledger(parts).has(dataclasses.replace(SHARD, digest="cd" * 32), path)
+    written = Written(2, 0, 20, 10, 9, proof.size, proof.sha256, proof.made_of, ((3, 0, 4, "why"),))
+    end = SliceEnd(2, 1, ((10, 11),))
+
+    def note() -> None:
+        ledger = Ledger(parts, "run")
+        ledger.open()
+        ledger.note(written)
+        ledger.note(end)
+
+    def known(run: str = "run") -> Ledger:
+        ledger = Ledger(parts, run)
+        ledger.read()
+        return ledger
+
+    note()
+    assert known().has(SHARD)
+    assert (known().shards, known().ends) == ({(2, 0): written}, {2: end})
+    for other in ({"digest": "cd" * 32}, {"first": 21}, {"rows": 9}):
+        assert not known().has(dataclasses.replace(SHARD, **other))
+    assert not known("another run").has(SHARD)
     ledger = parts.folder / ".ledger.jsonl"
-    for broken in (b"", ledger.read_bytes()[:-9], b"[]\n5\nnull\n{}\n", os.urandom(50)):
+    whole = ledger.read_bytes()
+    for broken in (b"", whole[:-90], b"[]\n5\nnull\n{}\n", os.urandom(50)):
         ledger.write_bytes(broken)
-        assert not Ledger(parts).has(SHARD, path)
-        Ledger(parts).note(2, proof)  # on a line of its own
-        assert Ledger(parts).has(SHARD, path)
+        assert not known().has(SHARD)
+        note()  # on a line of its own
+        assert known().has(SHARD)
+
+
+def test_writers_read_each_others_ledgers(tmp_path: Path) -> None:
+    first, second = (Parts(tmp_path / "out", ".npy", 0o600, f"{n}-of-2") for n in (1, 2))
+    first.make()
+    for parts, number in ((first, 0), (second, 1)):
+        ledger = Ledger(parts, "run")
+        ledger.read()
+        ledger.open()
+        ledger.note(SliceEnd(number, 1, ((5, 5),)))
+    again = Ledger(first, "run")
+    again.read()
+    assert sorted(again.ends) == [0, 1]
+    with second.replacing(second.path((1, 0))) as file:
+        file.write(b"half")
+        first.sweep()  # what another one is writing stays
+        assert any(name.startswith(".nv-embed-") for name in os.listdir(tmp_path / "out"))
 
 
 def test_proof_needs_a_regular_file_of_these_bytes(parts: Parts, tmp_path: Path) -> None:
-    path = parts.path(0)
+    path = parts.path((0, 0))
     with parts.replacing(path) as file:
         file.write(b"rows")
         proof = Proof.of(file)
@@ -108,7 +142,7 @@ def test_proof_needs_a_regular_file_of_these_bytes(parts: Parts, tmp_path: Path)
 
 
 def test_a_file_takes_its_name_whole_or_never(parts: Parts) -> None:
-    target = parts.path(0)
+    target = parts.path((0, 0))
     names = set()
     for word in (b"first", b"second"):
         with parts.replacing(target) as file:

@@ -1,0 +1,53 @@
+"""The slices of a run that this process reads, one after the other, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Generic
+
+from server.offline.job import Job, Row, Rows
+from server.offline.parts import SliceEnd
+from server.offline.shards import Chunk, Reading, chunks_of
+from server.offline.slices import Slice, plan
+from server.offline.sources import Source
+
+
+class Reader(Generic[Row]):
+    """plan: all slices of the input; those of this part are read."""
+
+    def __init__(self, job: Job, sources: Sequence[Source], rows: Rows[Row]) -> None:
+        """Raises InputFileError for a Parquet file whose footer cannot be read."""
+        self._job, self._sources, self._rows = job, sources, rows
+        self.plan: list[Slice] = plan(sources, job.shard_size)
+        self.mine = [one for one in self.plan if job.part.has(one.number)]
+        self._bytes = sum(one.size for one in self.mine)
+        self._bytes_before = 0
+        self._reading = Reading()
+        self._size = 0  # of the slice that is read
+
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs."""
+        return [source.name for source in self._sources]
+
+    def chunks(self) -> Iterator[Chunk[Row] | SliceEnd]:
+        """Anew with each call."""
+        job, self._bytes_before = self._job, 0
+        for which in self.mine:
+            self._reading, self._size = Reading(), which.size
+            yield from chunks_of(
+                which,
+                self._sources,
+                self._rows,
+                job.shard_size,
+                skip=job.skip,
+                reading=self._reading,
+            )
+            self._bytes_before += which.size
+            self._size = 0
+
+    def total(self, rows: int) -> int | None:
+        """How many rows there are, by the share of the bytes that `rows` of them took; None where
+        nothing tells, as of a stream."""
+        read = self._bytes_before + self._size * self._reading.share
+        return round(rows * self._bytes / read) if read else None

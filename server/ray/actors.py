@@ -1,0 +1,163 @@
+"""`nv-embed encode --engine ray`: the slices of a run, dealt by Ray Data to actors with a model.
+
+A row of the dataset is a slice, and what comes back is what was noted of its shards: texts and
+vectors stay where they are read and written. Ray replaces an actor that dies and deals its slices
+anew; shards are the same to the byte whoever writes them, and take their names when they are whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from model.batch import RunnerInfo
+from model.extras import how_to_install
+from server.errors import SettingsError
+from server.offline import call, inputs
+from server.offline.crew import Failure, refuse_another
+from server.offline.manifest import Settled
+from server.offline.parts import Ledger, Shard, SliceEnd, Written
+from server.offline.shard_writer import Recipe
+from server.offline.slices import Slice
+
+logger = logging.getLogger("nv_embed.encode")
+
+_MOST_BLOCKS = 10_000
+"""Blocks are what Ray deals, and repeats when an actor dies: one a slice, but not millions."""
+
+
+class Actors:
+    """See SliceCrew. On entering it one actor's worth of model is loaded, to know how it runs."""
+
+    info: RunnerInfo
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises SettingsError where Ray is not installed."""
+        try:
+            import ray.data  # noqa: F401  (a name of its own would be `ray`)
+        except ImportError as error:
+            raise SettingsError(f"--engine ray needs Ray Data: {how_to_install('ray')}") from error
+        self._recipe, self._ends = recipe, ExitStack()
+
+    def __enter__(self) -> Actors:
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False, logging_level=logging.WARNING)
+            self._ends.callback(ray.shutdown)
+        (device,) = self._recipe.arguments.devices
+        if device == "auto":
+            device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
+        threads = (self._recipe.arguments.threads or 1) if device == "cpu" else None
+        self._needs = {"num_cpus": threads or 1, "num_gpus": int(device != "cpu")}
+        self._place = _Place(os.getcwd(), device, threads)
+        ask = ray.remote(max_calls=1, **self._needs)(_how_it_runs)
+        try:
+            self.info = _taken(ray.get(ask.remote(self._place, self._recipe)))
+        except BaseException:
+            self._ends.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ends.close()
+
+    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        least, most = self._recipe.arguments.actors or (1, 1)
+        settled = Settled(self.info.dtype, dict(self.info.products))
+        work = _Work(self._place, replace(self._recipe, settled=settled), self.info, ledger)
+        rows = [{"slice": pickle.dumps(one)} for one in slices]
+        found = ray.data.from_items(
+            rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)
+        ).map_batches(
+            _SliceWriter,
+            fn_constructor_args=(work,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most),
+            **self._needs,
+        )
+        for row in found.iter_rows():
+            yield from _taken(pickle.loads(row["found"]))  # noqa: S301  (of our own actors)
+
+
+class _Place(NamedTuple):
+    """Where an actor is: as the command was called, on whichever machine."""
+
+    folder: str
+    device: str
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What an actor is made of. info: how the model has to run. ledger: what may be left out."""
+
+    place: _Place
+    recipe: Recipe
+    info: RunnerInfo
+    ledger: Ledger
+
+
+def _how_it_runs(place: _Place, recipe: Recipe) -> RunnerInfo | Failure:
+    try:
+        os.chdir(place.folder)
+        return recipe.encoder(place.device, place.threads).runner.info
+    except Exception as error:
+        return Failure.of(error)
+
+
+class _SliceWriter:
+    """An actor: one model, which writes the slices that it is given. What fails is handed back, and
+    raised where the command runs; Ray would repeat it, and says it in its own words."""
+
+    def __init__(self, work: _Work) -> None:
+        self._failure: Failure | None = None
+        try:
+            self._begin(work)
+        except Exception as error:
+            self._failure = Failure.of(error)
+
+    def _begin(self, work: _Work) -> None:
+        place, recipe = work.place, work.recipe
+        os.chdir(place.folder)
+        self._job = recipe.job
+        encoder = recipe.encoder(place.device, place.threads)
+        refuse_another(work.info, encoder.runner.info, f"{place.device} on {platform.node()}")
+        self._writer = recipe.writer(encoder, work.ledger.run)
+        self._rows = call.rows_of(recipe.arguments, recipe.job)
+        self._opened = inputs.opened(recipe.arguments.file)
+        self._sources = self._opened.__enter__()  # for as long as the actor lives
+        self._ledger = work.ledger
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+        (raw,) = batch["slice"]
+        return {"found": [pickle.dumps(self._failure or self._written(pickle.loads(raw)))]}  # noqa: S301
+
+    def _written(self, which: Slice) -> list[Written | SliceEnd] | Failure:
+        try:
+            return [
+                *self._writer.write_slice(which, self._sources, self._rows, self._job, self._has)
+            ]
+        except Exception as error:
+            return Failure.of(error)
+
+    def _has(self, shard: Shard) -> bool:
+        return self._ledger.has(shard)
+
+
+def _taken(said: Any) -> Any:
+    """What an actor says; what it failed with is raised."""
+    if isinstance(said, Failure):
+        raise said.error()
+    return said
