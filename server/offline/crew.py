@@ -244,8 +244,13 @@ def _work(
 ) -> None:
     """The life of a process: it says what it is, then writes what it is given."""
 
+    stopped = False
+
     def stop(signum: int, frame: object) -> None:
-        raise _StopError
+        nonlocal stopped
+        if not stopped:  # once: what is kept on the way out is not interrupted
+            stopped = True
+            raise _StopError
 
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process says when to stop
@@ -253,8 +258,13 @@ def _work(
     signal.signal(signal.SIGTERM, stop)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    with suppress(_StopError), suppress(EOFError, BrokenPipeError):
-        _live(connection, recipe, device, threads)
+    with suppress(_StopError):
+        try:
+            _live(connection, recipe, device, threads)
+        except (EOFError, BrokenPipeError):
+            pass  # the first process has gone
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _live(connection: Connection, recipe: Recipe, device: str, threads: int | None) -> None:

@@ -53,6 +53,8 @@ def opened(names: Sequence[str]) -> Iterator[list[Source]]:
         for name, maker in found:
             source = _made(name, partial(maker, looked_at=len(found) <= _OPENED_AT_ONCE))
             stack.callback(source.end)
+            if len(found) > _OPENED_AT_ONCE:
+                source.close()  # it is opened again when it is its turn
             inputs.append(source)
         yield inputs
 

@@ -39,7 +39,7 @@ class Joined:
         """run: what the vectors were made by; a file of another run is none of ours."""
         self._parts, self._format, self._run = parts, form, run
         self._path = parts.joined
-        self._notes = parts.folder / ".joined.jsonl"
+        self._notes = parts.joined_notes
         self._pieces: list[_Piece] = []
         self._proof: Proof | None = None  # of the whole file, when it is finished
 

@@ -149,6 +149,11 @@ class Parts:
         """One file while it grows."""
         return self.folder / ".joined"
 
+    @property
+    def joined_notes(self) -> Path:
+        """What is noted of it."""
+        return self.folder / ".joined.jsonl"
+
     def replacing(self, target: Path, *, new: bool = False) -> AbstractContextManager[BinaryIO]:
         """A file that takes the target's name when the block ends well, and else vanishes."""
         return replacing_bytes(target, self.mode, self.folder, tag=self._temporary, new=new)
@@ -190,7 +195,7 @@ class Parts:
         except (FileNotFoundError, NotADirectoryError):
             return True
         with suppress(OSError):
-            if os.path.getsize(self.joined):
+            if self.joined_notes.read_bytes().count(b"\n") > 1:  # what run it is, and a shard
                 return False
         return not any(name.startswith("part-") or name.endswith(".kept") for name in names)
 

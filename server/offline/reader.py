@@ -33,7 +33,12 @@ class Reader(Generic[Row]):
     def chunks(self) -> Iterator[Chunk[Row] | SliceEnd]:
         """Anew with each call."""
         job, self._bytes_before = self._job, 0
+        last: Source | None = None
         for which in self.mine:
+            first = self._sources[which.spans[0].source]
+            if last is not None and last is not first:
+                last.close()
+            last = self._sources[which.spans[-1].source]
             self._reading, self._size = Reading(), which.size
             yield from chunks_of(
                 which,

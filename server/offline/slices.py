@@ -64,6 +64,8 @@ def _cut(sources: Sequence[Source], shard_size: int) -> Iterator[tuple[tuple[Spa
             yield (Span(index, 0, None),), 0
         elif source.kind is Kind.PARQUET:
             groups = row_groups(source)
+            if len(sources) > 1:
+                source.close()  # it is opened again when it is its turn
             for begin, end in _runs(groups, shard_size):
                 share = sum(groups[begin:end]) / max(sum(groups), 1)
                 yield (Span(index, begin, end),), int(source.size * share)

@@ -162,3 +162,44 @@ def test_many_lines_take_constant_memory(golden_checkpoint: Path, tmp_path: Path
 
     few, many = peak(10_000), peak(LINES)
     assert many < 1.1 * few, (few, many)
+
+
+@pytest.mark.skipif(not FULL, reason="tests/server/offline/test_bulk.py kills one, once")
+def test_parts_killed_at_random_come_to_one_run(golden_checkpoint: Path, tmp_path: Path) -> None:
+    """Three at a time, each killed some times and begun again, in a folder that they share."""
+    dice = random.Random(7)
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(f'{{"text": "line {n}", "id": {n}}}\n' for n in range(3000)))
+    runner = ("--runner", "tests.server.runners:Hashing", "--shard-size", "50")
+    options = (str(source), *runner, "--format", "parquet", "--id-field", "id", "-o")
+    finish(start(golden_checkpoint, *options, f"{tmp_path}/one/"))
+    left = dict.fromkeys(("1/3", "2/3", "3/3"), KILLS)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    kills = 0
+    while left or running:
+        for part in [part for part in left if part not in running][: 2 - len(running)]:
+            again = (*options, f"{tmp_path}/parts/", "--part", part)
+            running[part] = start(golden_checkpoint, *again, seconds=0.02)
+        time.sleep(dice.uniform(0.5, 4))
+        for part, process in list(running.items()):
+            if left[part] and dice.random() < 0.5:
+                process.send_signal(signal.SIGKILL)
+                left[part] -= 1
+            elif left[part] and process.poll() is None:
+                continue
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+            kills += process.returncode != 0
+            del running[part]
+            if process.returncode == 0:
+                del left[part]
+    one, parts = (
+        {
+            path.name: path.read_bytes()
+            for path in (tmp_path / name).iterdir()
+            if "lock" not in path.name
+        }
+        for name in ("one", "parts")
+    )
+    assert kills >= 2
+    assert parts == one

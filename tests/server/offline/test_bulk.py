@@ -574,6 +574,29 @@ def test_compressed_outputs_are_read_as_usual(
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out/"])
+def test_ended_before_the_last_manifest_nothing_is_computed_again(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    write_rows("in.jsonl", 50)
+    options = ["in.jsonl", "-o", output, "--shard-size", 10]
+    as_json = bulk.as_json
+
+    def interrupted(manifest: dict[str, Any]) -> bytes:
+        if "complete" in manifest:
+            raise KeyboardInterrupt
+        return as_json(manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "as_json", interrupted)
+        assert encode(*options) == 130
+    monkeypatch.setenv("FAKE_BATCH_LOG", str(tmp_path / "batches"))
+    assert encode(*options, "--resume") == 0
+    assert not Path("batches").exists()
+    assert not list(tmp_path.glob("*.parts"))
+    assert encode(*options, "--resume") == 0
+
+
 # ---- rows that are refused
 
 
