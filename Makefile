@@ -218,8 +218,7 @@ build/chart/.installed: tests/docker/requirements-chart.txt | $(VENV)/.installed
 	@touch $@
 
 # In a network of its own: Ray's processes would talk over the machine's address, and ask outside for it.
-ALONE = unshare $(if $(filter-out 0,$(shell id -u)),-r) -n
-test-ray test-ray-encode: export PYTHONPATH = $(CURDIR):$(CURDIR)/build/ray
+ALONE = PYTHONPATH=$(CURDIR):$(CURDIR)/build/ray unshare $(if $(filter-out 0,$(shell id -u)),-r) -n
 test-ray: $(VENV)/.installed-test build/ray/.installed ## replicas of Ray Serve behind both proxies: killed, deployed anew
 	$(ALONE) $(BIN)/python -P -m tests.ray.run $(ARGS)
 

@@ -11,6 +11,8 @@ import logging
 import os
 import pickle
 import platform
+import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +30,7 @@ from server.offline.slices import Slice
 
 logger = logging.getLogger("nv_embed.encode")
 
+_ANSWER_S = 10.0
 _MOST_BLOCKS = 10_000
 """Blocks are what Ray deals, and repeats when an actor dies: one a slice, but not millions."""
 
@@ -49,6 +52,7 @@ class Actors:
         import ray
 
         if not ray.is_initialized():
+            _refuse_silence(os.environ.get("RAY_ADDRESS", ""))
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
             self._ends.callback(ray.shutdown)
         (device,) = self._recipe.arguments.devices
@@ -89,6 +93,15 @@ class Actors:
         )
         for row in found.iter_rows():
             yield from _taken(pickle.loads(row["found"]))  # noqa: S301  (of our own actors)
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises SettingsError where nobody listens at host:port: Ray would try for minutes."""
+    if found := re.fullmatch(r"([^/:]+):(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), _ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            raise SettingsError(f"RAY_ADDRESS={address}: no cluster answers: {error}") from None
 
 
 class _Place(NamedTuple):

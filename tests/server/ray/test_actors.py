@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 from model.extras import how_to_install
+from model.user_files import TEMPORARY
 from server import cli
 from server.cli import encode as command
+from server.errors import SettingsError
 from server.offline import encode
 from server.offline.parts import Ledger, SliceEnd, Written
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
 from server.ray import actors
+from tests.server.processes import free_ports
 from tests.server.questions import RUNNERS
 
 Encode = Callable[..., int]
@@ -57,6 +60,14 @@ class InThisProcess:
                 raise KeyboardInterrupt
             said = both[number % 2]({"slice": [pickle.dumps(one)]})
             yield from actors._taken(pickle.loads(said["found"][0]))  # noqa: S301
+
+
+class Untidy(InThisProcess):
+    """Another actor was killed while it wrote."""
+
+    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        (self._recipe.job.target / f"{TEMPORARY}of-an-actor").write_bytes(b"half a shard")
+        yield from super().write(slices, ledger)
 
 
 class Impatient(InThisProcess):
@@ -104,9 +115,8 @@ def test_either_goes_on_with_what_the_other_has_begun(encoded: Encode) -> None:
     before = {name: (Path("begun") / name).stat().st_ino for name in kept}
     assert encoded(*options, "begun/", "--resume") == 0
     assert contents("begun") == contents("one")
-    (Path("begun") / ".nv-embed-left-by-an-actor").write_bytes(b"half a shard")
     (Path("begun") / "part-00001-00000.npy").unlink()
-    assert encoded(*options, "begun/", "--resume", crew=InThisProcess) == 0
+    assert encoded(*options, "begun/", "--resume", crew=Untidy) == 0
     assert contents("begun") == contents("one")
     assert all((Path("begun") / name).stat().st_ino == node for name, node in before.items())
 
@@ -149,3 +159,11 @@ def test_what_is_refused(
 def test_actors_are_a_number_or_two() -> None:
     assert command._actors("2") == (2, 2)
     assert command._actors("1:8") == (1, 8)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(SettingsError, match=f"RAY_ADDRESS=127.0.0.1:{port}: no cluster answers"):
+        actors._refuse_silence(f"127.0.0.1:{port}")
+    for address in ("", "auto", "ray://head:10001"):
+        actors._refuse_silence(address)
