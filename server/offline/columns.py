@@ -1,7 +1,8 @@
 """What is carried from a row to its vector: an id, and columns that were chosen.
 
 Owns their types, which every shard has to have alike: those of the first Parquet file, or what the
-first lines of JSON show. Knows nothing of models, nor of how a file is written.
+first lines of JSON show. A value that its type would change is refused. Knows nothing of models,
+nor of how a file is written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from server.offline.sources import Source
 
 _HEAD_BYTES = 64 << 10
 """Of the first file of JSON lines: its rows tell the types."""
+_LOOK_BYTES = 1 << 20
+"""Of a file in which a field has no value so far."""
+_LOOK_FILES = 16
+_LONGEST_BYTES = 64 << 20
+"""Of a first row that is longer."""
 _OURS = ("index", "embedding")
 _INT64 = 1 << 63
 _JSON = {"bool": bool, "int64": int, "double": float, "string": str}
@@ -33,6 +39,7 @@ class Columns:
     names: tuple[str, ...] = ()
     id_field: str | None = None
     types: Mapping[str, Any] = field(default_factory=dict)
+    unseen: frozenset[str] = frozenset()  # the first rows have no value of these
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -48,6 +55,13 @@ class Columns:
                 if name == self.id_field:
                     return f"no id in {name!r}"
             elif not _fits(value, self.types[name]):
+                if self.types[name] == "json":
+                    return f"{name!r} cannot be kept as JSON text: too deep, or NaN, or too large"
+                if name in self.unseen:
+                    return (
+                        f"{name!r} is no string, and the first rows have no value that tells its "
+                        "type: put a row that has one first, or leave it out of --keep"
+                    )
                 return f"{name!r} is no {self.types[name]}, which the first rows have"
         return None
 
@@ -94,30 +108,66 @@ def columns_of(names: Sequence[str], id_field: str | None, sources: Sequence[Sou
             raise SettingsError(f"{flag} names a field, and {source.name} is text")
     tabular = next((source for source in sources if source.kind is Kind.PARQUET), None)
     if tabular is None:
-        types: Mapping[str, Any] = _types_of_json(names, sources[0])
-    else:
-        types = parquet_types(tabular)
-        if missing := [name for name in names if name not in types]:
+        types, unseen = _types_of_json(names, sources)
+        return Columns(tuple(names), id_field, types, unseen)
+    found = parquet_types(tabular, names)
+    tabular.close()
+    return Columns(tuple(names), id_field, {name: found[name] for name in names})
+
+
+def _types_of_json(
+    names: Sequence[str], sources: Sequence[Source]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """The types, and which names have no value in what was looked at: they are strings, as long as
+    their values are. The same for every part of a run. Raises InputFileError."""
+    words: dict[str, set[str]] = {}
+    fields: dict[str, None] = {}
+    for source in sources[:_LOOK_FILES]:
+        for size in (_HEAD_BYTES, _LOOK_BYTES):
+            seen, there = _words_of(names, source, size)
+            fields |= there
+            for name, found in seen.items():
+                words.setdefault(name, found)
+            if len(words) == len(names):
+                break
+        if len(sources) > 1:
+            source.close()
+        if len(words) == len(names):
+            break
+    for name in names:
+        if fields and name not in fields:
             raise InputFileError(
-                f"{tabular.name} has no column {missing[0]!r}; it has {', '.join(types)}"
+                f"the first rows of {sources[0].name} have no field {name!r} (null in the first "
+                f"says that it comes later); they have {', '.join(fields)}"
             )
-        tabular.close()
-    return Columns(tuple(names), id_field, {name: types[name] for name in names})
+    types = {name: _common(words[name]) if name in words else "string" for name in names}
+    return types, frozenset(names) - words.keys()
 
 
-def _types_of_json(names: Sequence[str], source: Source) -> dict[str, str]:
-    seen: dict[str, set[str]] = {name: set() for name in names}
-    lines = source.head(_HEAD_BYTES).split(b"\n")
-    for raw in lines[:-1] or lines:
+def _words_of(
+    names: Sequence[str], source: Source, size: int
+) -> tuple[dict[str, set[str]], dict[str, None]]:
+    """Words for the values in a file's first rows, and all fields there; at least a whole row."""
+    head = source.head(size)
+    while b"\n" not in head.lstrip() and size < _LONGEST_BYTES:
+        size *= 4
+        longer = source.head(size)
+        if len(longer) == len(head):
+            break
+        head = longer
+    words: dict[str, set[str]] = {}
+    fields: dict[str, None] = {}
+    for raw in head.split(b"\n"):
         try:
             value = json_text.loads(raw)
         except ValueError:
-            continue  # its reading says what is wrong
+            continue  # cut off; or its reading says what is wrong
         if isinstance(value, dict):
+            fields |= dict.fromkeys(value)
             for name in names:
                 if value.get(name) is not None:
-                    seen[name].add(_word(value[name]))
-    return {name: _common(words) for name, words in seen.items()}
+                    words.setdefault(name, set()).add(_word(value[name]))
+    return words, fields
 
 
 def _word(value: Any) -> str:
@@ -132,21 +182,37 @@ def _common(words: Iterable[str]) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Whether it can be written as this type, and read again as what it is."""
     if kind == "json":
-        return True
-    if isinstance(kind, str):
-        if kind == "double":
-            return type(value) in (int, float)
-        fits = type(value) is _JSON[kind]
-        return fits and (kind != "int64" or -_INT64 <= int(value) < _INT64)
-    return _is_arrow(value, kind)
+        try:
+            return _same(orjson.loads(orjson.dumps(value)), value)
+        except (TypeError, ValueError, RecursionError):
+            return False
+    if not isinstance(kind, str):
+        return _is_arrow(value, kind)
+    if kind == "double" and type(value) is int:
+        return abs(value) < _INT64 and int(float(value)) == value
+    fits = type(value) is _JSON[kind]
+    return fits and (kind != "int64" or -_INT64 <= value < _INT64)
 
 
 def _is_arrow(value: Any, kind: Any) -> bool:
     import pyarrow
 
     try:
-        pyarrow.array([value], type=kind)
-    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError):
+        return _same(pyarrow.array([value], type=kind).to_pylist()[0], value)
+    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, RecursionError):
         return False
-    return True
+
+
+def _same(found: Any, value: Any) -> bool:
+    """Equal and of one type, in all that it holds; a whole number may be a float of that value."""
+    if type(found) is not type(value):
+        return type(found) is float and type(value) is int and found == value
+    if isinstance(value, dict):
+        return found.keys() == value.keys() and all(
+            _same(found[key], one) for key, one in value.items()
+        )
+    if isinstance(value, list | tuple):
+        return len(found) == len(value) and all(map(_same, found, value))
+    return bool(found == value) or bool(found != found and value != value)  # NaN
