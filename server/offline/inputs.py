@@ -39,18 +39,10 @@ _USER = re.compile(r"(https?://)[^\s/?#'\"]*@|([a-z0-9]://)[^\s/?#'\"]*:[^\s/?#'
 _WEB_QUERY = re.compile(r"(https?://[^?#'\"]*)[?#][^\s'\"]*")
 _QUERY = re.compile(r"([a-z0-9]://[^?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
 """In other stores than the web's a ? may be a sign of a pattern."""
-_STAMPS = [
-    "size",
-    "ETag",
-    "etag",
-    "generation",
-    "md5Hash",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "Last-Modified",
-]
-"""What stores say of a file, and another one of that name has otherwise."""
+_STAMPS = ("size", "ETag", "etag", "generation", "md5Hash", "mtime")
+_LATER = ("LastModified", "last_modified", "Last-Modified", "updated")
+"""What stores say of a file, and another one of that name has otherwise; _LATER: when it was
+written."""
 
 
 def is_url(name: str) -> bool:
@@ -212,7 +204,7 @@ class _Stored:
 
 
 def _stamp(info: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: info[name] for name in _STAMPS if info.get(name) is not None}
+    found = {name: info[name] for name in (*_STAMPS, *_LATER) if info.get(name) is not None}
     if set(found) <= {"size"} and info.get("created") is not None:
         found["created"] = info["created"]
     return found

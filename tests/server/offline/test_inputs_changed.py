@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from server.errors import SettingsError
 from server.offline import call, inputs
@@ -49,6 +52,22 @@ def test_an_input_that_stays_is_read_whole(store: Any, tmp_path: Path) -> None:
     for name in (URL, f"file://{tmp_path}/in.txt"):
         with inputs.opened([name]) as found:
             assert rows_of(found[0], lambda: None) == 20_000
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_parquet_behind_a_url_that_shrinks_ends_the_run(store: Any, size: int) -> None:
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": LINES.decode().split("\n")[:-1]}), buffer)
+    raw = buffer.getvalue()
+    store.pipe_file("/changing/in.parquet", raw)
+
+    def shrink() -> None:
+        store.pipe_file("/changing/in.parquet", raw[:size])
+
+    with inputs.opened(["memory:///changing/in.parquet"]) as found:
+        assert rows_of(found[0], lambda: None) == 20_000
+        with pytest.raises((ChangedError, InputFileError), match=r"in\.parquet"):
+            rows_of(found[0], shrink)
 
 
 @pytest.mark.parametrize("size", [0, len(LINES) // 2, len(LINES) - 1])
