@@ -170,8 +170,6 @@ class _Stored:
         try:
             self._files.invalidate_cache(self._path)
             now = _stamp(self._files.info(self._path))
-        except FileNotFoundError:
-            raise ChangedError(f"{self.name} went away while it was read") from None
         except Exception as error:  # of the store's own kinds
             raise self._failed(error) from None
         if any(now.get(name) != value for name, value in self._stamp.items()):
@@ -180,8 +178,6 @@ class _Stored:
     def read(self, begin: int, end: int) -> bytes:
         try:
             data: bytes = self._files.cat_file(self._path, start=begin, end=end)
-        except FileNotFoundError:
-            raise ChangedError(f"{self.name} went away while it was read") from None
         except Exception as error:
             if "416" in f"{error}":  # there is nothing at this range any more
                 self.check()
@@ -195,12 +191,24 @@ class _Stored:
     def _changed(self) -> ChangedError:
         return ChangedError(f"{self.name} changed while it was read")
 
-    def _failed(self, error: Exception) -> InputFileError:
+    def _failed(self, error: Exception) -> InputFileError | ChangedError:
+        error = _real(self.name, error)
+        if isinstance(error, FileNotFoundError):
+            return ChangedError(f"{self.name} went away while it was read")
         why = shown(f"{error}") or type(error).__name__
         return InputFileError(
             f"{self.name} cannot be read: {why}; when it can, the same command with --resume goes "
             "on"
         )
+
+
+def _real(url: str, error: Exception) -> Exception:
+    """What is behind a FileNotFoundError, which fsspec makes of every failure over HTTP."""
+    cause = error.__cause__
+    is_masked = isinstance(error, FileNotFoundError) and url.startswith("http")
+    if is_masked and isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410):
+        return cause
+    return error
 
 
 def _stamp(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,12 +263,14 @@ def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]
         else:
             paths = [path]
         found = {path: files.info(path) for path in paths}
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {shown(url)}") from None
     except SettingsError:
         raise
     except Exception as error:  # of the store's own kinds
-        raise SettingsError(f"{shown(url)} cannot be read: {shown(f'{error}')}") from None
+        why = _real(url, error)
+        if isinstance(why, FileNotFoundError):
+            raise SettingsError(f"there is no file {shown(url)}") from None
+        said = shown(f"{why}") or type(why).__name__
+        raise SettingsError(f"{shown(url)} cannot be read: {said}") from None
     if has_signs:
         found = {path: info for path, info in found.items() if info.get("type") != "directory"}
     if not found:

@@ -206,11 +206,15 @@ def test_names_of_inputs_hold_no_query(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a signed URL, whose suffix is that before its query."""
 
     class Web:
+        fails = False
+
         def isdir(self, path: str) -> bool:
             raise AssertionError("would fetch it whole")
 
         def info(self, path: str) -> dict[str, Any]:
             assert path.endswith("?sig=secret")
+            if self.fails:  # as fsspec has it
+                raise FileNotFoundError(path) from RuntimeError(f"503, url={path}")
             return {"size": 5, "ETag": "1"}
 
         def unstrip_protocol(self, path: str) -> str:
@@ -228,3 +232,11 @@ def test_names_of_inputs_hold_no_query(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found[0].name == "https://host/in.jsonl"
         rows = list(read_texts(found[0], "text"))
         assert [row.text for row in rows if isinstance(row, Line)] == ["ab"]
+        Web.fails = True
+        with pytest.raises(InputFileError, match=r"read: 503, url=https://host/in\.jsonl; when"):
+            list(read_texts(found[0], "text"))
+    with (
+        pytest.raises(SettingsError, match=r"cannot be read: 503, url=https://host/in\.jsonl$"),
+        inputs.opened(["https://me:word@host/in.jsonl?sig=secret"]),
+    ):
+        pass
