@@ -76,6 +76,10 @@ def job_of(arguments: argparse.Namespace) -> Job:
             suffix = ".jsonl"
         if suffix != ".jsonl":
             raise SettingsError("--openai-batch writes JSON lines: name a .jsonl file")
+        if compression is not None and arguments.compression is None:
+            raise SettingsError(
+                f"--output {target}: --openai-batch does not compress: name it {target.stem}"
+            )
         for name in (*_OF_TEXTS, "output_dtype", "compression", "id_field", "keep"):
             if getattr(arguments, name) is not None:
                 flag = f"--{name.replace('_', '-')}"

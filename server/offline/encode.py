@@ -79,7 +79,8 @@ def _say(job: Job, tally: bulk.Tally, done: bool) -> None:
     if tally.skipped:
         what += f", {tally.skipped} more are skipped ({job.skipped.name})"
     if job.is_part and not tally.is_complete:
-        what = f"part {job.part.number} of {job.part.of} is in {job.target}; others are not yet"
+        what = f"part {job.part.number} of {job.part.of}"
+        what += f" is in {job.target}; others are not yet" if tally.rows else " had nothing to do"
         done = False
     print(f"{what}{' (complete already)' if done else ''}")
 
@@ -99,7 +100,11 @@ def _why(error: OSError, arguments: argparse.Namespace) -> str:
         full = "the disk is full" if error.errno == errno.ENOSPC else "no more may be written"
         where = output if error.filename is None else error.filename
         return f"{where}: {full} ({error.strerror}): make room, {_RESUME}"
-    where = f"{' '.join(arguments.file)} or {output}" if error.filename is None else error.filename
+    where = (
+        f"{' '.join(map(inputs.shown, arguments.file))} or {output}"
+        if error.filename is None
+        else error.filename
+    )
     return f"{where}: {error.strerror or error}"
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, cast
 
 from server.errors import SettingsError
 from server.offline import sources
-from server.offline.sources import Source
+from server.offline.places import InputFileError
+from server.offline.sources import ChangedError, Source
 
 logger = logging.getLogger("nv_embed.encode")
 
@@ -33,6 +34,15 @@ _OPENED_AT_ONCE = 16
 """Up to so many files are looked at before anything begins, and stay open."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 _PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+
+_USER = re.compile(r"(https?://)[^\s/?#'\"]*@|([a-z0-9]://)[^\s/?#'\"]*:[^\s/?#'\"]*@")
+_WEB_QUERY = re.compile(r"(https?://[^?#'\"]*)[?#][^\s'\"]*")
+_QUERY = re.compile(r"([a-z0-9]://[^?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
+"""In other stores than the web's a ? may be a sign of a pattern."""
+_STAMPS = ("size", "ETag", "etag", "generation", "md5Hash", "mtime")
+_LATER = ("LastModified", "last_modified", "Last-Modified", "updated")
+"""What stores say of a file, and another one of that name has otherwise; _LATER: when it was
+written."""
 
 
 def is_url(name: str) -> bool:
@@ -47,6 +57,7 @@ def has_pattern(name: str) -> bool:
 def opened(names: Sequence[str]) -> Iterator[list[Source]]:
     """All that `names` stand for. Raises SettingsError or FileError for what is not there, or is
     no file."""
+    _refuse_twice(names)
     found = [maker for name in names for maker in _makers(name, alone=len(names) == 1)]
     with ExitStack() as stack:
         inputs = []
@@ -57,6 +68,17 @@ def opened(names: Sequence[str]) -> Iterator[list[Source]]:
                 source.close()  # it is opened again when it is its turn
             inputs.append(source)
         yield inputs
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    """A pipe has one reader, who takes all."""
+    seen: dict[int, str] = {}
+    for name in names:
+        if sources.is_stream(name):
+            number = sources.stream_number(name)
+            if number in seen:
+                raise SettingsError(f"{seen[number]} and {name}: a pipe is read once")
+            seen[number] = name
 
 
 def folders_of(names: Sequence[str]) -> list[Path]:
@@ -79,7 +101,7 @@ def _makers(name: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]
     if sources.is_stream(name):
         return [(name, lambda looked_at: sources.stream(name))]
     if is_url(name):
-        return _remote(name)
+        return _remote(name, alone=alone)
     try:
         if os.path.isdir(name):
             paths = _within(name)
@@ -128,11 +150,79 @@ def _say_left_out(folder: str, others: list[str]) -> None:
 # URLs
 
 
-class _Ranges(io.RawIOBase):
-    """A file in a store, of which only the bytes that are asked for are fetched."""
+def shown(text: str) -> str:
+    """Without what gives access: the query of its URLs, and the name and password in them.
+    The container of Azure's abfs://container@account stays."""
+    bare = _USER.sub(lambda found: found[1] or found[2], text)
+    return _QUERY.sub(r"\1", _WEB_QUERY.sub(r"\1", bare))
 
-    def __init__(self, files: Any, path: str, size: int) -> None:
-        self._files, self._path, self._size, self._at = files, path, size, 0
+
+class _Stored:
+    """A file in a store, and what the store said of it when the run began."""
+
+    def __init__(self, name: str, files: Any, path: str, info: Mapping[str, Any]) -> None:
+        self.name, self._files, self._path = name, files, path
+        self.size: int = info["size"]
+        self._stamp = _stamp(info)
+
+    def check(self) -> None:
+        """Raises ChangedError for another file of that name, InputFileError when nobody says."""
+        try:
+            self._files.invalidate_cache(self._path)
+            now = _stamp(self._files.info(self._path))
+        except Exception as error:  # of the store's own kinds
+            raise self._failed(error) from None
+        if any(now.get(name) != value for name, value in self._stamp.items()):
+            raise self._changed()
+
+    def read(self, begin: int, end: int) -> bytes:
+        try:
+            data: bytes = self._files.cat_file(self._path, start=begin, end=end)
+        except Exception as error:
+            if "416" in f"{error}":  # there is nothing at this range any more
+                self.check()
+            raise self._failed(error) from None
+        if len(data) > end - begin:
+            raise InputFileError(f"{self.name}: the store sends no parts of a file: fetch it first")
+        if len(data) < end - begin:
+            raise self._changed()
+        return data
+
+    def _changed(self) -> ChangedError:
+        return ChangedError(f"{self.name} changed while it was read")
+
+    def _failed(self, error: Exception) -> InputFileError | ChangedError:
+        error = _real(self.name, error)
+        if isinstance(error, FileNotFoundError):
+            return ChangedError(f"{self.name} went away while it was read")
+        why = shown(f"{error}") or type(error).__name__
+        return InputFileError(
+            f"{self.name} cannot be read: {why}; when it can, the same command with --resume goes "
+            "on"
+        )
+
+
+def _real(url: str, error: Exception) -> Exception:
+    """What is behind a FileNotFoundError, which fsspec makes of every failure over HTTP."""
+    cause = error.__cause__
+    is_masked = isinstance(error, FileNotFoundError) and url.startswith("http")
+    if is_masked and isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410):
+        return cause
+    return error
+
+
+def _stamp(info: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: info[name] for name in (*_STAMPS, *_LATER) if info.get(name) is not None}
+    if set(found) <= {"size"} and info.get("created") is not None:
+        found["created"] = info["created"]
+    return found
+
+
+class _Ranges(io.RawIOBase):
+    """Of a file in a store only the bytes that are asked for are fetched."""
+
+    def __init__(self, stored: _Stored) -> None:
+        self._stored, self._size, self._at = stored, stored.size, 0
 
     def readable(self) -> bool:
         return True
@@ -152,43 +242,70 @@ class _Ranges(io.RawIOBase):
         end = min(self._at + len(buffer), self._size)
         if end <= self._at:
             return 0
-        data = self._files.cat_file(self._path, start=self._at, end=end)
+        data = self._stored.read(self._at, end)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
 
 
-def _remote(url: str) -> list[tuple[str, Callable[..., Source]]]:
+def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]:
     scheme = url.partition("://")[0]
     files, path = _store(url, scheme)
+    if scheme in ("file", "local"):
+        return _makers(path, alone=alone)
+    is_web = scheme in ("http", "https")  # where a ? begins the query
+    has_signs = has_pattern(url.partition("?")[0] if is_web else url)
     try:
-        if has_pattern(url):
+        if has_signs:
             paths = sorted(files.glob(path))
-        elif files.isdir(path):
-            every = sorted(files.find(path))
-            paths = [one for one in every if one.lower().endswith(_IN_FOLDERS)]
-            _say_left_out(url, [one for one in every if one not in paths])
+        elif not (is_web and shown(url).lower().endswith(_IN_FOLDERS)) and files.isdir(path):
+            paths = _within_store(url, files, path)
         else:
             paths = [path]
-        sizes = [files.info(path)["size"] for path in paths]
-    except FileNotFoundError:
-        raise SettingsError(f"there is no file {url}") from None
+        found = {path: files.info(path) for path in paths}
+    except SettingsError:
+        raise
     except Exception as error:  # of the store's own kinds
-        raise SettingsError(f"{url} cannot be read: {error}") from None
-    if not paths:
-        raise SettingsError(f"there is no file {url}")
-    return [
-        (one := files.unstrip_protocol(path), partial(_fetched, one, size, files, path))
-        for path, size in zip(paths, sizes, strict=True)
-    ]
+        why = _real(url, error)
+        if isinstance(why, FileNotFoundError):
+            raise SettingsError(f"there is no file {shown(url)}") from None
+        said = shown(f"{why}") or type(why).__name__
+        raise SettingsError(f"{shown(url)} cannot be read: {said}") from None
+    if has_signs:
+        found = {path: info for path, info in found.items() if info.get("type") != "directory"}
+    if not found:
+        raise SettingsError(f"there is no file {shown(url)}: nothing matches the pattern")
+    made: list[tuple[str, Callable[..., Source]]] = []
+    for path, info in found.items():
+        name = shown(files.unstrip_protocol(path))
+        if not isinstance(info.get("size"), int):
+            raise SettingsError(
+                f"{name}: the store does not say its size, by which inputs are cut: fetch it "
+                "first, or send it through a pipe (nv-embed encode - -o OUT)"
+            )
+        made.append((name, partial(_fetched, _Stored(name, files, path, info))))
+    return made
 
 
-def _fetched(name: str, size: int, files: Any, path: str, *, looked_at: bool) -> Source:
+def _within_store(url: str, files: Any, folder: str) -> list[str]:
+    """As _within."""
+    every = []
+    for one in sorted(files.find(folder)):
+        below = one.removeprefix(folder.rstrip("/"))
+        if not any(part.startswith(".") for part in below.split("/")):
+            every.append(one)
+    found = [one for one in every if one.lower().endswith(_IN_FOLDERS)]
+    _say_left_out(shown(url), [shown(one) for one in every if one not in set(found)])
+    if not found:
+        raise SettingsError(f"{shown(url)} holds no text: {', '.join(_IN_FOLDERS)} are read")
+    return found
+
+
+def _fetched(stored: _Stored, *, looked_at: bool) -> Source:
     def opener() -> BinaryIO:
-        raw = _Ranges(files, path, size)
-        return cast("BinaryIO", io.BufferedReader(raw, _REMOTE_BYTES))
+        return cast("BinaryIO", io.BufferedReader(_Ranges(stored), _REMOTE_BYTES))
 
-    return sources.remote(name, size, opener)
+    return sources.remote(stored.name, stored.size, opener, stored.check)
 
 
 def _store(url: str, scheme: str) -> tuple[Any, str]:
@@ -198,13 +315,13 @@ def _store(url: str, scheme: str) -> tuple[Any, str]:
         import fsspec
     except ImportError:
         needed = f"fsspec {_PACKAGES.get(scheme, '')}".strip()
-        raise SettingsError(f"{url} needs fsspec: {pip} {needed}") from None
+        raise SettingsError(f"{shown(url)} needs fsspec: {pip} {needed}") from None
     try:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = _PACKAGES.get(scheme)
         how = f"{pip} {package}" if package else f"{error}"
-        raise SettingsError(f"{url} needs another package: {how}") from None
+        raise SettingsError(f"{shown(url)} needs another package: {how}") from None
     except ValueError as error:
-        raise SettingsError(f"{url}: {error}") from None
+        raise SettingsError(f"{shown(url)}: {shown(f'{error}')}") from None
     return files, path

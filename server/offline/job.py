@@ -52,7 +52,7 @@ class Job:
 
     @property
     def is_part(self) -> bool:
-        return self.part != WHOLE
+        return not self.part.is_whole
 
     def parts(self, mode: int) -> Parts:
         """Where the shards are; mode: of every file that is written."""

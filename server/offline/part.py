@@ -10,6 +10,7 @@ class Part(NamedTuple):
 
     number: int
     of: int
+    is_whole: bool = False  # nobody asked for parts; 1/1 is a part, which goes on by itself
 
     @property
     def tag(self) -> str:
@@ -19,4 +20,4 @@ class Part(NamedTuple):
         return slice_number % self.of == self.number - 1
 
 
-WHOLE = Part(1, 1)
+WHOLE = Part(1, 1, is_whole=True)

@@ -46,13 +46,16 @@ class Source:
         head: bytes | None = None,
         is_sure: bool = True,
         is_copy: bool = False,
+        check: Callable[[], None] | None = None,
     ) -> None:
         """is_sure: whether its content was looked at, or the kind is what its suffix says.
-        is_copy: of a stream, which nobody else can change."""
+        is_copy: of a stream, which nobody else can change. check: of what is no local file, raises
+        ChangedError."""
         self.name, self.kind, self.size, self.named = name, kind, size, named
         self.before = (0, 0)
         self._opener, self._file, self._head, self._is_sure = opener, file, head, is_sure
         self._is_once = is_copy or size is None  # it cannot be opened again
+        self._check = check
         self._parquet: Any = None
 
     @property
@@ -104,7 +107,10 @@ class Source:
         return file.read(size)
 
     def check_unchanged(self) -> None:
-        """Raises ChangedError for a local file of another size, time or number."""
+        """Raises ChangedError for a local file of another size, time or number, and for what its
+        store says so of."""
+        if self._check is not None:
+            self._check()
         if self._file is None or self.named is None or self._is_once:
             return
         if self._stamp(os.fstat(self._file.fileno())) != self._stamp(self.named):
@@ -118,6 +124,13 @@ class Source:
 def is_stream(name: str) -> bool:
     """Whether this is standard input or another pipe of the shell's, such as <(…)."""
     return name == "-" or (_STREAMS.fullmatch(name) is not None and not Path(name).is_file())
+
+
+def stream_number(name: str) -> int:
+    """The descriptor of a stream."""
+    match = _STREAMS.fullmatch(name)
+    assert match is not None, name
+    return int(match[1] or match[2] or 0)
 
 
 @contextmanager
@@ -151,9 +164,11 @@ def local(name: str, *, looked_at: bool = True) -> Source:
         raise
 
 
-def remote(name: str, size: int, opener: Callable[[], BinaryIO]) -> Source:
-    """What a URL names, by its suffix."""
-    return Source(name, by_suffix(name), size, None, opener, is_sure=False)
+def remote(
+    name: str, size: int, opener: Callable[[], BinaryIO], check: Callable[[], None]
+) -> Source:
+    """What a URL names, by its suffix; check: raises ChangedError."""
+    return Source(name, by_suffix(name), size, None, opener, is_sure=False, check=check)
 
 
 class _Replayed(io.RawIOBase):
@@ -182,9 +197,7 @@ class _Replayed(io.RawIOBase):
 
 def stream(name: str) -> Source:
     """Read once, as it comes; Parquet, whose end tells what it holds, from an unnamed copy."""
-    match = _STREAMS.fullmatch(name)
-    assert match is not None, name
-    number = int(match[1] or match[2] or 0)
+    number = stream_number(name)
     named = os.fstat(number)
     mode = named.st_mode
     if os.isatty(number):

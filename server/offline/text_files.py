@@ -14,7 +14,7 @@ from server.api import json_text
 from server.offline.kinds import Kind
 from server.offline.parquet_files import parquet_rows
 from server.offline.places import Line, Place, Refused, place_of
-from server.offline.sources import Source
+from server.offline.sources import ChangedError, Source
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is refused: a row is held several times over while it is read and tokenized."""
@@ -75,7 +75,8 @@ def _too_long() -> str:
 def _lines(source: Source, place: Place) -> Iterator[tuple[int, bytes] | Refused]:
     """Lines without their ends and marks: files joined by `cat` have a mark in the middle.
 
-    Those whose first byte lies in the span; the last one is read to its end.
+    Those whose first byte lies in the span; the last one is read to its end. Raises ChangedError
+    where the file ends before the span does.
     """
     file, end = source.open(), place.end
     position = max(place.begin - 1, 0)
@@ -87,6 +88,8 @@ def _lines(source: Source, place: Place) -> Iterator[tuple[int, bytes] | Refused
     while end is None or position < end:
         raw = file.readline(MAX_LINE_BYTES)
         if not raw:
+            if position < (end or source.size or 0):
+                raise ChangedError(f"{source.name} became shorter while it was read")
             break
         number += 1
         position += len(raw)

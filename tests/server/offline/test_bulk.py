@@ -127,6 +127,22 @@ def test_parts_of_other_numbers_and_a_whole_run_go_on_with_each_other(
     assert contents("parts") == contents("one")
 
 
+def test_one_part_of_one_is_a_part(
+    encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It goes on by itself, and its output is that of a run without parts."""
+    write_rows("in.jsonl", 50)
+    options = ["in.jsonl", "--shard-size", 20]
+    assert encode(*options, "-o", "one/") == 0
+    for _ in range(2):
+        assert encode(*options, "-o", "part/", "--part", "1/1") == 0
+        assert contents("part") == contents("one")
+    capsys.readouterr()
+    assert encode(*options, "-o", "none/", "--part", "0/3000") == 0
+    assert capsys.readouterr().out == "part 3000 of 3000 had nothing to do\n"
+    assert not Path("none").exists()
+
+
 def test_a_part_repairs_what_is_its_own(encode: Encode, tmp_path: Path) -> None:
     write_rows("in.jsonl", 200)
     options = ["in.jsonl", "--shard-size", 20, "-o", "out/"]

@@ -103,6 +103,8 @@ def interrupting(signals_as_usual: None, monkeypatch: pytest.MonkeyPatch) -> str
         (["-o", "runs.v2"], "write to .npy, .jsonl, .parquet, or to a folder (with a / behind)"),
         (["-o", "x.npy", "--format", "jsonl"], "--format jsonl contradicts --output x.npy"),
         (["--field", "body"], "--field is for JSON lines and Parquet, and a.txt is text"),
+        (["--openai-batch", "-o", "x.jsonl.gz"], "does not compress: name it x.jsonl"),
+        (["--openai-batch", "-o", "x.jsonl.zst"], "does not compress: name it x.jsonl"),
         (["--openai-batch"], "--openai-batch reads JSON lines, and a.txt is text"),
         (["--openai-batch", "--task", "NQ"], "--task and --openai-batch: each request says its"),
         (["--openai-batch", "--field", "x"], "--field and --openai-batch"),
