@@ -35,7 +35,7 @@ from server.offline.manifest import (
 from server.offline.output import FileOutput, FolderOutput, Output
 from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
 from server.offline.places import InputFileError
-from server.offline.reader import Reader
+from server.offline.reader import Input, Reader
 from server.offline.slices import Slice
 from server.offline.sources import Source
 
@@ -72,7 +72,7 @@ def place(job: Job) -> Iterator[None]:
                 job.target.rmdir()
 
 
-WriteSlices = Callable[[Sequence[Slice], Ledger], Iterable[Written | SliceEnd]]
+WriteSlices = Callable[[Sequence[Slice], Sequence[Input], Ledger], Iterable[Written | SliceEnd]]
 
 
 class Tally(NamedTuple):
@@ -244,12 +244,12 @@ class Run(Generic[Row]):
     def finish_slices(self, write: WriteSlices) -> None:
         """The same where others read the slices, too (ShardWriter.write_slice): a folder's.
 
-        write: the shards of each slice, but those that the ledger has, then how the slice ended;
-        of any slice at any time.
+        write: the shards of each slice of these inputs, but those that the ledger has, then how
+        the slice ended; of any slice at any time.
         """
         assert self._job.is_folder
         with self._leaving_nothing(), Progress(None) as self._progress:
-            for one in write(self._reader.mine, self._output.ledger):
+            for one in write(self._reader.mine, self._reader.inputs, self._output.ledger):
                 if isinstance(one, SliceEnd):
                     self._output.slice_ended(one)
                 else:

@@ -29,6 +29,7 @@ from server.offline.job import Row
 from server.offline.manifest import Settled
 from server.offline.parts import Ledger, OutputError, SliceEnd, Written
 from server.offline.places import InputFileError
+from server.offline.reader import Input
 from server.offline.shard_writer import Advance, Recipe, ShardWriter
 from server.offline.shards import Chunk
 from server.offline.slices import Slice
@@ -71,8 +72,11 @@ class SliceCrew(Protocol):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
-        """Of each slice, in any order, the shards that the ledger has not, then its end."""
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
+        """Of each slice of these inputs, in any order, the shards that the ledger has not, then its
+        end. Raises ChangedError for an input that is another by now."""
         ...
 
 

@@ -30,6 +30,7 @@ from server.api.vector_format import int8_scale
 from server.offline import bulk, call, inputs, slices
 from server.offline.columns import NONE
 from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.shards import chunks_of
 from server.offline.texts import text_rows
@@ -743,7 +744,9 @@ def test_slices_that_others_write_in_any_order_are_one_run(
         todo.begin(encoder.runner.info, sent.vectors(encoder.runner.info))
         writer, job = sent.writer(encoder, todo.run), sent.job
 
-        def slices_of(plan: Sequence[slices.Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        def slices_of(
+            plan: Sequence[slices.Slice], _: Sequence[Input], ledger: Ledger
+        ) -> Iterator[Written | SliceEnd]:
             known = pickle.loads(pickle.dumps(ledger))  # noqa: S301
             for which in random.Random(3).sample(plan, len(plan)):
                 with inputs.opened(sent.arguments.file) as sources:
