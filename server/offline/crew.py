@@ -21,10 +21,11 @@ from threading import Thread
 from typing import Any, Generic, NamedTuple, Protocol
 
 from model.batch import RunnerInfo
-from model.errors import UnsupportedError
+from model.errors import CheckpointError, FileError, UnsupportedError
 from model.platform import resources
 from model.platform.resources import usable_cores
 from server.engine.devices import in_child
+from server.errors import SettingsError
 from server.offline.job import Row
 from server.offline.manifest import Settled
 from server.offline.parts import Ledger, OutputError, SliceEnd, Written
@@ -217,6 +218,10 @@ class _Member:
         )
 
 
+_KNOWN = (InputFileError, OutputError, ChangedError, SettingsError, CheckpointError, FileError)
+_KNOWN += (UnsupportedError, OSError, MemoryError)
+
+
 class Failure(NamedTuple):
     """An error that a process ended with: its kind, and what it was made with."""
 
@@ -224,8 +229,7 @@ class Failure(NamedTuple):
     arguments: tuple[Any, ...]
 
     def error(self) -> BaseException:
-        kinds = (InputFileError, OutputError, ChangedError, UnsupportedError, OSError, MemoryError)
-        known: Mapping[str, Callable[..., BaseException]] = {kind.__name__: kind for kind in kinds}
+        known: Mapping[str, Callable[..., BaseException]] = {one.__name__: one for one in _KNOWN}
         return known.get(self.kind, RuntimeError)(*self.arguments)
 
     @classmethod

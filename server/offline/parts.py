@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,14 +278,41 @@ class Ledger:
 
     def _take(self, found: list[object]) -> None:
         if len(found) == len(SliceEnd._fields):
-            end = SliceEnd(*found)  # type: ignore[arg-type]
-            self.ends[int(end.slice)] = end._replace(
-                spans=tuple((int(rows), int(lines)) for rows, lines in end.spans)
-            )
-        else:
-            one = Written(*found)  # type: ignore[arg-type]
-            refused = tuple((int(a), int(b), int(c), str(why)) for a, b, c, why in one.refused)
-            self.shards[int(one.slice), int(one.number)] = one._replace(refused=refused)
+            end = end_of(found)
+            self.ends[end.slice] = end
+        elif len(found) == len(Written._fields):
+            one = written_of(found)
+            self.shards[one.key] = one
+
+
+def written_of(fields: Sequence[object]) -> Written:
+    """What a file says of a shard. Raises TypeError, ValueError for what is none."""
+    *numbers, sha256, made_of = fields[:8]
+    if not (_are_counts(numbers) and isinstance(sha256, str) and isinstance(made_of, str)):
+        raise TypeError(fields)
+    refused = []
+    for row, span, line, why in fields[8]:  # type: ignore[attr-defined]
+        if not (_are_counts((row, span, line)) and isinstance(why, str)):
+            raise TypeError(fields)
+        refused.append((row, span, line, why))
+    return Written(*numbers, sha256, made_of, tuple(refused))
+
+
+def end_of(fields: Sequence[object]) -> SliceEnd:
+    """The same of a slice."""
+    number, shards, spans = fields
+    if not _are_counts((number, shards)):
+        raise TypeError(fields)
+    found = []
+    for rows, lines in spans:  # type: ignore[attr-defined]
+        if not _are_counts((rows, lines)):
+            raise TypeError(fields)
+        found.append((rows, lines))
+    return SliceEnd(number, shards, tuple(found))  # type: ignore[arg-type]
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(type(one) is int and one >= 0 for one in values)
 
 
 def _line(what: Written | SliceEnd) -> bytes:

@@ -653,16 +653,28 @@ def test_what_parts_skip_is_what_one_run_skips(encode: Encode, tmp_path: Path) -
     """Numbered by the line in the file, which no part knows by itself."""
     lines = [json.dumps({"text": "" if n % 9 == 4 else f"line {n}"}) for n in range(300)]
     Path("in.jsonl").write_text("\n\n".join(lines) + "\n")
-    options = ["in.jsonl", "--shard-size", 5, "--on-error", "skip"]
+    options = ["in.jsonl", "--shard-size", 5, "--on-error", "skip", "--format", "jsonl"]
     assert encode(*options, "-o", "one/") == 0
     for part in ("0/3", "1/3", "2/3"):  # as one counts who begins at 0
         assert encode(*options, "-o", "parts/", "--part", part) == 0
     assert contents("parts") == contents("one")
     skipped = [json.loads(line) for line in Path("one/skipped.jsonl").read_text().splitlines()]
     assert [row["row"] for row in skipped] == [2 * n + 1 for n in range(300) if n % 9 == 4]
-    assert [row["index"] for row in skipped] == [n for n in range(300) if n % 9 == 4]
+    # The index is that which a vector in its place would have: between those of its neighbours.
+    vectors = [
+        json.loads(line)["index"]
+        for path in sorted(Path("one").glob("part-*"))
+        for line in path.read_text().splitlines()
+    ]
+    indices = sorted([*vectors, *(row["index"] for row in skipped)])
+    assert [n for n, index in enumerate(indices) if index not in set(vectors)] == [
+        n for n in range(300) if n % 9 == 4
+    ]
+    first_of_slices = {n >> 32: n % (1 << 32) for n in reversed(indices)}
+    assert len(first_of_slices) > 2
+    assert set(first_of_slices.values()) == {0}
     assert encode(*options, "-o", "one/", "--resume") == 0
-    Path("one/part-00001-00000.npy").unlink()
+    Path("one/part-00001-00000.jsonl").unlink()
     assert encode(*options, "-o", "one/", "--resume") == 0
     assert contents("parts") == contents("one")
 

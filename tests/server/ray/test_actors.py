@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from model.errors import CheckpointError, FileError
 from model.extras import how_to_install
 from model.user_files import TEMPORARY
 from server import cli
 from server.cli import encode as command
 from server.errors import SettingsError
 from server.offline import encode
-from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.crew import Failure
+from server.offline.parts import Ledger, OutputError, SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
@@ -207,6 +209,12 @@ def test_an_input_that_is_another_when_actors_begin_ends_the_run(
     monkeypatch.setattr(Later, "between", staticmethod(between))
     assert encoded("1.txt", "2.txt", "3.txt", "-o", "out/", crew=Later) == 1
     assert capsys.readouterr().err == f"nv-embed encode: {said}\n"
+
+
+@pytest.mark.parametrize("kind", [SettingsError, CheckpointError, FileError, OutputError])
+def test_what_an_actor_fails_with_keeps_its_kind(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^there is no file a$"):
+        actors._taken(sent(Failure.of(kind("there is no file a"))))
 
 
 @pytest.mark.parametrize(
