@@ -8,6 +8,7 @@ what a shard holds.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -26,6 +27,9 @@ from server.offline.kept_rows import Keeper
 
 _SHARD = r"part-(\d{5,})-(\d{5,})\.(npy|jsonl|jsonl\.gz|jsonl\.zst|parquet)"
 _STATE = r"\.part-[\d-]+(\.\d+-of-\d+)?\.kept|\.ledger[\w-]*\.jsonl|\.joined(\.jsonl)?"
+_LOCK = re.compile(r"\.part-(\d+-of-\d+)\.lock")
+_WRITING = re.compile(rf"{re.escape(TEMPORARY)}(?:(\d+-of-\d+)-)?.*")
+"""A temporary file, and the tag of its writer."""
 _OURS = re.compile(rf"{_SHARD}|{_STATE}|part-\d{{5,}}\.(npy|jsonl|parquet)")
 
 Key = tuple[int, int]
@@ -180,12 +184,47 @@ class Parts:
                 _remove(entry.path)
 
     def finish(self, names: Iterable[str]) -> None:
-        """With all shards there: remove what only a run that goes on needs, and shards that are
-        not among `names`, of an input that was another."""
+        """With all shards there: remove what only a run that goes on needs, shards that are not
+        among `names`, of an input that was another, and what writers that were killed have left;
+        those that still write find out by themselves."""
         kept = set(names)
-        for entry in list(os.scandir(self.folder)):
-            if _OURS.fullmatch(entry.name) and entry.name not in kept:
+        entries = list(os.scandir(self.folder))
+        for entry in entries:
+            ours = _OURS.fullmatch(entry.name) and entry.name not in kept
+            if ours or self._is_of_the_dead(entry.name):
                 _remove(entry.path)
+        for entry in entries:
+            if (lock := _LOCK.fullmatch(entry.name)) and lock[1] != self.tag:
+                self._is_held(lock[1])
+
+    def _is_of_the_dead(self, name: str) -> bool:
+        """Whether nobody writes this temporary file any more."""
+        found = _WRITING.fullmatch(name)
+        if found is None:
+            return False
+        return found[1] in (None, self.tag) or not self._is_held(found[1])
+
+    def lock_of(self, tag: str) -> Path:
+        """Held by the writer `tag` for as long as it lives."""
+        return self.folder / f".part-{tag}.lock"
+
+    def _is_held(self, tag: str) -> bool:
+        """Whether the writer lives, or nothing tells. The lock of one that was killed goes."""
+        path = self.lock_of(tag)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(f"{path}")
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     @property
     def is_empty(self) -> bool:
@@ -256,7 +295,12 @@ class Ledger:
         else:
             self.shards[what.key] = what
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.parts.ledger, flags), "ab") as file:
+        try:
+            descriptor = os.open(self.parts.ledger, flags)
+        except FileNotFoundError:  # parts of another number have found the folder complete
+            self.open()
+            return
+        with os.fdopen(descriptor, "ab") as file:
             file.write(_line(what))
             file.flush()
             os.fsync(file.fileno())

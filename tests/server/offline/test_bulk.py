@@ -292,6 +292,73 @@ def test_parts_and_a_whole_run_do_not_write_at_once(
     assert not Path("out/.manifest.json.lock").exists()
 
 
+def left_by_the_killed(folder: Path) -> list[Path]:
+    found = [folder / ".nv-embed-2-of-3-x8k2", folder / ".part-2-of-3.lock"]
+    found += [folder / ".nv-embed-4-of-9-a_17", folder / ".ledger-2-of-3.jsonl"]
+    for path in found:
+        path.touch()
+    return found
+
+
+def test_what_killed_parts_have_left_goes_when_all_is_there(encode: Encode, tmp_path: Path) -> None:
+    """But not what belongs to one that lives."""
+    import fcntl
+
+    write_rows("in.jsonl", 50)
+    options = ["in.jsonl", "--shard-size", 20, "-o"]
+    assert encode(*options, "one/") == 0
+    assert encode(*options, "out/", "--part", "1/2") == 0
+    left_by_the_killed(Path("out"))
+    living = [Path("out/.part-1-of-7.lock"), Path("out/.nv-embed-1-of-7-q")]
+    living[1].touch()
+    with living[0].open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert encode(*options, "out/", "--part", "2/2") == 0
+        assert contents("out").keys() - contents("one").keys() == {path.name for path in living}
+    assert encode(*options, "out/", "--part", "2/2") == 0  # it has ended since
+    assert contents("out") == contents("one")
+
+
+@pytest.mark.parametrize("since", [1, 3])
+def test_a_part_that_others_overtake_ends_well(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int
+) -> None:
+    """Parts of another number do all, and remove every ledger, while it writes."""
+    write_rows("in.jsonl", 100)
+    options = ["in.jsonl", "--shard-size", 5, "-o"]
+    assert encode(*options, "one/") == 0
+    usual, count = Ledger.note, 0
+
+    def note(ledger: Ledger, what: Written | SliceEnd) -> None:
+        nonlocal count
+        usual(ledger, what)
+        count += 1
+        if count == since:
+            for part in ("1/3", "2/3", "3/3"):
+                assert encode(*options, "out/", "--part", part) == 0
+            assert not ledger.parts.ledger.exists()
+
+    monkeypatch.setattr(Ledger, "note", note)
+    assert encode(*options, "out/", "--part", "2/2") == 0
+    assert count > since + 5
+    assert contents("out") == contents("one")
+
+
+def test_a_part_waits_for_a_lock_that_is_held_for_a_moment(encode: Encode, tmp_path: Path) -> None:
+    """As another part does on its way out."""
+    import fcntl
+
+    write_rows("in.jsonl", 5)
+    Path("out").mkdir()
+    for name in (".manifest.json.lock", ".part-1-of-2.lock"):
+        other = (Path("out") / name).open("w")
+        fcntl.flock(other, fcntl.LOCK_EX)
+        end = threading.Timer(0.1, other.close)
+        end.start()
+        assert encode("in.jsonl", "-o", "out/", "--part", "1/2") == 0
+        end.join()
+
+
 # ---- inputs
 
 
