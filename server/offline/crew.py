@@ -218,8 +218,11 @@ class _Member:
         )
 
 
-_KNOWN = (InputFileError, OutputError, ChangedError, SettingsError, CheckpointError, FileError)
-_KNOWN += (UnsupportedError, OSError, MemoryError)
+_KNOWN = (
+    *(InputFileError, OutputError, ChangedError),
+    *(SettingsError, CheckpointError, FileError, UnsupportedError),
+    *(OSError, MemoryError),
+)
 
 
 class Failure(NamedTuple):

@@ -339,7 +339,7 @@ def written_of(fields: Sequence[object]) -> Written:
         if not (_are_counts((row, span, line)) and isinstance(why, str)):
             raise TypeError(fields)
         refused.append((row, span, line, why))
-    return Written(*numbers, sha256, made_of, tuple(refused))
+    return Written(*numbers, sha256, made_of, tuple(refused))  # type: ignore[call-arg, arg-type]
 
 
 def end_of(fields: Sequence[object]) -> SliceEnd:
