@@ -19,10 +19,12 @@ from server.cli import encode as command
 from server.errors import SettingsError
 from server.offline import encode
 from server.offline.crew import Failure
+from server.offline.inputs import opened
 from server.offline.parts import Ledger, OutputError, SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
+from server.offline.sources import ChangedError
 from server.ray import actors
 from tests.server.processes import free_ports
 from tests.server.questions import RUNNERS
@@ -255,3 +257,15 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         actors._refuse_silence(f"127.0.0.1:{port}")
     for address in ("", "auto", "ray://head:10001"):
         actors._refuse_silence(address)
+
+
+def test_a_shared_file_may_have_another_number_on_another_machine(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text\n")
+    with opened([str(path)]) as (source,):
+        here = Input.of(source)
+        there = here._replace(number=(7, 7), machine="another")
+        assert there.reopened(source) is here.reopened(source) is source
+        for changed in (there._replace(changed=1), there._replace(size=1)):
+            with pytest.raises(ChangedError, match=r"a\.txt changed while it was read"):
+                changed.reopened(source)
