@@ -10,8 +10,9 @@ how rows are read nor how vectors are written.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import islice
 from typing import Any, Generic, NamedTuple
 
@@ -35,7 +36,7 @@ from server.offline.manifest import (
 from server.offline.output import FileOutput, FolderOutput, Output
 from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
 from server.offline.places import InputFileError
-from server.offline.reader import Reader
+from server.offline.reader import Input, Reader
 from server.offline.slices import Slice
 from server.offline.sources import Source
 
@@ -43,6 +44,8 @@ logger = logging.getLogger("nv_embed.encode")
 
 KEEP_EVERY_S = 30.0
 """How much work of an unfinished shard is lost at most, and a batch."""
+_WAITS_S = (0.01, 0.03, 0.1, 0.3)
+"""Between the tries to take a lock that others hold for a moment."""
 
 __all__ = ["OtherSettledError", "Run", "Tally", "WriteSlices", "place"]
 
@@ -59,10 +62,12 @@ def place(job: Job) -> Iterator[None]:
     lock = job.manifest.with_name(f".{job.manifest.name}.lock")
     try:
         with ExitStack() as stack:
-            stack.enter_context(locked(lock, job.target, shared=job.is_part))
             if job.is_part:
-                own = job.target / f".part-{job.part.tag}.lock"
-                stack.enter_context(locked(own, job.target))
+                _patiently(stack, lambda: locked(lock, job.target, shared=True))
+                own = job.parts(0).lock_of(job.part.tag)
+                _patiently(stack, lambda: locked(own, job.target))
+            else:
+                stack.enter_context(locked(lock, job.target))
             yield
     except LockedError as error:
         raise OutputError(str(error)) from None
@@ -72,7 +77,19 @@ def place(job: Job) -> Iterator[None]:
                 job.target.rmdir()
 
 
-WriteSlices = Callable[[Sequence[Slice], Ledger], Iterable[Written | SliceEnd]]
+def _patiently(stack: ExitStack, lock: Callable[[], AbstractContextManager[None]]) -> None:
+    """Take it, though another part holds it for a moment: to see whether it is the last one, or
+    whether somebody lives. Raises LockedError when it is held for longer."""
+    for wait in _WAITS_S:
+        try:
+            stack.enter_context(lock())
+            return
+        except LockedError:
+            time.sleep(wait)
+    stack.enter_context(lock())
+
+
+WriteSlices = Callable[[Sequence[Slice], Sequence[Input], Ledger], Iterable[Written | SliceEnd]]
 
 
 class Tally(NamedTuple):
@@ -155,6 +172,8 @@ class Run(Generic[Row]):
             return not self._reader.mine
         if self._earlier.is_complete:
             self._manifest, self._is_complete = self._earlier.manifest, True
+            if self._job.is_folder:
+                self._output.tidy(self._manifest)  # of those that were killed
             return True
         self._parts.make()
         self._output.open(self.run)
@@ -244,12 +263,12 @@ class Run(Generic[Row]):
     def finish_slices(self, write: WriteSlices) -> None:
         """The same where others read the slices, too (ShardWriter.write_slice): a folder's.
 
-        write: the shards of each slice, but those that the ledger has, then how the slice ended;
-        of any slice at any time.
+        write: the shards of each slice of these inputs, but those that the ledger has, then how
+        the slice ended; of any slice at any time.
         """
         assert self._job.is_folder
         with self._leaving_nothing(), Progress(None) as self._progress:
-            for one in write(self._reader.mine, self._output.ledger):
+            for one in write(self._reader.mine, self._reader.inputs, self._output.ledger):
                 if isinstance(one, SliceEnd):
                     self._output.slice_ended(one)
                 else:
@@ -278,6 +297,7 @@ class Run(Generic[Row]):
             self._output.tidy(self._manifest)
         elif (now := read_manifest(self._job.manifest)) and now.get("complete"):
             self._manifest, self._is_complete = now, True  # another part was quicker
+            self._output.tidy(now)
 
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:

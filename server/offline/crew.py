@@ -21,14 +21,16 @@ from threading import Thread
 from typing import Any, Generic, NamedTuple, Protocol
 
 from model.batch import RunnerInfo
-from model.errors import UnsupportedError
+from model.errors import CheckpointError, FileError, UnsupportedError
 from model.platform import resources
 from model.platform.resources import usable_cores
 from server.engine.devices import in_child
+from server.errors import SettingsError
 from server.offline.job import Row
 from server.offline.manifest import Settled
 from server.offline.parts import Ledger, OutputError, SliceEnd, Written
 from server.offline.places import InputFileError
+from server.offline.reader import Input
 from server.offline.shard_writer import Advance, Recipe, ShardWriter
 from server.offline.shards import Chunk
 from server.offline.slices import Slice
@@ -71,8 +73,11 @@ class SliceCrew(Protocol):
 
     def __exit__(self, *exception: object) -> None: ...
 
-    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
-        """Of each slice, in any order, the shards that the ledger has not, then its end."""
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
+        """Of each slice of these inputs, in any order, the shards that the ledger has not, then its
+        end. Raises ChangedError for an input that is another by now."""
         ...
 
 
@@ -213,6 +218,13 @@ class _Member:
         )
 
 
+_KNOWN = (
+    *(InputFileError, OutputError, ChangedError),
+    *(SettingsError, CheckpointError, FileError, UnsupportedError),
+    *(OSError, MemoryError),
+)
+
+
 class Failure(NamedTuple):
     """An error that a process ended with: its kind, and what it was made with."""
 
@@ -220,8 +232,7 @@ class Failure(NamedTuple):
     arguments: tuple[Any, ...]
 
     def error(self) -> BaseException:
-        kinds = (InputFileError, OutputError, ChangedError, UnsupportedError, OSError, MemoryError)
-        known: Mapping[str, Callable[..., BaseException]] = {kind.__name__: kind for kind in kinds}
+        known: Mapping[str, Callable[..., BaseException]] = {one.__name__: one for one in _KNOWN}
         return known.get(self.kind, RuntimeError)(*self.arguments)
 
     @classmethod

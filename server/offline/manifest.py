@@ -24,7 +24,7 @@ from model.prompts import Parts, Prompt, written
 from model.user_files import open_regular
 from server.api import vector_format
 from server.offline.job import Job
-from server.offline.parts import Key, OutputError, SliceEnd, Written
+from server.offline.parts import Key, OutputError, SliceEnd, Written, end_of, written_of
 from server.offline.slices import INDEX_BITS, Slice
 from server.offline.sources import Source
 
@@ -156,7 +156,7 @@ class Outcome(NamedTuple):
     """What a run came to."""
 
     manifest: dict[str, Any]
-    skipped: list[dict[str, Any]]  # file, row (its line's number), why
+    skipped: Iterator[dict[str, Any]]  # file, row (its line's number), index, why; once
 
 
 def outcome(
@@ -169,35 +169,54 @@ def outcome(
 ) -> Outcome | None:
     """None while shards are missing. names: of the inputs; path_of: the shards' files, None where
     there is one file."""
-    rows = vectors = 0
-    lines: dict[int, int] = {}
-    files, skipped = [], []
+    rows = vectors = skipped = 0
+    files = []
     per_input = [0] * len(names)
     for one in plan:
         end = ends.get(one.number)
         if end is None or any((one.number, n) not in shards for n in range(end.shards)):
             return None
-        before = []
-        for span, (count, read) in zip(one.spans, end.spans, strict=True):
-            before.append(lines.get(span.source, 0))
-            lines[span.source] = before[-1] + read
+        for span, (count, _) in zip(one.spans, end.spans, strict=True):
             per_input[span.source] += count
         for number in range(end.shards):
             shard = shards[one.number, number]
-            for row, place, line, why in shard.refused:
-                name = printable(names[one.spans[place].source])
-                where = {"file": name, "row": before[place] + line, "index": rows + row}
-                skipped.append({**where, "why": why})
+            skipped += len(shard.refused)
             if path_of is not None:
                 files.append({"name": path_of[shard.key], "first_row": rows, **_file(shard)})
             rows += shard.rows
             vectors += shard.vectors
-    found: dict[str, Any] = {"rows": vectors, "skipped": len(skipped)}
+    found: dict[str, Any] = {"rows": vectors, "skipped": skipped}
     found["rows_of_inputs"] = per_input
     if path_of is not None:
         found["slices"] = [list(ends[one.number][1:]) for one in plan]
         found["files"] = files
-    return Outcome(found, skipped)
+    return Outcome(found, _skipped(plan, names, shards, ends, is_folder=path_of is not None))
+
+
+def _skipped(
+    plan: Sequence[Slice],
+    names: Sequence[str],
+    shards: Mapping[Key, Written],
+    ends: Mapping[int, SliceEnd],
+    *,
+    is_folder: bool,
+) -> Iterator[dict[str, Any]]:
+    """Made as they are written. index: that which the row's vector would have."""
+    rows = 0
+    lines: dict[int, int] = {}
+    for one in plan:
+        end, before = ends[one.number], []
+        for span, (_, read) in zip(one.spans, end.spans, strict=True):
+            before.append(lines.get(span.source, 0))
+            lines[span.source] = before[-1] + read
+        for number in range(end.shards):
+            shard = shards[one.number, number]
+            first = one.first_index + shard.first if is_folder else rows
+            for row, place, line, why in shard.refused:
+                name = printable(names[one.spans[place].source])
+                where = {"file": name, "row": before[place] + line, "index": first + row}
+                yield {**where, "why": why}
+            rows += shard.rows
 
 
 def _file(shard: Written) -> dict[str, Any]:
@@ -219,13 +238,13 @@ def noted_by(manifest: Mapping[str, Any]) -> tuple[dict[Key, Written], dict[int,
     with suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
         left = iter(manifest["files"])
         for number, (count, spans) in enumerate(manifest["slices"]):
-            ends[number] = SliceEnd(number, count, tuple((a, b) for a, b in spans))
+            ends[number] = end_of((number, count, spans))
             for inner in range(count):
                 file: Any = next(left, {})
                 first = file["first_index"] & ((1 << INDEX_BITS) - 1)
                 facts = (file["read"], file["rows"], file["size"], file["sha256"])
-                refused = tuple(tuple(one) for one in file.get("refused", ()))
-                one = Written(number, inner, first, *facts, file["made_of"], refused)
+                fields = (number, inner, first, *facts, file["made_of"], file.get("refused", ()))
+                one = written_of(fields)
                 shards[one.key] = one
     return shards, ends
 

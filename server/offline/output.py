@@ -16,7 +16,7 @@ import orjson
 
 from server.offline.job import Job
 from server.offline.joined import Joined
-from server.offline.manifest import made_of, noted_by, outcome, printable
+from server.offline.manifest import Outcome, made_of, noted_by, outcome, printable
 from server.offline.parts import Key, Ledger, Parts, Shard, SliceEnd, Written
 from server.offline.slices import Slice
 
@@ -75,14 +75,14 @@ class Output(ABC):
     def tidy(self, manifest: Mapping[str, Any]) -> None:
         """With the manifest written: remove what only a run that goes on needs."""
 
-    def _write_skipped(self, skipped: Sequence[Mapping[str, Any]]) -> None:
+    def _write_skipped(self, found: Outcome) -> None:
         path = self._job.skipped
-        if not skipped:
+        if not found.manifest["skipped"]:
             with suppress(FileNotFoundError):
                 path.unlink()
             return
         with self._parts.replacing(path) as file:
-            file.writelines(orjson.dumps(one) + b"\n" for one in skipped)
+            file.writelines(orjson.dumps(one) + b"\n" for one in found.skipped)
 
 
 class FolderOutput(Output):
@@ -111,7 +111,7 @@ class FolderOutput(Output):
                 if (self._parts.folder / file["name"]).stat().st_size == file["size"]:
                     continue
             return None
-        self._write_skipped(found.skipped)
+        self._write_skipped(found)
         return found.manifest
 
     def tidy(self, manifest: Mapping[str, Any]) -> None:
@@ -177,7 +177,7 @@ class FileOutput(Output):
         shards = {one.key: one for one in self._joined.shards}
         found = outcome(plan, names, shards, self._ledger.ends, path_of=None)
         assert found is not None
-        self._write_skipped(found.skipped)
+        self._write_skipped(found)
         proof = replace(proof, made_of=made_of(one.made_of for one in self._joined.shards))
         files = [{"name": printable(self._job.target.name), **asdict(proof)}]
         return {**found.manifest, "files": files}

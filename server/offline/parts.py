@@ -8,11 +8,12 @@ what a shard holds.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from server.offline.kept_rows import Keeper
 
 _SHARD = r"part-(\d{5,})-(\d{5,})\.(npy|jsonl|jsonl\.gz|jsonl\.zst|parquet)"
 _STATE = r"\.part-[\d-]+(\.\d+-of-\d+)?\.kept|\.ledger[\w-]*\.jsonl|\.joined(\.jsonl)?"
+_LOCK = re.compile(r"\.part-(\d+-of-\d+)\.lock")
+_WRITING = re.compile(rf"{re.escape(TEMPORARY)}(?:(\d+-of-\d+)-)?.*")
+"""A temporary file, and the tag of its writer."""
 _OURS = re.compile(rf"{_SHARD}|{_STATE}|part-\d{{5,}}\.(npy|jsonl|parquet)")
 
 Key = tuple[int, int]
@@ -180,12 +184,47 @@ class Parts:
                 _remove(entry.path)
 
     def finish(self, names: Iterable[str]) -> None:
-        """With all shards there: remove what only a run that goes on needs, and shards that are
-        not among `names`, of an input that was another."""
+        """With all shards there: remove what only a run that goes on needs, shards that are not
+        among `names`, of an input that was another, and what writers that were killed have left;
+        those that still write find out by themselves."""
         kept = set(names)
-        for entry in list(os.scandir(self.folder)):
-            if _OURS.fullmatch(entry.name) and entry.name not in kept:
+        entries = list(os.scandir(self.folder))
+        for entry in entries:
+            ours = _OURS.fullmatch(entry.name) and entry.name not in kept
+            if ours or self._is_of_the_dead(entry.name):
                 _remove(entry.path)
+        for entry in entries:
+            if (lock := _LOCK.fullmatch(entry.name)) and lock[1] != self.tag:
+                self._is_held(lock[1])
+
+    def _is_of_the_dead(self, name: str) -> bool:
+        """Whether nobody writes this temporary file any more."""
+        found = _WRITING.fullmatch(name)
+        if found is None:
+            return False
+        return found[1] in (None, self.tag) or not self._is_held(found[1])
+
+    def lock_of(self, tag: str) -> Path:
+        """Held by the writer `tag` for as long as it lives."""
+        return self.folder / f".part-{tag}.lock"
+
+    def _is_held(self, tag: str) -> bool:
+        """Whether the writer lives, or nothing tells. The lock of one that was killed goes."""
+        path = self.lock_of(tag)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(f"{path}")
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
 
     @property
     def is_empty(self) -> bool:
@@ -256,7 +295,12 @@ class Ledger:
         else:
             self.shards[what.key] = what
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self.parts.ledger, flags), "ab") as file:
+        try:
+            descriptor = os.open(self.parts.ledger, flags)
+        except FileNotFoundError:  # parts of another number have found the folder complete
+            self.open()
+            return
+        with os.fdopen(descriptor, "ab") as file:
             file.write(_line(what))
             file.flush()
             os.fsync(file.fileno())
@@ -278,14 +322,41 @@ class Ledger:
 
     def _take(self, found: list[object]) -> None:
         if len(found) == len(SliceEnd._fields):
-            end = SliceEnd(*found)  # type: ignore[arg-type]
-            self.ends[int(end.slice)] = end._replace(
-                spans=tuple((int(rows), int(lines)) for rows, lines in end.spans)
-            )
-        else:
-            one = Written(*found)  # type: ignore[arg-type]
-            refused = tuple((int(a), int(b), int(c), str(why)) for a, b, c, why in one.refused)
-            self.shards[int(one.slice), int(one.number)] = one._replace(refused=refused)
+            end = end_of(found)
+            self.ends[end.slice] = end
+        elif len(found) == len(Written._fields):
+            one = written_of(found)
+            self.shards[one.key] = one
+
+
+def written_of(fields: Sequence[object]) -> Written:
+    """What a file says of a shard. Raises TypeError, ValueError for what is none."""
+    *numbers, sha256, made_of = fields[:8]
+    if not (_are_counts(numbers) and isinstance(sha256, str) and isinstance(made_of, str)):
+        raise TypeError(fields)
+    refused = []
+    for row, span, line, why in fields[8]:  # type: ignore[attr-defined]
+        if not (_are_counts((row, span, line)) and isinstance(why, str)):
+            raise TypeError(fields)
+        refused.append((row, span, line, why))
+    return Written(*numbers, sha256, made_of, tuple(refused))  # type: ignore[call-arg, arg-type]
+
+
+def end_of(fields: Sequence[object]) -> SliceEnd:
+    """The same of a slice."""
+    number, shards, spans = fields
+    if not _are_counts((number, shards)):
+        raise TypeError(fields)
+    found = []
+    for rows, lines in spans:  # type: ignore[attr-defined]
+        if not _are_counts((rows, lines)):
+            raise TypeError(fields)
+        found.append((rows, lines))
+    return SliceEnd(number, shards, tuple(found))  # type: ignore[arg-type]
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(type(one) is int and one >= 0 for one in values)
 
 
 def _line(what: Written | SliceEnd) -> bytes:

@@ -1,15 +1,48 @@
-"""The slices of a run that this process reads, one after the other, and how far it has come."""
+"""The slices of a run that this process reads, one after the other, and how far it has come; and
+what others have to know of its inputs, to read the same."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Sequence
-from typing import Generic
+from typing import Generic, NamedTuple
 
 from server.offline.job import Job, Row, Rows
+from server.offline.kinds import Kind
 from server.offline.parts import SliceEnd
 from server.offline.shards import Chunk, Reading, chunks_of
 from server.offline.slices import Slice, plan
-from server.offline.sources import Source
+from server.offline.sources import ChangedError, Source
+
+
+class Input(NamedTuple):
+    """One input as it was when the slices were cut: a slice names it by its place among all.
+
+    changed: its time in ns, and number: its device's and its own on `machine`, None of a URL.
+    """
+
+    name: str
+    kind: Kind
+    size: int | None
+    changed: int | None
+    number: tuple[int, int] | None
+    machine: str
+
+    @classmethod
+    def of(cls, source: Source) -> Input:
+        status = source.named
+        changed = None if status is None else status.st_mtime_ns
+        number = None if status is None else (status.st_dev, status.st_ino)
+        return cls(source.name, source.kind, source.size, changed, number, platform.node())
+
+    def reopened(self, source: Source) -> Source:
+        """`source`, which has the same name. Raises ChangedError where it is not the same."""
+        now = Input.of(source)
+        if now.machine != self.machine:  # elsewhere a shared file has another number
+            now = now._replace(number=self.number, machine=self.machine)
+        if now != self:
+            raise ChangedError(f"{self.name} changed while it was read")
+        return source
 
 
 class Reader(Generic[Row]):
@@ -29,6 +62,10 @@ class Reader(Generic[Row]):
     def names(self) -> list[str]:
         """Of the inputs."""
         return [source.name for source in self._sources]
+
+    @property
+    def inputs(self) -> list[Input]:
+        return [Input.of(source) for source in self._sources]
 
     def chunks(self) -> Iterator[Chunk[Row] | SliceEnd]:
         """Anew with each call."""

@@ -13,20 +13,27 @@ import pickle
 import platform
 import re
 import socket
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 from model.batch import RunnerInfo
 from model.extras import how_to_install
+from model.user_files import open_regular
 from server.errors import SettingsError
-from server.offline import call, inputs
+from server.offline import call
 from server.offline.crew import Failure, refuse_another
+from server.offline.inputs import is_url, opened
 from server.offline.manifest import Settled
 from server.offline.parts import Ledger, Shard, SliceEnd, Written
+from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
+from server.offline.sources import Source
 
 logger = logging.getLogger("nv_embed.encode")
 
@@ -72,7 +79,9 @@ class Actors:
     def __exit__(self, *exception: object) -> None:
         self._ends.close()
 
-    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -80,7 +89,8 @@ class Actors:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         least, most = self._recipe.arguments.actors or (1, 1)
         settled = Settled(self.info.dtype, dict(self.info.products))
-        work = _Work(self._place, replace(self._recipe, settled=settled), self.info, ledger)
+        recipe = replace(self._recipe, settled=settled)
+        work = _Work(self._place, recipe, self.info, tuple(inputs), ledger)
         rows = [{"slice": pickle.dumps(one)} for one in slices]
         found = ray.data.from_items(
             rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)
@@ -114,11 +124,13 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What an actor is made of. info: how the model has to run. ledger: what may be left out."""
+    """What an actor is made of. info: how the model has to run. inputs: those that the slices were
+    cut from. ledger: what may be left out."""
 
     place: _Place
     recipe: Recipe
     info: RunnerInfo
+    inputs: tuple[Input, ...]
     ledger: Ledger
 
 
@@ -128,6 +140,43 @@ def _how_it_runs(place: _Place, recipe: Recipe) -> RunnerInfo | Failure:
         return recipe.encoder(place.device, place.threads).runner.info
     except Exception as error:
         return Failure.of(error)
+
+
+class _Reopened(Sequence[Source]):
+    """The inputs of the plan, each opened by its name when a slice needs it, and for as long as the
+    actor lives. What patterns and folders stand for by now is not asked: it may be more."""
+
+    def __init__(self, planned: Sequence[Input]) -> None:
+        self._planned = planned
+        self._sources: dict[int, Source] = {}
+        self._ends = ExitStack()
+        weakref.finalize(self, self._ends.close)
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+    @overload
+    def __getitem__(self, place: int) -> Source: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Source]: ...
+    def __getitem__(self, place: int | slice) -> Source | list[Source]:
+        """Raises ChangedError, FileError, SettingsError, OSError."""
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if place not in self._sources:
+            self._sources[place] = self._opened(self._planned[place])
+        return self._sources[place]
+
+    def _opened(self, one: Input) -> Source:
+        if is_url(one.name):
+            (source,) = self._ends.enter_context(opened([one.name]))
+        else:
+            status = os.stat(one.name)
+            opener = partial(open_regular, Path(one.name))
+            # Of the planned kind, which its content must not contradict.
+            source = Source(one.name, one.kind, status.st_size, status, opener, is_sure=False)
+            self._ends.callback(source.end)
+        return one.reopened(source)
 
 
 class _SliceWriter:
@@ -149,8 +198,7 @@ class _SliceWriter:
         refuse_another(work.info, encoder.runner.info, f"{place.device} on {platform.node()}")
         self._writer = recipe.writer(encoder, work.ledger.run)
         self._rows = call.rows_of(recipe.arguments, recipe.job)
-        self._opened = inputs.opened(recipe.arguments.file)
-        self._sources = self._opened.__enter__()  # for as long as the actor lives
+        self._sources = _Reopened(work.inputs)
         self._ledger = work.ledger
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:

@@ -30,6 +30,7 @@ from server.api.vector_format import int8_scale
 from server.offline import bulk, call, inputs, slices
 from server.offline.columns import NONE
 from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.shards import chunks_of
 from server.offline.texts import text_rows
@@ -305,6 +306,73 @@ def test_parts_and_a_whole_run_do_not_write_at_once(
                 capsys.readouterr()
     assert encode("in.jsonl", "-o", "out/", "--part", "1/2") == 0
     assert not Path("out/.manifest.json.lock").exists()
+
+
+def left_by_the_killed(folder: Path) -> list[Path]:
+    found = [folder / ".nv-embed-2-of-3-x8k2", folder / ".part-2-of-3.lock"]
+    found += [folder / ".nv-embed-4-of-9-a_17", folder / ".ledger-2-of-3.jsonl"]
+    for path in found:
+        path.touch()
+    return found
+
+
+def test_what_killed_parts_have_left_goes_when_all_is_there(encode: Encode, tmp_path: Path) -> None:
+    """But not what belongs to one that lives."""
+    import fcntl
+
+    write_rows("in.jsonl", 50)
+    options = ["in.jsonl", "--shard-size", 20, "-o"]
+    assert encode(*options, "one/") == 0
+    assert encode(*options, "out/", "--part", "1/2") == 0
+    left_by_the_killed(Path("out"))
+    living = [Path("out/.part-1-of-7.lock"), Path("out/.nv-embed-1-of-7-q")]
+    living[1].touch()
+    with living[0].open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert encode(*options, "out/", "--part", "2/2") == 0
+        assert contents("out").keys() - contents("one").keys() == {path.name for path in living}
+    assert encode(*options, "out/", "--part", "2/2") == 0  # it has ended since
+    assert contents("out") == contents("one")
+
+
+@pytest.mark.parametrize("since", [1, 3])
+def test_a_part_that_others_overtake_ends_well(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: int
+) -> None:
+    """Parts of another number do all, and remove every ledger, while it writes."""
+    write_rows("in.jsonl", 100)
+    options = ["in.jsonl", "--shard-size", 5, "-o"]
+    assert encode(*options, "one/") == 0
+    usual, count = Ledger.note, 0
+
+    def note(ledger: Ledger, what: Written | SliceEnd) -> None:
+        nonlocal count
+        usual(ledger, what)
+        count += 1
+        if count == since:
+            for part in ("1/3", "2/3", "3/3"):
+                assert encode(*options, "out/", "--part", part) == 0
+            assert not ledger.parts.ledger.exists()
+
+    monkeypatch.setattr(Ledger, "note", note)
+    assert encode(*options, "out/", "--part", "2/2") == 0
+    assert count > since + 5
+    assert contents("out") == contents("one")
+
+
+def test_a_part_waits_for_a_lock_that_is_held_for_a_moment(encode: Encode, tmp_path: Path) -> None:
+    """As another part does on its way out."""
+    import fcntl
+
+    write_rows("in.jsonl", 5)
+    Path("out").mkdir()
+    for name in (".manifest.json.lock", ".part-1-of-2.lock"):
+        other = (Path("out") / name).open("w")
+        fcntl.flock(other, fcntl.LOCK_EX)
+        end = threading.Timer(0.1, other.close)
+        end.start()
+        assert encode("in.jsonl", "-o", "out/", "--part", "1/2") == 0
+        end.join()
 
 
 # ---- inputs
@@ -668,16 +736,28 @@ def test_what_parts_skip_is_what_one_run_skips(encode: Encode, tmp_path: Path) -
     """Numbered by the line in the file, which no part knows by itself."""
     lines = [json.dumps({"text": "" if n % 9 == 4 else f"line {n}"}) for n in range(300)]
     Path("in.jsonl").write_text("\n\n".join(lines) + "\n")
-    options = ["in.jsonl", "--shard-size", 5, "--on-error", "skip"]
+    options = ["in.jsonl", "--shard-size", 5, "--on-error", "skip", "--format", "jsonl"]
     assert encode(*options, "-o", "one/") == 0
     for part in ("0/3", "1/3", "2/3"):  # as one counts who begins at 0
         assert encode(*options, "-o", "parts/", "--part", part) == 0
     assert contents("parts") == contents("one")
     skipped = [json.loads(line) for line in Path("one/skipped.jsonl").read_text().splitlines()]
     assert [row["row"] for row in skipped] == [2 * n + 1 for n in range(300) if n % 9 == 4]
-    assert [row["index"] for row in skipped] == [n for n in range(300) if n % 9 == 4]
+    # The index is that which a vector in its place would have: between those of its neighbours.
+    vectors = [
+        json.loads(line)["index"]
+        for path in sorted(Path("one").glob("part-*"))
+        for line in path.read_text().splitlines()
+    ]
+    indices = sorted([*vectors, *(row["index"] for row in skipped)])
+    assert [n for n, index in enumerate(indices) if index not in set(vectors)] == [
+        n for n in range(300) if n % 9 == 4
+    ]
+    first_of_slices = {n >> 32: n % (1 << 32) for n in reversed(indices)}
+    assert len(first_of_slices) > 2
+    assert set(first_of_slices.values()) == {0}
     assert encode(*options, "-o", "one/", "--resume") == 0
-    Path("one/part-00001-00000.npy").unlink()
+    Path("one/part-00001-00000.jsonl").unlink()
     assert encode(*options, "-o", "one/", "--resume") == 0
     assert contents("parts") == contents("one")
 
@@ -759,7 +839,9 @@ def test_slices_that_others_write_in_any_order_are_one_run(
         todo.begin(encoder.runner.info, sent.vectors(encoder.runner.info))
         writer, job = sent.writer(encoder, todo.run), sent.job
 
-        def slices_of(plan: Sequence[slices.Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+        def slices_of(
+            plan: Sequence[slices.Slice], _: Sequence[Input], ledger: Ledger
+        ) -> Iterator[Written | SliceEnd]:
             known = pickle.loads(pickle.dumps(ledger))  # noqa: S301
             for which in random.Random(3).sample(plan, len(plan)):
                 with inputs.opened(sent.arguments.file) as sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_a_ledger_remembers_what_was_noted(parts: Parts) -> None:
         assert not known().has(SHARD)
         note()  # on a line of its own
         assert known().has(SHARD)
+
+
+@pytest.mark.parametrize("place", range(9))
+def test_a_damaged_line_of_a_ledger_is_none(parts: Parts, place: int) -> None:
+    """Whatever is of another kind: the work is done again."""
+    ledger = Ledger(parts, "run")
+    ledger.open()
+    fields: list[object] = [2, 0, 20, 10, 9, 4, "ab", "cd", [[3, 0, 4, "why"]]]
+    whole, damaged = list(fields), list(fields)
+    damaged[place] = {"6": 1, "7": 1, "8": [["3", 0, 4, "why"]]}.get(f"{place}", f"{fields[place]}")
+    for line, found in ((damaged, 0), (whole, 1)):
+        with parts.ledger.open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n" + b'[2, "1", []]\n[2, 1, [["5", 5]]]\n')
+        again = Ledger(parts, "run")
+        again.read()
+        assert (len(again.shards), len(again.ends)) == (found, 0)
 
 
 def test_writers_read_each_others_ledgers(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,15 +11,20 @@ from typing import Any
 
 import pytest
 
+from model.errors import CheckpointError, FileError
 from model.extras import how_to_install
 from model.user_files import TEMPORARY
 from server import cli
 from server.cli import encode as command
 from server.errors import SettingsError
 from server.offline import encode
-from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.crew import Failure
+from server.offline.inputs import opened
+from server.offline.parts import Ledger, OutputError, SliceEnd, Written
+from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
+from server.offline.sources import ChangedError
 from server.ray import actors
 from tests.server.processes import free_ports
 from tests.server.questions import RUNNERS
@@ -52,8 +58,10 @@ class InThisProcess:
         traceback: TracebackType | None,
     ) -> None: ...
 
-    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
-        work = actors._Work(self._place, self._recipe, self.info, ledger)
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
+        work = actors._Work(self._place, self._recipe, self.info, tuple(inputs), ledger)
         both = [actors._SliceWriter(sent(work)) for _ in range(2)]
         for number, one in enumerate(reversed(slices)):
             if number == self.most:
@@ -65,9 +73,11 @@ class InThisProcess:
 class Untidy(InThisProcess):
     """Another actor was killed while it wrote."""
 
-    def write(self, slices: Sequence[Slice], ledger: Ledger) -> Iterator[Written | SliceEnd]:
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
         (self._recipe.job.target / f"{TEMPORARY}of-an-actor").write_bytes(b"half a shard")
-        yield from super().write(slices, ledger)
+        yield from super().write(slices, inputs, ledger)
 
 
 class Impatient(InThisProcess):
@@ -129,6 +139,86 @@ def test_a_row_that_is_refused_ends_the_run_in_our_words(
     assert "in.txt, line 3: the input has 40003 tokens" in capsys.readouterr().err
 
 
+class Later(InThisProcess):
+    """The inputs are others when the actors begin."""
+
+    def write(
+        self, slices: Sequence[Slice], inputs: Sequence[Input], ledger: Ledger
+    ) -> Iterator[Written | SliceEnd]:
+        self.between()
+        yield from super().write(slices, inputs, ledger)
+
+    @staticmethod
+    def between() -> None: ...
+
+
+@pytest.mark.parametrize("named", ["in/*.txt", "in"])
+def test_actors_read_the_planned_files_and_not_what_has_come_since(
+    encoded: Encode, named: str
+) -> None:
+    Path("in").mkdir()
+    for number in (1, 2, 3):
+        Path(f"in/{number}.txt").write_text(f"{number} a\n{number} b\n" * 100)
+    options = [named, "--shard-size", "2"]
+    assert encoded(*options, "-o", "one/") == 0
+
+    class Added(Later):
+        @staticmethod
+        def between() -> None:
+            Path("in/0.txt").write_text("a new file\n")
+
+    assert encoded(*options, "-o", "actors/", crew=Added) == 0
+    assert contents("actors") == contents("one")
+
+
+def rewritten() -> None:
+    Path("2.txt").write_text("another\n")
+
+
+def of_another_time() -> None:
+    os.utime("2.txt", ns=(1, 1))
+
+
+def replaced() -> None:
+    times = Path("2.txt").stat()
+    Path("new").write_text("row 2\n")
+    os.utime("new", ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace("new", "2.txt")
+
+
+def gone() -> None:
+    Path("2.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("between", "said"),
+    [
+        (rewritten, "2.txt changed while it was read"),
+        (of_another_time, "2.txt changed while it was read"),
+        (replaced, "2.txt changed while it was read"),
+        (gone, "2.txt: No such file or directory"),
+    ],
+)
+def test_an_input_that_is_another_when_actors_begin_ends_the_run(
+    encoded: Encode,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    between: Callable[[], None],
+    said: str,
+) -> None:
+    for number in (1, 2, 3):
+        Path(f"{number}.txt").write_text(f"row {number}\n")
+    monkeypatch.setattr(Later, "between", staticmethod(between))
+    assert encoded("1.txt", "2.txt", "3.txt", "-o", "out/", crew=Later) == 1
+    assert capsys.readouterr().err == f"nv-embed encode: {said}\n"
+
+
+@pytest.mark.parametrize("kind", [SettingsError, CheckpointError, FileError, OutputError])
+def test_what_an_actor_fails_with_keeps_its_kind(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=r"^there is no file a$"):
+        actors._taken(sent(Failure.of(kind("there is no file a"))))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -167,3 +257,15 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
         actors._refuse_silence(f"127.0.0.1:{port}")
     for address in ("", "auto", "ray://head:10001"):
         actors._refuse_silence(address)
+
+
+def test_a_shared_file_may_have_another_number_on_another_machine(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text\n")
+    with opened([str(path)]) as (source,):
+        here = Input.of(source)
+        there = here._replace(number=(7, 7), machine="another")
+        assert there.reopened(source) is here.reopened(source) is source
+        for changed in (there._replace(changed=1), there._replace(size=1)):
+            with pytest.raises(ChangedError, match=r"a\.txt changed while it was read"):
+                changed.reopened(source)
