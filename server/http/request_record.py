@@ -30,7 +30,7 @@ _ids = random.Random()  # noqa: S311  (no secrets, only unlike each other; the s
 _SIDES: dict[str, Side] = {"query": "query", "passage": "passage"}
 """By the first folder of a path."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_LABELS = {
+LABELS = {
     **dict.fromkeys(
         (*EMBEDDINGS_PATHS, *openai.AZURE_PATHS, *cohere.PATHS, *tei.EMBED_PATHS), "embeddings"
     ),
@@ -49,7 +49,7 @@ _LABELS_BEFORE = {
     "/openai/deployments/": "embeddings",
     "/v1/retrieval/": "rerank",
 }
-assert {"other", *_LABELS.values(), *_LABELS_BEFORE.values()} <= set(ROUTES)
+assert {"other", *LABELS.values(), *_LABELS_BEFORE.values()} <= set(ROUTES)
 
 
 class RequestRecord:
@@ -105,7 +105,7 @@ class RequestRecord:
                     _log(scope, context.route_path, status or CLIENT_CLOSED_REQUEST, said)
 
     def _count(self, path: str, status: int, seconds: float) -> None:
-        label = _LABELS.get(path) or _label(path)
+        label = LABELS.get(path) or _label(path)
         metrics, key = self._metrics, (label, status)
         if key not in self._counters:  # a look-up by labels takes longer than the count
             self._counters[key] = metrics.requests.labels(label, str(status))
@@ -161,7 +161,7 @@ def _log(scope: Scope, route_path: str, status: int, said: dict[str, Any]) -> No
     path = scope["path"]
     routine = route_path in OPEN_PATHS and status == HTTPStatus.OK
     shown = path
-    if path not in _LABELS:  # on one line, of a bounded length
+    if path not in LABELS:  # on one line, of a bounded length
         shown = path[:200].encode("unicode_escape").decode()
     level = logging.DEBUG if routine else logging.INFO
     logger.log(level, "%s %s %d", scope["method"], shown, status, extra=details(said))

@@ -32,23 +32,15 @@ from opentelemetry.trace import (
 from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import cohere, ollama, openai, rerank, tei
 from server.api.openapi import OPEN_PATHS
 from server.api.request_context import RequestContext, StageTimes, context_of
-from server.api.schemas import EMBEDDINGS_PATHS
 from server.api.vector_format import VectorFormat
-from server.http.request_record import CLIENT_CLOSED_REQUEST
+from server.http.request_record import CLIENT_CLOSED_REQUEST, LABELS
 from server.http.trace_export import TraceExport
 
 STAGES = ("tokenize", "queue", "forward")
 WRITE = "write"
-_OPERATIONS = {
-    **dict.fromkeys(
-        (*EMBEDDINGS_PATHS, *openai.AZURE_PATHS, *cohere.PATHS, *tei.EMBED_PATHS), "embeddings"
-    ),
-    **dict.fromkeys(ollama.EMBED_PATHS, "embeddings"),
-    **dict.fromkeys((*rerank.PATHS, tei.SIMILARITY_PATH), "rerank"),
-}
+_OPERATIONS = {path: label for path, label in LABELS.items() if label in ("embeddings", "rerank")}
 """Route -> `gen_ai.operation.name`, of what is posted there."""
 _COUNTS = {"inputs": "nv_embed.inputs", "tokens": "gen_ai.usage.input_tokens"}
 """Name in the log line -> attribute."""

@@ -17,7 +17,7 @@ import orjson
 
 from model.errors import FileError
 from model.user_files import open_regular
-from server.offline.parts import Parts, Proof, Shard, Written
+from server.offline.parts import Parts, Proof, Shard, Written, written_of
 from server.offline.vector_files import Body, VectorFormat
 
 _BLOCK = 1 << 20
@@ -107,11 +107,7 @@ class Joined:
             file.flush()
             os.fsync(file.fileno())
         piece = _Piece(shard, start, body, digest)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._notes, flags), "ab") as notes:
-            notes.write(_line(piece))
-            notes.flush()
-            os.fsync(notes.fileno())
+        self._note(_line(piece))
         self._pieces.append(piece)
         path.unlink(missing_ok=True)
 
@@ -131,13 +127,17 @@ class Joined:
             file.flush()
             os.fsync(file.fileno())
             self._proof = Proof.of(file)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._notes, flags), "ab") as notes:
-            notes.write(_proof_line(self._proof))
-            notes.flush()
-            os.fsync(notes.fileno())
+        self._note(_proof_line(self._proof))
         os.replace(self._path, target)
         return self._proof
+
+    def _note(self, line: bytes) -> None:
+        """On disk when this returns."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self._notes, flags), "ab") as notes:
+            notes.write(line)
+            notes.flush()
+            os.fsync(notes.fileno())
 
     def _noted(self) -> tuple[list[_Piece], Proof | None]:
         try:
@@ -199,12 +199,10 @@ def _line(piece: _Piece) -> bytes:
 
 
 def _piece_of(fields: dict[str, object]) -> _Piece:
-    shard = Written(*fields["shard"])  # type: ignore[misc]
-    refused = tuple(tuple(one) for one in shard.refused)
     begin, size, tail = fields["body"]  # type: ignore[misc]
     body = Body(begin, size, base64.b64decode(tail))  # type: ignore[has-type]
     return _Piece(
-        shard._replace(refused=refused),  # type: ignore[arg-type]
+        written_of(fields["shard"]),  # type: ignore[arg-type]
         int(fields["start"]),  # type: ignore[call-overload]
         body,
         str(fields["sha256"]),

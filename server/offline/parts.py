@@ -331,11 +331,11 @@ class Ledger:
 
 def written_of(fields: Sequence[object]) -> Written:
     """What a file says of a shard. Raises TypeError, ValueError for what is none."""
-    *numbers, sha256, made_of = fields[:8]
+    *numbers, sha256, made_of, refusals = fields
     if not (_are_counts(numbers) and isinstance(sha256, str) and isinstance(made_of, str)):
         raise TypeError(fields)
     refused = []
-    for row, span, line, why in fields[8]:  # type: ignore[attr-defined]
+    for row, span, line, why in refusals:  # type: ignore[attr-defined]
         if not (_are_counts((row, span, line)) and isinstance(why, str)):
             raise TypeError(fields)
         refused.append((row, span, line, why))

@@ -29,7 +29,7 @@ from server.offline import call
 from server.offline.crew import Failure, refuse_another
 from server.offline.inputs import is_url, opened
 from server.offline.manifest import Settled
-from server.offline.parts import Ledger, Shard, SliceEnd, Written
+from server.offline.parts import Ledger, SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
@@ -208,13 +208,12 @@ class _SliceWriter:
     def _written(self, which: Slice) -> list[Written | SliceEnd] | Failure:
         try:
             return [
-                *self._writer.write_slice(which, self._sources, self._rows, self._job, self._has)
+                *self._writer.write_slice(
+                    which, self._sources, self._rows, self._job, self._ledger.has
+                )
             ]
         except Exception as error:
             return Failure.of(error)
-
-    def _has(self, shard: Shard) -> bool:
-        return self._ledger.has(shard)
 
 
 def _taken(said: Any) -> Any:
