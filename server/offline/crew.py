@@ -191,10 +191,12 @@ class _Member:
         return info
 
     def send(self, what: object) -> None:
+        """Raises what the process failed with, if it has ended."""
         try:
             self.connection.send(what)
         except OSError:
-            raise self._gone() from None
+            while True:  # its last words are still to be read
+                self.receive()
 
     def receive(self) -> Any:
         """What it says next; what it fails with is raised here."""

@@ -27,7 +27,7 @@ from model.batch import Encoding, RunnerOptions
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
 from server.api.vector_format import int8_scale
-from server.offline import bulk, call, inputs, slices
+from server.offline import bulk, call, crew, inputs, slices
 from server.offline.columns import NONE
 from server.offline.parts import Ledger, SliceEnd, Written
 from server.offline.reader import Input
@@ -815,6 +815,34 @@ def test_what_fails_on_a_device_ends_the_run_and_what_is_done_stays(
     assert "in.jsonl, line 51: the input has 40003 tokens" in said
     assert said.count("\n") == 1
     assert Path("out.npy.parts/.joined").stat().st_size > 0
+
+
+@pytest.mark.process
+def test_what_a_device_failed_with_is_said_by_a_send_that_comes_too_late(
+    encode: Encode,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whoever is dealt the first shard ends before it is dealt another."""
+    rows = write_rows("in.jsonl", 60)
+    rows[0]["text"] = "word " * 40_000
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    send, failing = crew._Member.send, []
+
+    def send_late(member: crew._Member, what: object) -> None:
+        if member in failing:
+            member.process.join(30)
+            assert member.process.exitcode == 0
+        if isinstance(what, crew.Task) and what.first_index == 0:
+            failing.append(member)
+        send(member, what)
+
+    monkeypatch.setattr(crew._Member, "send", send_late)
+    options = ["in.jsonl", "-o", "out.npy", "--shard-size", 5, "--devices", "cpu,cpu"]
+    assert encode(*options) == 1
+    assert "in.jsonl, line 1: the input has 40003 tokens" in capsys.readouterr().err
+    assert failing
 
 
 # ---- another engine
