@@ -213,6 +213,7 @@ TRAINING = [
     "teacher",
     "align",
     "initialise",
+    "smollm2",
     "case",
     "corpus",
     "gradient_cache",
