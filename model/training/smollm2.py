@@ -150,7 +150,7 @@ def _shared(ours: Tokenizer, theirs: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids of the pieces of two characters and more that both have."""
     found = [
         (number, theirs.token_to_id(piece.replace("▁", "Ġ")))
-        for piece, number in ours.get_vocab().items()
+        for piece, number in sorted(ours.get_vocab().items())
         if len(piece) > 1
     ]
     both = [(mine, other) for mine, other in found if other is not None]
