@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(here).parent.as_posix()
         for mark in MARKS_OF_FOLDERS.get(folder, ()):
             item.add_marker(mark)
+        if folder != "chaos" and item.get_closest_marker("timing"):
+            raise pytest.UsageError(f"{item.nodeid}: `make test` looks for timing in tests/chaos")
         if FIXTURES_OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("process")
 
