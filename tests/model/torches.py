@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def _shares_heads() -> bool:
 needs_shared_heads = pytest.mark.skipif(
     not _shares_heads(), reason="this torch's varlen_attn shares no key heads: they are repeated"
 )
+
+
+def by_mkls_instructions(*names: str) -> pytest.MarkDecorator:
+    """Parametrises `instructions` by values of MKL_ENABLE_INSTRUCTIONS. Only on Intel's processors
+    MKL looks at it: on others all were the same run, and the first stands for them."""
+    processor = Path("/proc/cpuinfo")
+    intels = processor.is_file() and re.search("GenuineIntel", processor.read_text())
+    return pytest.mark.parametrize("instructions", names if intels else names[:1])
 
 
 def _scales_rows() -> bool:
