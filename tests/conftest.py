@@ -32,7 +32,7 @@ MARKS_OF_FOLDERS = {
 FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}
 STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"}
 started: list[str] = []
-"""By the test that runs."""
+"""By the test that runs, and by the fixtures that were set up for it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,9 +75,13 @@ def note_start(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(note_start)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    started.clear()
+
+
 @pytest.fixture(autouse=True)
 def only_marked_tests_start_processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    started.clear()
     yield
     if request.node.get_closest_marker("process") is None:
         assert not started, f"mark this test `process`, for it starts one: {started}"
