@@ -45,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(f"{item.nodeid}: `make test` looks for timing in tests/chaos")
         if FIXTURES_OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("process")
+    # The soak is the longest of those that run three at a time: what its process has before it
+    # comes last, where another one takes it over.
+    items.sort(key=lambda item: item.path.name == "test_priority.py")
 
 
 @pytest.hookimpl(wrapper=True)
