@@ -33,15 +33,17 @@ install: $(VENV)/.installed ## make .venv with what serving needs
 serve: $(VENV)/.installed ## serve on http://127.0.0.1:8000 (MODEL=…, ARGS=…)
 	$(BIN)/nv-embed serve $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-# What measures time runs by itself, after the others. Status 5: of what ARGS names, none does.
+# What measures time runs after the others: three at a time, for they wait most of it, and the finest by
+# itself. All are in tests/chaos (tests/conftest.py sees to it). Status 5: of what ARGS names, none does.
 # PASSIVE: where tests share cores, a thread that waits has to leave its core to the others.
 # Bytecode is written even where PYTHONDONTWRITEBYTECODE is set, as images have it: else each of some
 # 400 processes compiles this project anew, and pytest all that it rewrites.
-TEST_JOBS ?= 3
+TEST_JOBS ?= 4
 test test-slow test-fast coverage: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.installed-test ## run all tests but the slow ones: the gate (TEST_JOBS at once)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m "not timing and not slow" $(ARGS) || [ $$? -eq 5 ]
-	$(BIN)/pytest -m timing $(ARGS) || [ $$? -eq 5 ]
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 3 --dist worksteal -m "timing and not alone" $(or $(ARGS),tests/chaos) || [ $$? -eq 5 ]
+	$(BIN)/pytest -m alone $(or $(ARGS),tests/chaos) || [ $$? -eq 5 ]
 
 test-slow: $(VENV)/.installed-test ## run those that take long: compiled training, gpu-check of another family, benches
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal -m slow $(ARGS)
@@ -49,7 +51,7 @@ test-slow: $(VENV)/.installed-test ## run those that take long: compiled trainin
 # Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
 SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py
 test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
-	$(BIN)/pytest -n 2 --dist worksteal -q -p no:schemathesis -m "not process and not whole" \
+	$(BIN)/pytest -n 3 --dist worksteal -q -p no:schemathesis -m "not process and not whole" \
 	    $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included

@@ -32,7 +32,7 @@ MARKS_OF_FOLDERS = {
 FIXTURES_OF_PROCESSES = {"golden_server", "hashing_server"}
 STARTS = {"subprocess.Popen", "os.posix_spawn", "os.fork", "os.forkpty", "os.system"}
 started: list[str] = []
-"""By the test that runs."""
+"""By the test that runs, and by the fixtures that were set up for it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,8 +41,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(here).parent.as_posix()
         for mark in MARKS_OF_FOLDERS.get(folder, ()):
             item.add_marker(mark)
+        if folder != "chaos" and item.get_closest_marker("timing"):
+            raise pytest.UsageError(f"{item.nodeid}: `make test` looks for timing in tests/chaos")
         if FIXTURES_OF_PROCESSES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker("process")
+    # The soak is the longest of those that run three at a time: what its process has before it
+    # comes last, where another one takes it over.
+    items.sort(key=lambda item: item.path.name == "test_priority.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,9 +78,13 @@ def note_start(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(note_start)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    started.clear()
+
+
 @pytest.fixture(autouse=True)
 def only_marked_tests_start_processes(request: pytest.FixtureRequest) -> Iterator[None]:
-    started.clear()
     yield
     if request.node.get_closest_marker("process") is None:
         assert not started, f"mark this test `process`, for it starts one: {started}"

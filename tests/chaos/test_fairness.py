@@ -19,7 +19,7 @@ from tests.server.questions import RUNNERS, WORDS
 pytestmark = pytest.mark.timing
 
 BATCH_S = 0.15
-SECONDS, RATE = (40.0, 5.0) if FULL else (10.0, 5.0)
+SECONDS, RATE = (40.0, 5.0) if FULL else (5.0, 10.0)
 FLOODING = 130
 """Connections of the flood, each with a request of 8 inputs: more than its share of the queue, and
 more requests than ten batches hold."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.chaos.test_faults import FULL
 from tests.server.processes import ServerProcess, serving
-from tests.server.questions import RUNNERS
+from tests.server.questions import RUNNERS, client_of
 
 pytestmark = pytest.mark.timing
 
@@ -39,7 +39,7 @@ async def client(http: httpx.AsyncClient, level: int, end: float, waits: list[fl
 
 async def measure(server: ServerProcess) -> dict[int, list[float]]:
     waits: dict[int, list[list[float]]] = {}
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+    async with client_of(server) as http:
         end = time.monotonic() + SECONDS
         async with asyncio.TaskGroup() as group:
             for level, count in CLIENTS.items():

@@ -186,6 +186,7 @@ def states_at_4096_tokens() -> tuple[MistralModel, Tensor]:
     return theirs, referee_states(theirs, encoding(4096).ids)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("pool_start", [0, 4000])
 def test_equals_transformers_at_4096_tokens(pool_start: int, form: str) -> None:

@@ -215,12 +215,15 @@ def test_float32_weights_are_read_as_they_are(folder: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------
 
 MEASURE = """
-import sys, torch
+import sys
 from pathlib import Path
-from model.linear import quantization
-from model.platform import products, resources
-from model.config import ModelConfig
-from model.weights.loader import empty_model, load_model
+from model.platform import resources
+with resources.for_good():
+    import torch
+    from model.linear import quantization
+    from model.platform import products
+    from model.config import ModelConfig
+    from model.weights.loader import empty_model, load_model
 folder, dtype, quantize = Path(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 if quantize == "int8":

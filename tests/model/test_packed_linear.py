@@ -16,6 +16,7 @@ from model.linear.packed_linear import MKLLinear, OneDNNLinear, PackedLinear
 from model.linear.quantization import PlainInt8Linear
 from model.platform.products import Products
 from model.weights.loader import load_model
+from tests.model.torches import by_mkls_instructions
 
 CPU = torch.device("cpu")
 X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
@@ -81,9 +82,9 @@ for threads in (1, 2):
 
 @pytest.mark.process
 @needs_mkl
-@pytest.mark.parametrize("instructions", ["SSE4_2", "AVX2", "AVX512"])
+@by_mkls_instructions("SSE4_2", "AVX2", "AVX512")
 def test_mkls_layout_serves_any_number_of_rows(instructions: str) -> None:
-    """As MKL works on this processor and on lesser ones (on others it ignores the name)."""
+    """As MKL works on this processor and on lesser ones."""
     environment = {
         **os.environ,
         "MKL_ENABLE_INSTRUCTIONS": instructions,

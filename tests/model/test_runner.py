@@ -26,6 +26,7 @@ from model.hub import locate
 from model.platform import products, resources
 from model.runner import ModelRunner, resolve_device, resolve_dtype
 from model.weights.loader import load_model
+from tests.model.torches import by_mkls_instructions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -210,9 +211,10 @@ def test_this_machine() -> None:
 _MANY_SHAPES = """
 import sys
 import numpy as np
-from model.platform import products, resources
-from model.batch import Encoding, RunnerOptions
-from model.runner import ModelRunner
+from model.platform import resources
+with resources.for_good():
+    from model.batch import Encoding, RunnerOptions
+    from model.runner import ModelRunner
 dtype, _, quantization = sys.argv[2].partition(":")
 runner = ModelRunner(
     RunnerOptions(
@@ -248,13 +250,13 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.process
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float32:int8-dynamic"])
-@pytest.mark.parametrize("masked", ["", "SSE4_2"])
+@by_mkls_instructions("", "SSE4_2")
 def test_lengths_never_seen_before_cost_no_memory(
-    two_layers: Path, precision: str, masked: str
+    two_layers: Path, precision: str, instructions: str
 ) -> None:
     """Unrounded, these 240 took 680 MB in bfloat16, which nothing ever gives back. With MKL on its
     least instructions oneDNN's products are the faster ones in float32, too."""
     command = [sys.executable, "-c", _MANY_SHAPES, str(two_layers), precision]
-    environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": masked}
+    environment = {**os.environ, "MKL_ENABLE_INSTRUCTIONS": instructions}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert float(done.stdout) < 40, done.stdout

@@ -81,6 +81,7 @@ def test_the_same_token_ids(name: str, case: dict[str, Any], encoder: Any) -> No
         assert pooled == case["pool_from"][i], case["texts"][i]
 
 
+@pytest.mark.whole
 @EACH_CASE
 def test_the_same_vectors(name: str, case: dict[str, Any], encoder: Any) -> None:
     """Each text alone, and all packed together in another order."""
@@ -130,6 +131,7 @@ def test_the_rebuilt_checkpoint_is_the_recipes(tmp_path: Path) -> None:
 TEXTS = ["x", "how long is a river?", "The committee met twice, and agreed on nothing. " * 9]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SIBLINGS)
 @pytest.mark.parametrize(
     ("dtype", "quantization", "least"),

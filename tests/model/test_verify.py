@@ -6,9 +6,10 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,19 +28,28 @@ from model.errors import UnsupportedError
 from model.packing import Segments
 from model.tokenizer import NVEmbedTokenizer, Truncation
 from model.tokenizer_file import read_tokenizer
-from model.verify import command, parity
+from model.verify import authors, command, parity
 from model.verify.authors import check_example_ids
 from model.verify.bench import Bench
 from model.verify.outcome import Check
 from model.verify.referee import Referee
 from model.verify.structure import check_mask
 from model.verify.subject import Measured, Subject, load, sample_encodings
-from tests.checkpoints import GOLDEN_CASES, golden_cases
+from tests.checkpoints import GOLDEN_CASES, golden_cases, tokenizer_of
 from tests.model import fused_stand_in
 from tests.model.test_byte_level import byte_level_tokenizer
 from tests.siblings import SIBLINGS, write_sibling
 
 pytestmark = pytest.mark.whole
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vocabularies_are_parsed_once_here_too() -> Iterator[None]:
+    once = SimpleNamespace(from_file=lambda path: tokenizer_of(Path(path).read_text("utf-8")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(authors, "Tokenizer", once)
+        yield
+
 
 CARD = """---
 license: cc-by-nc-4.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch.utils import flop_counter
 
 from model.linear.quantization import Float8Linear
 
-HAS_VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+_varlen = importlib.util.find_spec("torch.nn.attention.varlen")
+HAS_VARLEN = _varlen is not None
 """From 2.10 on."""
 VARLEN = pytest.param(
     "varlen", marks=pytest.mark.skipif(not HAS_VARLEN, reason="this torch has no varlen_attn")
@@ -26,16 +28,21 @@ COUNTED_VARLEN = pytest.param(
 
 
 def _shares_heads() -> bool:
-    if not HAS_VARLEN:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    """By its source, for an import takes a second of each process that collects tests."""
+    return _varlen is not None and "enable_gqa: bool" in Path(str(_varlen.origin)).read_text()
 
 
 needs_shared_heads = pytest.mark.skipif(
     not _shares_heads(), reason="this torch's varlen_attn shares no key heads: they are repeated"
 )
+
+
+def by_mkls_instructions(*names: str) -> pytest.MarkDecorator:
+    """Parametrises `instructions` by values of MKL_ENABLE_INSTRUCTIONS. Only on Intel's processors
+    MKL looks at it: on others all were the same run, and the first stands for them."""
+    processor = Path("/proc/cpuinfo")
+    intels = processor.is_file() and re.search("GenuineIntel", processor.read_text())
+    return pytest.mark.parametrize("instructions", names if intels else names[:1])
 
 
 def _scales_rows() -> bool:

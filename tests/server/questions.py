@@ -48,9 +48,31 @@ def assert_answers(answer: httpx.Response, ids: list[list[int]]) -> None:
     assert answer.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
 
 
+class _Connections(httpx.AsyncBaseTransport):
+    """As many as there are requests at a time, each in a pool of its own: at each request httpx's
+    looks through all its connections for each of them."""
+
+    def __init__(self) -> None:
+        self._idle: list[httpx.AsyncHTTPTransport] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        one = self._idle.pop() if self._idle else httpx.AsyncHTTPTransport(verify=usual_trust())
+        try:
+            answer = await one.handle_async_request(request)
+            body = httpx.ByteStream(await answer.aread())
+        except BaseException:
+            await one.aclose()
+            raise
+        self._idle.append(one)
+        return httpx.Response(answer.status_code, headers=answer.headers, stream=body)
+
+    async def aclose(self) -> None:
+        for one in self._idle:
+            await one.aclose()
+
+
 def client_of(server: ServerProcess) -> httpx.AsyncClient:
-    limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, verify=usual_trust())
+    return httpx.AsyncClient(base_url=server.url, timeout=60, transport=_Connections())
 
 
 async def ask(client: httpx.AsyncClient, inputs: object) -> httpx.Response:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from model.config import ModelConfig, Rope
 from model.training.export import export
@@ -47,6 +46,8 @@ def tiny_checkpoint(golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mistral with its output layer and its tokenizer, written by transformers."""
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(4)
     config = MistralConfig(
         vocab_size=32_000,

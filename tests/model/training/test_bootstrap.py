@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from model.training import bootstrap
 from model.training.bm25 import BM25
@@ -24,6 +23,8 @@ TWO = np.clip(SKILL + 0.02 + RNG.normal(0, 0.05, 400), 0, 1)
 
 
 def scipys(data: tuple[Any, ...], statistic: Any) -> tuple[float, float]:
+    from scipy import stats
+
     found = stats.bootstrap(
         data,
         statistic,
@@ -43,6 +44,8 @@ def test_the_interval_of_a_mean_is_scipys() -> None:
 
 
 def test_the_interval_of_a_rank_correlation_is_scipys() -> None:
+    from scipy import stats
+
     expected = scipys((ONE, TWO), lambda a, b: stats.spearmanr(a, b).statistic)
     assert bootstrap.interval(spearman(ONE, TWO)) == pytest.approx(expected, abs=0.006)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import ndcg_score
 
 from model.errors import UnsupportedError
 from model.families import Side
@@ -68,6 +67,8 @@ def test_retrieval_scores() -> None:
 
 def test_ndcg_is_scikit_learns() -> None:
     """Independent reference: linear gains, the same discounts; no ties, which it averages."""
+    from sklearn.metrics import ndcg_score
+
     rng = np.random.default_rng(2)
     scores = rng.permuted(np.tile(np.arange(50.0), (8, 1)), axis=1)
     grades = rng.integers(0, 4, (8, 50)).astype(float)

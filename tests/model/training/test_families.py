@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MistralModel
 
 from model.config import ModelConfig
 from model.encoder import Encoder
@@ -133,6 +132,8 @@ def test_the_layout_is_the_source_s(pairs: dict[bool, Path], tmp_path: Path) -> 
 
 def last_states(folder: Path, ids: list[list[int]]) -> np.ndarray:
     """transformers' own MistralModel: the final state of each last token, of length 1."""
+    from transformers import MistralModel
+
     model = MistralModel.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         rows = [model(torch.tensor([row])).last_hidden_state[0, -1] for row in ids]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MistralModel
 
 from model.attention.cpu import sdpa_by_length
 from model.batch import Encoding
@@ -38,6 +37,8 @@ def encodings() -> list[Encoding]:
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_backbone_equals_transformers_without_the_mask(tiny_mistral: Path, lora: bool) -> None:
     """Its window of 4 tokens is not applied either. Adapters begin as no change at all."""
+    from transformers import MistralModel
+
     theirs = MistralModel.from_pretrained(tiny_mistral).eval()
     ours = load(tiny_mistral)
     if lora:
@@ -51,6 +52,8 @@ def test_the_backbone_equals_transformers_without_the_mask(tiny_mistral: Path, l
 
 def test_names_without_their_prefix(tiny_mistral: Path, tmp_path: Path) -> None:
     """As a MistralModel is saved."""
+    from transformers import MistralModel
+
     folder = tmp_path / "bare"
     MistralModel.from_pretrained(tiny_mistral).save_pretrained(folder)
     assert "embed_tokens.weight" in load_file(str(folder / "model.safetensors"))

@@ -98,6 +98,7 @@ def test_killed_at_random_and_resumed_nothing_is_lost_or_asked_twice(
 
 
 @pytest.mark.process
+@pytest.mark.usefixtures("signals_as_usual")
 @pytest.mark.parametrize("patient", [True, False], ids=["once", "twice"])
 def test_ctrl_c_keeps_what_comes_and_does_not_wait_for_ever(tmp_path: Path, patient: bool) -> None:
     """Once: what is on its way is waited for, and kept. Twice: nothing is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -75,10 +76,16 @@ def encodings(*numbers: int) -> list[Encoding]:
 
 def in_loop(test: Callable[[Batcher], Coroutine[Any, Any, None]]) -> Callable[[], None]:
     def run() -> None:
+        surprises: list[dict[str, Any]] = []
+
         async def body() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda _, what: surprises.append(what))
             await test(Batcher(metrics_of_one()))
 
         asyncio.run(body())
+        gc.collect()  # an error that nobody took is told when its future goes
+        assert not surprises
 
     run.__name__, run.__doc__ = test.__name__, test.__doc__
     return run
@@ -330,13 +337,15 @@ async def test_a_batch_behind_another_is_measured_from_the_other_ones_answer(
 @in_loop
 async def test_a_failed_batch_does_not_count_for_the_one_behind_it(batcher: Batcher) -> None:
     worker = ready(batcher, "cuda:0")
-    batcher.submit(encodings(*range(1, 5)))
-    batcher.submit(encodings(*range(5, 9)))
+    requests = [batcher.submit(encodings(*range(start, start + 4))) for start in (1, 5)]
     await turn()
     await asyncio.sleep(0.2)
     earliest = time.monotonic()
     batcher.batch_failed(worker, next(iter(worker.batches)))
     latest = time.monotonic()
+    for request in requests:  # they take turns, so that both were in it
+        with pytest.raises(BatchFailedError):
+            await request.answer.future
     worker.batches.pop(next(iter(worker.batches)))
     await asyncio.sleep(0.05)
     least = time.monotonic() - latest

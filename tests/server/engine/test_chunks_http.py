@@ -17,6 +17,7 @@ from model.runner import ModelRunner
 from model.tokenizer import NVEmbedTokenizer
 from tests.server.processes import ServerProcess, run_cli, serving
 
+pytestmark = pytest.mark.process
 TEXT = "The committee met twice, and agreed on nothing. Ünïcode 🙂 ends it. A river runs by. " * 3
 LONG = "The committee met twice, and agreed on nothing of what had been said before. " * 20
 LIMIT = 128
@@ -185,7 +186,6 @@ def test_what_cannot_be_averaged(server: ServerProcess) -> None:
         assert response.json()["error"]["param"] in (param, "input"), response.text
 
 
-@pytest.mark.process
 def test_in_a_batch_file(server: ServerProcess, golden_checkpoint: Path, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = [
         {"input": TEXT, "chunks": 9},

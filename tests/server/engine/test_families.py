@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MistralConfig, MistralModel
 
 from model.tasks import TASKS
 from tests import toy_family
@@ -48,6 +47,8 @@ class Reference:
     """transformers' MistralModel with its own causal mask, the last row, length 1."""
 
     def __init__(self, checkpoint: Path) -> None:
+        from transformers import MistralConfig, MistralModel
+
         sizes = {k: v for k, v in toy_family.CONFIG.items() if k != "model_type"}
         self.model = MistralModel(MistralConfig(**sizes, attn_implementation="eager")).eval()
         self.model.load_state_dict(load_file(checkpoint / "model.safetensors"))

@@ -12,6 +12,7 @@ import pytest
 from tests.server.processes import ServerProcess, serving
 from tests.server.questions import RUNNERS
 
+pytestmark = pytest.mark.process
 HITS, MISSES = "nv_embed_cache_hits_total", "nv_embed_cache_misses_total"
 
 

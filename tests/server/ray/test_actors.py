@@ -29,6 +29,7 @@ from server.ray import actors
 from tests.server.processes import free_ports
 from tests.server.questions import RUNNERS
 
+pytestmark = pytest.mark.whole
 Encode = Callable[..., int]
 
 
