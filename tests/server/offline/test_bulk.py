@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import os
 import pickle
 import random
@@ -34,31 +33,14 @@ from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.shards import chunks_of
 from server.offline.texts import text_rows
+from tests.server.offline.conftest import Encode
 from tests.server.processes import ROOT
 from tests.server.runners import Hashing, vector_of
 
 pytestmark = pytest.mark.whole
 
-Encode = Callable[..., int]
 RUNNERS = "tests.server.runners:"
 Files = dict[str, bytes]
-
-
-@pytest.fixture
-def encode(golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
-    """Runs the command in `tmp_path`, with vectors that hash their text."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object, runner: str = f"{RUNNERS}Hashing") -> int:
-        options = ["--model", str(golden_checkpoint), "--runner", runner]
-        if "--devices" not in arguments:
-            options += ["--device", "cpu"]
-        status = cli.main(["encode", *map(str, arguments), *options])
-        for handler in logging.getLogger().handlers:
-            handler.flush()  # a thread writes the log
-        return status
-
-    return run
 
 
 @pytest.fixture
