@@ -5,6 +5,7 @@ Owns how names become sources. Knows nothing of rows or outputs.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import io
 import logging
@@ -32,6 +33,8 @@ _REMOTE_BYTES = 256 << 10
 """Of one request to a store."""
 _OPENED_AT_ONCE = 16
 """Up to so many files are looked at before anything begins, and stay open."""
+_LOCAL = ("file", "local")
+"""What fsspec calls this machine's own files."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
 _PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 
@@ -82,8 +85,38 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 
 def folders_of(names: Sequence[str]) -> list[Path]:
-    """Those of `names` that are local folders."""
-    return [Path(name) for name in names if not is_url(name) and os.path.isdir(name)]
+    """Those of `names` that are folders of this machine."""
+    paths = [path for name in names if (path := _local_path(name)) is not None]
+    return [Path(path) for path in paths if os.path.isdir(path)]
+
+
+def pattern_of(path: Path, names: Sequence[str]) -> str | None:
+    """The first of `names` that is a pattern which a file of this name, once there, matches."""
+    for name in names:
+        pattern = _local_path(name) or ""
+        is_pattern = has_pattern(pattern) and not os.path.exists(pattern)
+        if is_pattern and _matches(path.resolve().parts, Path(pattern).resolve().parts):
+            return name
+    return None
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As glob matches: ** is any folders, and nothing but a dot is for what begins with one."""
+    if not (parts and pattern):
+        return not parts and all(one == "**" for one in pattern)
+    first, one = pattern[0], parts[0]
+    fits = not one.startswith(".") or first.startswith(".")
+    if first == "**":
+        return _matches(parts, pattern[1:]) or (fits and _matches(parts[1:], pattern))
+    return fits and fnmatch.fnmatchcase(one, first) and _matches(parts[1:], pattern[1:])
+
+
+def _local_path(name: str) -> str | None:
+    """What a name stands for on this machine; None of other machines' URLs."""
+    if not is_url(name):
+        return name
+    scheme = name.partition("://")[0]
+    return f"{_store(name, scheme)[1]}" if scheme in _LOCAL else None
 
 
 def _made(name: str, maker: Callable[[], Source]) -> Source:
@@ -251,7 +284,7 @@ class _Ranges(io.RawIOBase):
 def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]:
     scheme = url.partition("://")[0]
     files, path = _store(url, scheme)
-    if scheme in ("file", "local"):
+    if scheme in _LOCAL:
         return _makers(path, alone=alone)
     is_web = scheme in ("http", "https")  # where a ? begins the query
     has_signs = has_pattern(url.partition("?")[0] if is_web else url)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -34,29 +33,19 @@ from model.tokenizer import NVEmbedTokenizer
 from model.user_files import LockedError, locked
 from server import cli
 from server.offline import bulk, shards, sources
+from tests.server.offline.conftest import Encode
 from tests.server.runners import Hashing, vector_of
 
 pytestmark = pytest.mark.whole
 
 LINES = [f"line {number}" for number in range(10)]
 
-Encode = Callable[..., int]
-
 
 @pytest.fixture
-def encode(golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
-    """Runs the command in `tmp_path`, with vectors that hash their text."""
-    monkeypatch.chdir(tmp_path)
+def encode(encode: Encode, tmp_path: Path) -> Encode:
+    """With a file to embed."""
     (tmp_path / "a.txt").write_text("\n".join(LINES) + "\n")
-
-    def run(*arguments: object, runner: str = "tests.server.runners:Hashing") -> int:
-        options = ["--model", str(golden_checkpoint), "--device", "cpu", "--runner", runner]
-        status = cli.main(["encode", *map(str, arguments), *options])
-        for handler in logging.getLogger().handlers:
-            handler.flush()  # a thread writes the log
-        return status
-
-    return run
+    return encode
 
 
 @pytest.fixture
@@ -216,6 +205,74 @@ def test_an_input_among_the_shards_is_kept(
 
 
 # ---- whose files these are
+
+
+@pytest.fixture
+def folder_in(tmp_path: Path) -> None:
+    """A folder of one text, and a link to it."""
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("a\n")
+    (tmp_path / "in/b.npy.txt").write_text("b\n")
+    (tmp_path / "link").symlink_to("in")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("in", "in/new.npy"),
+        ("link", "in/deep/out.npy"),
+        ("in/../in", "link/out/"),
+        ("file://{}/in", "in/out/"),
+        ("file://{}/in/", "link/out/"),
+        ("local://{}/link/../in/deep/..", "in/../in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_within_a_folder_that_is_read_is_refused(
+    encode: Encode, tmp_path: Path, name: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However either of them is called."""
+    assert encode("a.txt", name.format(tmp_path), "-o", output) == 2
+    assert "which is read: name one outside of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        ("in/**/*.[nt]*", "in/out/"),
+        ("in/**", "in/out.npy"),
+        ("in/[!z]*", "in/out.npy"),
+        ("link/*.npy*", "in/out.npy"),
+        ("file://{}/in/**/*[.t]*", "link/out/"),
+        ("in/*/[ps]*", "in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_that_a_pattern_would_match_is_refused(
+    encode: Encode, tmp_path: Path, pattern: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next part would take it for an input."""
+    (tmp_path / "in/deep/source.txt").write_text("c\n")
+    name = pattern.format(tmp_path)
+    assert encode("a.txt", name, "-o", output) == 2
+    assert f"{name} would match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        ("in/*.txt", "in/out.npy"),
+        ("in/*.[nt]*", "in/out/"),
+        ("in/**/*.[nt]*", "in/.out/"),
+        ("in/**/*.txt", "in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_that_a_pattern_would_not_match_is_written(
+    encode: Encode, pattern: str, output: str
+) -> None:
+    assert encode(pattern, "-o", output) == 0
+    assert encode(pattern, "-o", output, "--resume") == 0
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644)])
