@@ -24,6 +24,7 @@ from model.user_files import LockedError, locked
 from server.offline.crew import Crew, Task
 from server.offline.earlier import Earlier, OtherSettledError
 from server.offline.job import Job, Row, Rows
+from server.offline.ledger import Ledger
 from server.offline.manifest import (
     as_json,
     description,
@@ -34,7 +35,7 @@ from server.offline.manifest import (
     run_of,
 )
 from server.offline.output import FileOutput, FolderOutput, Output
-from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
+from server.offline.parts import OutputError, Proof, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.reader import Input, Reader
 from server.offline.slices import Slice

@@ -28,8 +28,9 @@ from server.errors import SettingsError
 from server.offline import call
 from server.offline.crew import Failure, refuse_another
 from server.offline.inputs import is_url, opened
+from server.offline.ledger import Ledger
 from server.offline.manifest import Settled
-from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.parts import SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
