@@ -142,6 +142,7 @@ SERVER = {  # by wing; "" are the files on top
         "sources",
         "places",
         "inputs",
+        "times",
         "parquet_files",
         "text_files",
         "slices",
