@@ -216,6 +216,7 @@ TRAINING = [
     "teacher",
     "align",
     "initialise",
+    "smollm2",
     "case",
     "corpus",
     "gradient_cache",

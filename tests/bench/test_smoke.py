@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.bench import busy, forward, front, large, load, report, serve
+from tests.bench import busy, forward, front, large, load, report, serve, versions
+from tests.server.processes import ROOT
 
 
 def report_of(
@@ -98,6 +99,16 @@ def test_busy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("encode", "default"),
     ]
     assert all(row["times"] > 0 for row in summary["rows"])
+
+
+@pytest.mark.slow
+def test_versions(
+    golden_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(golden_checkpoint), "--rounds", "1", "--seconds", "0.05"]
+    summary = report_of(versions.main, [*options, "--against", str(ROOT)], tmp_path, capsys)
+    assert [row["case"] for row in summary["rows"]] == list(versions.CASES)
+    assert all(row["ms"] > 0 and row["other_ms"] > 0 for row in summary["rows"])
 
 
 def test_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
