@@ -201,8 +201,9 @@ def check(arguments: argparse.Namespace, job: Job, sources: Sequence[Source]) ->
 
 def refuse_output_within(names: Sequence[str], job: Job) -> None:
     """Raises SettingsError for an output that another part would take for an input."""
-    target = job.target.resolve()
-    above = [_identity(path) for path in (target, *target.parents) if path.exists()]
+    # Not where a link of its name leads: it takes that name.
+    parent = job.target.parent.resolve()
+    above = [_identity(path) for path in (job.target, parent, *parent.parents) if path.exists()]
     for outer in inputs.folders_of(names):
         if _identity(outer) in above:  # whatever it is called: a link, a URL, another mount
             raise SettingsError(

@@ -95,9 +95,14 @@ def pattern_of(path: Path, names: Sequence[str]) -> str | None:
     for name in names:
         pattern = _local_path(name) or ""
         is_pattern = has_pattern(pattern) and not os.path.exists(pattern)
-        if is_pattern and _matches(path.resolve().parts, Path(pattern).resolve().parts):
+        if is_pattern and _matches(_place_of(path).parts, _place_of(Path(pattern)).parts):
             return name
     return None
+
+
+def _place_of(path: Path) -> Path:
+    """Whole, through links, but for the last name: a link of that name is replaced."""
+    return path.parent.resolve() / path.name
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -220,6 +220,7 @@ def folder_in(tmp_path: Path) -> None:
     ("name", "output"),
     [
         ("in", "in/new.npy"),
+        ("in", "in/leads-elsewhere.npy"),
         ("link", "in/deep/out.npy"),
         ("in/../in", "link/out/"),
         ("file://{}/in", "in/out/"),
@@ -231,7 +232,8 @@ def folder_in(tmp_path: Path) -> None:
 def test_an_output_within_a_folder_that_is_read_is_refused(
     encode: Encode, tmp_path: Path, name: str, output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However either of them is called."""
+    """However either of them is called; a link in its place would be replaced."""
+    (tmp_path / "in/leads-elsewhere.npy").symlink_to(tmp_path / "elsewhere.npy")
     assert encode("a.txt", name.format(tmp_path), "-o", output) == 2
     assert "which is read: name one outside of it" in capsys.readouterr().err
 
