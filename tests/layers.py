@@ -141,6 +141,7 @@ SERVER = {  # by wing; "" are the files on top
         "kinds",
         "sources",
         "places",
+        "stores",
         "inputs",
         "times",
         "parquet_files",

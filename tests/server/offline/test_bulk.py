@@ -26,7 +26,7 @@ from model.batch import Encoding, RunnerOptions
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
 from server.api.vector_format import int8_scale
-from server.offline import bulk, call, crew, inputs, slices
+from server.offline import bulk, call, crew, slices, stores
 from server.offline.columns import NONE
 from server.offline.ledger import Ledger
 from server.offline.parts import SliceEnd, Written
@@ -402,7 +402,7 @@ def test_urls_are_read_in_ranges(
     raw = Path("in.jsonl").read_bytes()
     with files.open("/bucket/in.jsonl", "wb") as file:
         file.write(raw)
-    monkeypatch.setattr(inputs, "_REMOTE_BYTES", 1024)
+    monkeypatch.setattr(stores, "_REMOTE_BYTES", 1024)
     fetched = []
     cat_file = type(files).cat_file
 
