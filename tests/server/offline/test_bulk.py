@@ -26,7 +26,7 @@ from model.batch import Encoding, RunnerOptions
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
 from server.api.vector_format import int8_scale
-from server.offline import bulk, call, crew, slices, stores
+from server.offline import bulk, call, crew, inputs, slices, stores
 from server.offline.columns import NONE
 from server.offline.ledger import Ledger
 from server.offline.parts import SliceEnd, Written
