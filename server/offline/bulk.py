@@ -299,6 +299,11 @@ class Run(Generic[Row]):
         elif (now := read_manifest(self._job.manifest)) and now.get("complete"):
             self._manifest, self._is_complete = now, True  # another part was quicker
             self._output.tidy(now)
+        elif not self._job.is_part:
+            raise OutputError(
+                f"{self._job.target}: what this run had written went away or changed; the same "
+                "command with --resume goes on"
+            )
 
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:

@@ -774,6 +774,38 @@ def test_a_folder_that_vanishes_is_one_line(
     assert said.count("\n") == 1
 
 
+class Losing(Hashing):
+    """What the run has written goes away while it embeds: the files that FAKE_LOST matches."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        for path in Path("out").glob(os.environ["FAKE_LOST"]):
+            path.unlink()
+        return super().embed(encodings)
+
+
+@pytest.mark.parametrize("lost", ["part-*", ".ledger*", "part-*0.npy"])
+def test_a_run_whose_shards_go_away_does_not_say_that_it_is_done(
+    encode: Encode,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n\n" for line in LINES))
+    options = ["a.txt", "--shard-size", "4", "--on-error", "skip"]
+    assert encode(*options, "-o", "whole/") == 0
+    monkeypatch.setenv("FAKE_LOST", lost)
+    status = encode(*options, "-o", "out/", runner=f"{__name__}:Losing")
+    if status:
+        assert "--resume goes on" in capsys.readouterr().err
+        assert encode(*options, "-o", "out/", "--resume") == 0
+    out, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("out", "whole")
+    )
+    assert out == whole
+
+
 def test_little_memory_halves_batches_and_names_a_text_that_never_fits(
     encode: Encode, tmp_path: Path, expected: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
