@@ -49,6 +49,8 @@ class Ledger:
     ends: dict[int, SliceEnd] = field(default_factory=dict)
     _places: dict[Key, tuple[str, int]] = field(default_factory=dict)
     """Of the notes of shards with refused rows: the name of the file, and where in it."""
+    _own: set[Key | int] = field(default_factory=set)
+    """Shards and slices that this writer has noted: what others' ledgers say of them is older."""
 
     def read(self) -> None:
         """All ledgers that are there; the one of a complete run first, for others know better."""
@@ -116,10 +118,12 @@ class Ledger:
         try:
             at = notes.append(self.parts.ledger, what)
         except FileNotFoundError:  # parts of another number have found the folder complete
+            self._own.clear()
             self.read()
             self.open()
             at = notes.append(self.parts.ledger, what)
         self._know(what, self.parts.ledger.name, at)
+        self._own.add(_key_of(what))
 
     def _whole(self, one: Written) -> Written:
         return one._replace(refused=self.refused(one))
@@ -133,7 +137,9 @@ class Ledger:
             elif isinstance(value, list) and run == self.run:
                 with suppress(ValueError, TypeError):
                     is_end = len(value) == len(SliceEnd._fields)
-                    self._know(end_of(value) if is_end else written_of(value), name, at)
+                    what = end_of(value) if is_end else written_of(value)
+                    if name == self.parts.ledger.name or _key_of(what) not in self._own:
+                        self._know(what, name, at)
 
     def _know(self, what: Written | SliceEnd, name: str, at: int) -> None:
         if isinstance(what, SliceEnd):
@@ -143,3 +149,7 @@ class Ledger:
         self._places.pop(what.key, None)
         if what.refused:
             self._places[what.key] = name, at
+
+
+def _key_of(what: Written | SliceEnd) -> Key | int:
+    return what.slice if isinstance(what, SliceEnd) else what.key

@@ -153,8 +153,12 @@ def test_what_was_refused_stays_on_disk_and_is_told_of_a_shard(parts: Parts) -> 
     assert not other.tells_refused(other.shards[REFUSING.key])
     other.open()
     assert other.shards == {}
-    kept.note(REFUSING._replace(number=7))  # its own is gone, too
-    assert len(kept.shards) == 6
+    for number in (7, 8):
+        kept.note(REFUSING._replace(number=number))  # its own is gone, too
+    kept.keep(kept.shards)
+    parts.ledger.unlink()  # what it has noted itself is told by the one that stays
+    kept.note(REFUSING._replace(number=9))
+    assert len(kept.shards) == 8
     assert all(kept.refused(shard) for shard in kept.shards.values())
 
 
@@ -173,6 +177,26 @@ def test_writers_read_each_others_ledgers(tmp_path: Path) -> None:
         file.write(b"half")
         first.sweep()  # what another one is writing stays
         assert any(name.startswith(".nv-embed-") for name in os.listdir(tmp_path / "out"))
+
+
+def test_what_others_have_copied_does_not_replace_what_was_written_since(tmp_path: Path) -> None:
+    """Of an input that was edited, and kept its size."""
+    first, second = (Parts(tmp_path / "out", ".npy", 0o600, f"{n}-of-2") for n in (1, 2))
+    first.make()
+    mine, theirs = Ledger(first, "run"), Ledger(second, "run")
+    mine.open()
+    mine.note(REFUSING)
+    mine.note(SliceEnd(2, 1, ((10, 11),)))
+    theirs.read()
+    theirs.open()
+    now = REFUSING._replace(made_of="of other rows", refused=((4, 0, 5, "why"),))
+    mine.note(now)
+    mine.note(SliceEnd(2, 1, ((10, 10),)))
+    theirs.note(REFUSING._replace(slice=3))
+    mine.read()
+    assert mine.refused(mine.shards[REFUSING.key]) == now.refused
+    assert mine.ends[2].spans == ((10, 10),)
+    assert len(mine.shards) == 2
 
 
 def test_proof_needs_a_regular_file_of_these_bytes(parts: Parts, tmp_path: Path) -> None:
