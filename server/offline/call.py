@@ -193,13 +193,13 @@ def check(arguments: argparse.Namespace, job: Job, sources: Sequence[Source]) ->
         _identity(entry) in named for entry in folder.iterdir() if entry.is_file()
     ):
         raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
-    refuse_output_within(arguments.file, job)
+    _refuse_output_within(arguments.file, job)
     ids = [] if arguments.id_field is None else [arguments.id_field]
     names = tuple(dict.fromkeys([*ids, *(arguments.keep or ())]))
     return replace(job, columns=columns_of(names, arguments.id_field, sources))
 
 
-def refuse_output_within(names: Sequence[str], job: Job) -> None:
+def _refuse_output_within(names: Sequence[str], job: Job) -> None:
     """Raises SettingsError for an output that another part would take for an input."""
     # Not where a link of its name leads: it takes that name.
     parent = job.target.parent.resolve()
