@@ -196,7 +196,7 @@ class Batcher:
                     entry.request.answer.set_row(entry.index, row)
         # Last, so that a batch whose rows could not be dealt out is still known to be out.
         self._out.take_back(worker, batch_id)
-        self._schedule()
+        self._compose()  # at once: the answers are written while the worker is at work again
 
     def batch_failed(self, worker: Worker, batch_id: int) -> None:
         batch = self._out.take_back(worker, batch_id)

@@ -24,6 +24,7 @@ from model.user_files import LockedError, locked
 from server.offline.crew import Crew, Task
 from server.offline.earlier import Earlier, OtherSettledError
 from server.offline.job import Job, Row, Rows
+from server.offline.ledger import Ledger
 from server.offline.manifest import (
     as_json,
     description,
@@ -34,7 +35,7 @@ from server.offline.manifest import (
     run_of,
 )
 from server.offline.output import FileOutput, FolderOutput, Output
-from server.offline.parts import Ledger, OutputError, Proof, SliceEnd, Written
+from server.offline.parts import OutputError, Proof, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.reader import Input, Reader
 from server.offline.slices import Slice
@@ -298,6 +299,11 @@ class Run(Generic[Row]):
         elif (now := read_manifest(self._job.manifest)) and now.get("complete"):
             self._manifest, self._is_complete = now, True  # another part was quicker
             self._output.tidy(now)
+        elif not self._job.is_part:
+            raise OutputError(
+                f"{self._job.target}: what this run had written went away or changed; the same "
+                "command with --resume goes on"
+            )
 
     @contextmanager
     def _leaving_nothing(self) -> Iterator[None]:

@@ -193,14 +193,28 @@ def check(arguments: argparse.Namespace, job: Job, sources: Sequence[Source]) ->
         _identity(entry) in named for entry in folder.iterdir() if entry.is_file()
     ):
         raise SettingsError(f"the input lies in {folder}, where this run keeps its shards")
-    for outer in inputs.folders_of(arguments.file):
-        if job.target.resolve().is_relative_to(outer.resolve()):
-            raise SettingsError(
-                f"--output {job.target} lies in {outer}, which is read: name one outside of it"
-            )
+    _refuse_output_within(arguments.file, job)
     ids = [] if arguments.id_field is None else [arguments.id_field]
     names = tuple(dict.fromkeys([*ids, *(arguments.keep or ())]))
     return replace(job, columns=columns_of(names, arguments.id_field, sources))
+
+
+def _refuse_output_within(names: Sequence[str], job: Job) -> None:
+    """Raises SettingsError for an output that another part would take for an input."""
+    # Not where a link of its name leads: it takes that name.
+    parent = job.target.parent.resolve()
+    above = [_identity(path) for path in (job.target, parent, *parent.parents) if path.exists()]
+    for outer in inputs.folders_of(names):
+        if _identity(outer) in above:  # whatever it is called: a link, a URL, another mount
+            raise SettingsError(
+                f"--output {job.target} lies in {outer}, which is read: name one outside of it"
+            )
+    shard = [job.parts(0).path((0, 0))] if job.is_folder else [job.target]
+    for path in (*shard, job.manifest, job.skipped):
+        if pattern := inputs.pattern_of(path, names):
+            raise SettingsError(
+                f"--output {job.target}: {pattern} would match {path}, too: name another"
+            )
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from server.offline.kinds import Kind
 from server.offline.parquet_files import parquet_types
 from server.offline.places import InputFileError
 from server.offline.sources import Source
+from server.offline.times import Nanos, values_of
 
 _HEAD_BYTES = 64 << 10
 """Of the first file of JSON lines: its rows tell the types."""
@@ -199,8 +200,10 @@ def _fits(value: Any, kind: Any) -> bool:
 def _is_arrow(value: Any, kind: Any) -> bool:
     import pyarrow
 
+    if isinstance(value, Nanos):
+        return value.kind == f"{kind}"
     try:
-        return _same(pyarrow.array([value], type=kind).to_pylist()[0], value)
+        return _same(values_of(pyarrow.array([value], type=kind))[0], value)
     except (pyarrow.ArrowException, TypeError, OverflowError, ValueError, RecursionError):
         return False
 

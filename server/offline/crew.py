@@ -27,8 +27,9 @@ from model.platform.resources import usable_cores
 from server.engine.devices import in_child
 from server.errors import SettingsError
 from server.offline.job import Row
+from server.offline.ledger import Ledger
 from server.offline.manifest import Settled
-from server.offline.parts import Ledger, OutputError, SliceEnd, Written
+from server.offline.parts import OutputError, SliceEnd, Written
 from server.offline.places import InputFileError
 from server.offline.reader import Input
 from server.offline.shard_writer import Advance, Recipe, ShardWriter

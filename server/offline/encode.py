@@ -27,6 +27,7 @@ from server.offline.parts import OutputError
 from server.offline.places import InputFileError
 from server.offline.shard_writer import Recipe
 from server.offline.sources import ChangedError
+from server.offline.stores import shown
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -101,7 +102,7 @@ def _why(error: OSError, arguments: argparse.Namespace) -> str:
         where = output if error.filename is None else error.filename
         return f"{where}: {full} ({error.strerror}): make room, {_RESUME}"
     where = (
-        f"{' '.join(map(inputs.shown, arguments.file))} or {output}"
+        f"{' '.join(map(shown, arguments.file))} or {output}"
         if error.filename is None
         else error.filename
     )

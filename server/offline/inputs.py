@@ -5,44 +5,31 @@ Owns how names become sources. Knows nothing of rows or outputs.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
-import io
 import logging
 import os
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from server.errors import SettingsError
 from server.offline import sources
-from server.offline.places import InputFileError
-from server.offline.sources import ChangedError, Source
+from server.offline.sources import Source
+from server.offline.stores import Stored, real_error, shown, store_of
 
 logger = logging.getLogger("nv_embed.encode")
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+)://.+|([a-z][a-z0-9+.-]+)://", re.DOTALL)
 _IN_FOLDERS = (".txt", ".text", ".jsonl", ".ndjson", ".jsonlines", ".jl", ".parquet", ".pq")
 """What a folder's files are taken for by their suffix; a README.md within is no input."""
-_REMOTE_BYTES = 256 << 10
-"""Of one request to a store."""
 _OPENED_AT_ONCE = 16
 """Up to so many files are looked at before anything begins, and stay open."""
-_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs"}
-_PACKAGES |= {"abfs": "adlfs", "abfss": "adlfs", "http": "aiohttp", "https": "aiohttp"}
-
-_USER = re.compile(r"(https?://)[^\s/?#'\"]*@|([a-z0-9]://)[^\s/?#'\"]*:[^\s/?#'\"]*@")
-_WEB_QUERY = re.compile(r"(https?://[^?#'\"]*)[?#][^\s'\"]*")
-_QUERY = re.compile(r"([a-z0-9]://[^?'\"]*)\?[^\s'\"]*=[^\s'\"]*")
-"""In other stores than the web's a ? may be a sign of a pattern."""
-_STAMPS = ("size", "ETag", "etag", "generation", "md5Hash", "mtime")
-_LATER = ("LastModified", "last_modified", "Last-Modified", "updated")
-"""What stores say of a file, and another one of that name has otherwise; _LATER: when it was
-written."""
+_LOCAL = ("file", "local")
+"""What fsspec calls this machine's own files."""
 
 
 def is_url(name: str) -> bool:
@@ -82,8 +69,43 @@ def _refuse_twice(names: Sequence[str]) -> None:
 
 
 def folders_of(names: Sequence[str]) -> list[Path]:
-    """Those of `names` that are local folders."""
-    return [Path(name) for name in names if not is_url(name) and os.path.isdir(name)]
+    """Those of `names` that are folders of this machine."""
+    paths = [path for name in names if (path := _local_path(name)) is not None]
+    return [Path(path) for path in paths if os.path.isdir(path)]
+
+
+def pattern_of(path: Path, names: Sequence[str]) -> str | None:
+    """The first of `names` that is a pattern which a file of this name, once there, matches."""
+    for name in names:
+        pattern = _local_path(name) or ""
+        is_pattern = has_pattern(pattern) and not os.path.exists(pattern)
+        if is_pattern and _matches(_place_of(path).parts, _place_of(Path(pattern)).parts):
+            return name
+    return None
+
+
+def _place_of(path: Path) -> Path:
+    """Whole, through links, but for the last name: a link of that name is replaced."""
+    return path.parent.resolve() / path.name
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """As glob matches: ** is any folders, and nothing but a dot is for what begins with one."""
+    if not (parts and pattern):
+        return not parts and all(one == "**" for one in pattern)
+    first, one = pattern[0], parts[0]
+    fits = not one.startswith(".") or first.startswith(".")
+    if first == "**":
+        return _matches(parts, pattern[1:]) or (fits and _matches(parts[1:], pattern))
+    return fits and fnmatch.fnmatchcase(one, first) and _matches(parts[1:], pattern[1:])
+
+
+def _local_path(name: str) -> str | None:
+    """What a name stands for on this machine; None of other machines' URLs."""
+    if not is_url(name):
+        return name
+    scheme = name.partition("://")[0]
+    return f"{store_of(name, scheme)[1]}" if scheme in _LOCAL else None
 
 
 def _made(name: str, maker: Callable[[], Source]) -> Source:
@@ -150,108 +172,10 @@ def _say_left_out(folder: str, others: list[str]) -> None:
 # URLs
 
 
-def shown(text: str) -> str:
-    """Without what gives access: the query of its URLs, and the name and password in them.
-    The container of Azure's abfs://container@account stays."""
-    bare = _USER.sub(lambda found: found[1] or found[2], text)
-    return _QUERY.sub(r"\1", _WEB_QUERY.sub(r"\1", bare))
-
-
-class _Stored:
-    """A file in a store, and what the store said of it when the run began."""
-
-    def __init__(self, name: str, files: Any, path: str, info: Mapping[str, Any]) -> None:
-        self.name, self._files, self._path = name, files, path
-        self.size: int = info["size"]
-        self._stamp = _stamp(info)
-
-    def check(self) -> None:
-        """Raises ChangedError for another file of that name, InputFileError when nobody says."""
-        try:
-            self._files.invalidate_cache(self._path)
-            now = _stamp(self._files.info(self._path))
-        except Exception as error:  # of the store's own kinds
-            raise self._failed(error) from None
-        if any(now.get(name) != value for name, value in self._stamp.items()):
-            raise self._changed()
-
-    def read(self, begin: int, end: int) -> bytes:
-        try:
-            data: bytes = self._files.cat_file(self._path, start=begin, end=end)
-        except Exception as error:
-            if "416" in f"{error}":  # there is nothing at this range any more
-                self.check()
-            raise self._failed(error) from None
-        if len(data) > end - begin:
-            raise InputFileError(f"{self.name}: the store sends no parts of a file: fetch it first")
-        if len(data) < end - begin:
-            raise self._changed()
-        return data
-
-    def _changed(self) -> ChangedError:
-        return ChangedError(f"{self.name} changed while it was read")
-
-    def _failed(self, error: Exception) -> InputFileError | ChangedError:
-        error = _real(self.name, error)
-        if isinstance(error, FileNotFoundError):
-            return ChangedError(f"{self.name} went away while it was read")
-        why = shown(f"{error}") or type(error).__name__
-        return InputFileError(
-            f"{self.name} cannot be read: {why}; when it can, the same command with --resume goes "
-            "on"
-        )
-
-
-def _real(url: str, error: Exception) -> Exception:
-    """What is behind a FileNotFoundError, which fsspec makes of every failure over HTTP."""
-    cause = error.__cause__
-    is_masked = isinstance(error, FileNotFoundError) and url.startswith("http")
-    if is_masked and isinstance(cause, Exception) and getattr(cause, "status", 0) not in (404, 410):
-        return cause
-    return error
-
-
-def _stamp(info: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: info[name] for name in (*_STAMPS, *_LATER) if info.get(name) is not None}
-    if set(found) <= {"size"} and info.get("created") is not None:
-        found["created"] = info["created"]
-    return found
-
-
-class _Ranges(io.RawIOBase):
-    """Of a file in a store only the bytes that are asked for are fetched."""
-
-    def __init__(self, stored: _Stored) -> None:
-        self._stored, self._size, self._at = stored, stored.size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        self._at = origin + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
-            return 0
-        data = self._stored.read(self._at, end)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-
 def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]:
     scheme = url.partition("://")[0]
-    files, path = _store(url, scheme)
-    if scheme in ("file", "local"):
+    files, path = store_of(url, scheme)
+    if scheme in _LOCAL:
         return _makers(path, alone=alone)
     is_web = scheme in ("http", "https")  # where a ? begins the query
     has_signs = has_pattern(url.partition("?")[0] if is_web else url)
@@ -266,7 +190,7 @@ def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]
     except SettingsError:
         raise
     except Exception as error:  # of the store's own kinds
-        why = _real(url, error)
+        why = real_error(url, error)
         if isinstance(why, FileNotFoundError):
             raise SettingsError(f"there is no file {shown(url)}") from None
         said = shown(f"{why}") or type(why).__name__
@@ -283,7 +207,7 @@ def _remote(url: str, *, alone: bool) -> list[tuple[str, Callable[..., Source]]]
                 f"{name}: the store does not say its size, by which inputs are cut: fetch it "
                 "first, or send it through a pipe (nv-embed encode - -o OUT)"
             )
-        made.append((name, partial(_fetched, _Stored(name, files, path, info))))
+        made.append((name, partial(_fetched, Stored(name, files, path, info))))
     return made
 
 
@@ -301,27 +225,5 @@ def _within_store(url: str, files: Any, folder: str) -> list[str]:
     return found
 
 
-def _fetched(stored: _Stored, *, looked_at: bool) -> Source:
-    def opener() -> BinaryIO:
-        return cast("BinaryIO", io.BufferedReader(_Ranges(stored), _REMOTE_BYTES))
-
-    return sources.remote(stored.name, stored.size, opener, stored.check)
-
-
-def _store(url: str, scheme: str) -> tuple[Any, str]:
-    """fsspec's file system, and the path within. Raises SettingsError with how to get it."""
-    pip = shlex.join([sys.executable, "-m", "pip", "install"])
-    try:
-        import fsspec
-    except ImportError:
-        needed = f"fsspec {_PACKAGES.get(scheme, '')}".strip()
-        raise SettingsError(f"{shown(url)} needs fsspec: {pip} {needed}") from None
-    try:
-        files, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = _PACKAGES.get(scheme)
-        how = f"{pip} {package}" if package else f"{error}"
-        raise SettingsError(f"{shown(url)} needs another package: {how}") from None
-    except ValueError as error:
-        raise SettingsError(f"{shown(url)}: {shown(f'{error}')}") from None
-    return files, path
+def _fetched(stored: Stored, *, looked_at: bool) -> Source:
+    return sources.remote(stored.name, stored.size, stored.open, stored.check)

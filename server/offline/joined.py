@@ -9,14 +9,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import orjson
-
-from model.errors import FileError
 from model.user_files import open_regular
+from server.offline import notes
 from server.offline.parts import Parts, Proof, Shard, Written, written_of
 from server.offline.vector_files import Body, VectorFormat
 
@@ -47,10 +46,13 @@ class Joined:
     def shards(self) -> list[Written]:
         return [piece.shard for piece in self._pieces]
 
-    def read(self, target: Path) -> None:
+    def read(self, target: Path, is_known: Callable[[Written], bool]) -> None:
         """What an earlier run has put here, as far as it is still what it noted; `target` is where
-        the finished file was going."""
+        the finished file was going. is_known: whether all else is known of a shard."""
         pieces, whole = self._noted()
+        known = list(takewhile(lambda piece: is_known(piece.shard), pieces))
+        if len(known) < len(pieces):
+            pieces, whole = known, None
         if whole is not None and not self._path.exists() and whole.holds(target):
             self._proof = whole
         elif not self._path.is_file() or self._path.is_symlink():
@@ -66,10 +68,10 @@ class Joined:
             with os.fdopen(os.open(self._path, flags, self._parts.mode), "r+b") as file:
                 file.truncate(self._end)
         with self._parts.replacing(self._notes) as file:
-            file.write(orjson.dumps({"run": self._run}) + b"\n")
-            file.writelines(map(_line, self._pieces))
+            file.write(notes.line_of({"run": self._run}))
+            file.writelines(notes.line_of(_fields_of(piece)) for piece in self._pieces)
             if self._proof is not None:
-                file.write(_proof_line(self._proof))
+                file.write(notes.line_of(_fields_of_proof(self._proof)))
 
     @property
     def _end(self) -> int:
@@ -107,7 +109,7 @@ class Joined:
             file.flush()
             os.fsync(file.fileno())
         piece = _Piece(shard, start, body, digest)
-        self._note(_line(piece))
+        notes.append(self._notes, _fields_of(piece))
         self._pieces.append(piece)
         path.unlink(missing_ok=True)
 
@@ -127,29 +129,15 @@ class Joined:
             file.flush()
             os.fsync(file.fileno())
             self._proof = Proof.of(file)
-        self._note(_proof_line(self._proof))
+        notes.append(self._notes, _fields_of_proof(self._proof))
         os.replace(self._path, target)
         return self._proof
 
-    def _note(self, line: bytes) -> None:
-        """On disk when this returns."""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(self._notes, flags), "ab") as notes:
-            notes.write(line)
-            notes.flush()
-            os.fsync(notes.fileno())
-
     def _noted(self) -> tuple[list[_Piece], Proof | None]:
-        try:
-            with open_regular(self._notes) as file:
-                lines = file.read().splitlines()
-        except (FileNotFoundError, FileError):
-            return [], None
         pieces: list[_Piece] = []
         whole, is_ours = None, False
-        for line in lines:
+        for _, found in notes.read(self._notes):
             try:
-                found = orjson.loads(line)
                 if "run" in found:
                     is_ours = found["run"] == self._run
                 elif is_ours and "whole" in found:
@@ -187,15 +175,14 @@ def _copy(part: BinaryIO, file: BinaryIO, body: Body) -> str:
     return digest.hexdigest()
 
 
-def _line(piece: _Piece) -> bytes:
+def _fields_of(piece: _Piece) -> dict[str, object]:
     tail = base64.b64encode(piece.body.tail).decode()
-    fields = {
+    return {
         "shard": list(piece.shard),
         "start": piece.start,
         "body": [piece.body.begin, piece.body.size, tail],
         "sha256": piece.sha256,
     }
-    return orjson.dumps(fields) + b"\n"
 
 
 def _piece_of(fields: dict[str, object]) -> _Piece:
@@ -209,5 +196,5 @@ def _piece_of(fields: dict[str, object]) -> _Piece:
     )
 
 
-def _proof_line(proof: Proof) -> bytes:
-    return orjson.dumps({"whole": [proof.size, proof.sha256, proof.made_of]}) + b"\n"
+def _fields_of_proof(proof: Proof) -> dict[str, object]:
+    return {"whole": [proof.size, proof.sha256, proof.made_of]}

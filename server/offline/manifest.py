@@ -8,11 +8,11 @@ writes it. Knows neither how rows are read nor how vectors are written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -24,7 +24,15 @@ from model.prompts import Parts, Prompt, written
 from model.user_files import open_regular
 from server.api import vector_format
 from server.offline.job import Job
-from server.offline.parts import Key, OutputError, SliceEnd, Written, end_of, written_of
+from server.offline.parts import (
+    Key,
+    OutputError,
+    Refusals,
+    SliceEnd,
+    Written,
+    end_of,
+    written_of,
+)
 from server.offline.slices import INDEX_BITS, Slice
 from server.offline.sources import Source
 
@@ -152,56 +160,52 @@ def _digest(examples: Parts) -> str | None:
     return hashlib.sha256(orjson.dumps(examples)).hexdigest() if examples else None
 
 
-class Outcome(NamedTuple):
-    """What a run came to."""
-
-    manifest: dict[str, Any]
-    skipped: Iterator[dict[str, Any]]  # file, row (its line's number), index, why; once
-
-
 def outcome(
     plan: Sequence[Slice],
-    names: Sequence[str],
+    inputs: int,
     shards: Mapping[Key, Written],
     ends: Mapping[int, SliceEnd],
     *,
     path_of: Mapping[Key, str] | None,
-) -> Outcome | None:
-    """None while shards are missing. names: of the inputs; path_of: the shards' files, None where
-    there is one file."""
-    rows = vectors = skipped = 0
+) -> dict[str, Any] | None:
+    """None while shards are missing. inputs: how many; path_of: the shards' files, None where there
+    is one file."""
+    rows = vectors = 0
     files = []
-    per_input = [0] * len(names)
+    per_input = [0] * inputs
     for one in plan:
         end = ends.get(one.number)
         if end is None or any((one.number, n) not in shards for n in range(end.shards)):
+            return None
+        if len(end.spans) != len(one.spans):
             return None
         for span, (count, _) in zip(one.spans, end.spans, strict=True):
             per_input[span.source] += count
         for number in range(end.shards):
             shard = shards[one.number, number]
-            skipped += len(shard.refused)
             if path_of is not None:
                 files.append({"name": path_of[shard.key], "first_row": rows, **_file(shard)})
             rows += shard.rows
             vectors += shard.vectors
-    found: dict[str, Any] = {"rows": vectors, "skipped": skipped}
+    found: dict[str, Any] = {"rows": vectors, "skipped": rows - vectors}
     found["rows_of_inputs"] = per_input
     if path_of is not None:
         found["slices"] = [list(ends[one.number][1:]) for one in plan]
         found["files"] = files
-    return Outcome(found, _skipped(plan, names, shards, ends, is_folder=path_of is not None))
+    return found
 
 
-def _skipped(
+def skipped_rows(
     plan: Sequence[Slice],
     names: Sequence[str],
     shards: Mapping[Key, Written],
     ends: Mapping[int, SliceEnd],
+    refused: Callable[[Written], Refusals],
     *,
     is_folder: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Made as they are written. index: that which the row's vector would have."""
+    """File, row (its line's number), index (that which its vector would have) and why: made as they
+    are written. names: of the inputs; refused: of a shard."""
     rows = 0
     lines: dict[int, int] = {}
     for one in plan:
@@ -212,7 +216,7 @@ def _skipped(
         for number in range(end.shards):
             shard = shards[one.number, number]
             first = one.first_index + shard.first if is_folder else rows
-            for row, place, line, why in shard.refused:
+            for row, place, line, why in refused(shard):
                 name = printable(names[one.spans[place].source])
                 where = {"file": name, "row": before[place] + line, "index": first + row}
                 yield {**where, "why": why}
@@ -220,7 +224,7 @@ def _skipped(
 
 
 def _file(shard: Written) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    return {
         "first_index": (shard.slice << INDEX_BITS) + shard.first,
         "rows": shard.vectors,
         "read": shard.rows,
@@ -228,7 +232,6 @@ def _file(shard: Written) -> dict[str, Any]:
         "sha256": shard.sha256,
         "made_of": shard.made_of,
     }
-    return {**found, "refused": shard.refused} if shard.refused else found
 
 
 def noted_by(manifest: Mapping[str, Any]) -> tuple[dict[Key, Written], dict[int, SliceEnd]]:
@@ -243,8 +246,7 @@ def noted_by(manifest: Mapping[str, Any]) -> tuple[dict[Key, Written], dict[int,
                 file: Any = next(left, {})
                 first = file["first_index"] & ((1 << INDEX_BITS) - 1)
                 facts = (file["read"], file["rows"], file["size"], file["sha256"])
-                fields = (number, inner, first, *facts, file["made_of"], file.get("refused", ()))
-                one = written_of(fields)
+                one = written_of((number, inner, first, *facts, file["made_of"], ()))
                 shards[one.key] = one
     return shards, ends
 

@@ -16,8 +16,9 @@ import orjson
 
 from server.offline.job import Job
 from server.offline.joined import Joined
-from server.offline.manifest import Outcome, made_of, noted_by, outcome, printable
-from server.offline.parts import Key, Ledger, Parts, Shard, SliceEnd, Written
+from server.offline.ledger import ForgottenError, Ledger
+from server.offline.manifest import made_of, noted_by, outcome, printable, skipped_rows
+from server.offline.parts import Key, Parts, Shard, SliceEnd, Written
 from server.offline.slices import Slice
 
 
@@ -75,14 +76,22 @@ class Output(ABC):
     def tidy(self, manifest: Mapping[str, Any]) -> None:
         """With the manifest written: remove what only a run that goes on needs."""
 
-    def _write_skipped(self, found: Outcome) -> None:
-        path = self._job.skipped
-        if not found.manifest["skipped"]:
-            with suppress(FileNotFoundError):
-                path.unlink()
-            return
-        with self._parts.replacing(path) as file:
-            file.writelines(orjson.dumps(one) + b"\n" for one in found.skipped)
+    def _write_skipped(
+        self,
+        plan: Sequence[Slice],
+        names: Sequence[str],
+        shards: Mapping[Key, Written],
+        *,
+        is_folder: bool,
+    ) -> None:
+        """Raises ForgottenError."""
+        ledger = self._ledger
+        rows = skipped_rows(plan, names, shards, ledger.ends, ledger.refused, is_folder=is_folder)
+        with self._parts.replacing(self._job.skipped) as file:
+            file.writelines(orjson.dumps(one) + b"\n" for one in rows)
+
+    def _none_skipped(self) -> None:
+        self._job.skipped.unlink(missing_ok=True)
 
 
 class FolderOutput(Output):
@@ -103,19 +112,41 @@ class FolderOutput(Output):
     def end(self, plan: Sequence[Slice], names: Sequence[str]) -> dict[str, Any] | None:
         self._ledger.read()
         shards = self._ledger.shards
-        found = outcome(plan, names, shards, self._ledger.ends, path_of=self._names())
+        found = outcome(plan, len(names), shards, self._ledger.ends, path_of=self._names())
         if found is None:
             return None
-        for file in found.manifest["files"]:
+        for file in found["files"]:
             with suppress(OSError):
                 if (self._parts.folder / file["name"]).stat().st_size == file["size"]:
                     continue
             return None
-        self._write_skipped(found)
-        return found.manifest
+        return found if self._end_skipped(found, plan, names) else None
+
+    def _end_skipped(
+        self, found: Mapping[str, Any], plan: Sequence[Slice], names: Sequence[str]
+    ) -> bool:
+        """False where another part has put all together meanwhile, or begins its ledger anew."""
+        if not found["skipped"]:
+            self._none_skipped()
+            self._parts.ledger_of_refused.unlink(missing_ok=True)
+            return True
+        ledger = self._ledger
+        try:
+            self._write_skipped(plan, names, ledger.shards, is_folder=True)
+            ledger.keep(
+                (one.number, number)
+                for one in plan
+                for number in range(ledger.ends[one.number].shards)
+            )
+        except ForgottenError:
+            return False
+        return True
 
     def tidy(self, manifest: Mapping[str, Any]) -> None:
-        self._parts.finish(file["name"] for file in manifest["files"])
+        kept = [file["name"] for file in manifest["files"]]
+        if manifest["skipped"]:
+            kept.append(self._parts.ledger_of_refused.name)
+        self._parts.finish(kept)
 
     def _names(self) -> dict[Key, str]:
         return {key: self._parts.path(key).name for key in self._ledger.shards}
@@ -134,7 +165,7 @@ class FileOutput(Output):
     def read(self, run: str, manifest: Mapping[str, Any]) -> None:
         super().read(run, manifest)
         self._joined = Joined(self._parts, self._job.format, run)
-        self._joined.read(self._job.target)
+        self._joined.read(self._job.target, self._ledger.tells_refused)
 
     def open(self, run: str) -> None:
         super().open(run)
@@ -175,12 +206,15 @@ class FileOutput(Output):
         self._joined.cut(self._count)  # of an input that was longer
         proof = self._joined.finish(self._job.target)
         shards = {one.key: one for one in self._joined.shards}
-        found = outcome(plan, names, shards, self._ledger.ends, path_of=None)
+        found = outcome(plan, len(names), shards, self._ledger.ends, path_of=None)
         assert found is not None
-        self._write_skipped(found)
+        if found["skipped"]:
+            self._write_skipped(plan, names, shards, is_folder=False)
+        else:
+            self._none_skipped()
         proof = replace(proof, made_of=made_of(one.made_of for one in self._joined.shards))
         files = [{"name": printable(self._job.target.name), **asdict(proof)}]
-        return {**found.manifest, "files": files}
+        return {**found, "files": files}
 
     def tidy(self, manifest: Mapping[str, Any]) -> None:
         self._parts.clear()

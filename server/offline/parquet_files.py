@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from model.extras import how_to_install
 from server.offline.places import InputFileError, Place, Refused
 from server.offline.sources import Source
+from server.offline.times import UNREADABLE, values_of
 
-_UNREADABLE = object()
+_MOST_INT96_US = ((1 << 63) - 1) // 1000
+"""Before and after 1970 that nanoseconds reach."""
 
 
 def parquet_rows(
@@ -29,22 +31,49 @@ def parquet_rows(
         _check_names(source, file.schema_arrow.names, (field, *columns), field)
         wanted = list(dict.fromkeys((field, *columns)))
         groups = list(range(place.begin, end))
+        wrapped = _wrapped(source, opened, groups, columns)
         batches = file.iter_batches(1024, row_groups=groups, columns=wanted) if groups else ()
         for batch in batches:
-            cells = {name: _values(batch.column(name)) for name in wanted}
+            cells = {name: values_of(batch.column(name)) for name in wanted}
             kept = zip(*(cells[name] for name in columns), strict=True) if columns else None
             for text in cells[field]:
                 number += 1
                 place.lines, place.read = number, number / total
                 values = next(kept) if kept else ()
-                if _UNREADABLE in values:
-                    name = columns[values.index(_UNREADABLE)]
+                if UNREADABLE in values or number in wrapped:
+                    name = wrapped.get(number) or columns[values.index(UNREADABLE)]
                     yield place.refused(number, _inexact(name))
                 else:
                     yield number, text, values
     except (pyarrow.ArrowException, OSError) as error:
         raise InputFileError(f"{place.at(number + 1)}: not to be read: {error}") from None
     source.check_unchanged()
+
+
+def _wrapped(
+    source: Source, opened: _Opened, groups: Sequence[int], columns: Sequence[str]
+) -> Mapping[int, str]:
+    """Rows of these groups, numbered from 1, with a time that Arrow would give as another one, and
+    the column's name: it reads INT96, as Spark writes it, as nanoseconds, and 9999 as 1816."""
+    import pyarrow
+    from pyarrow import compute
+
+    schema = opened.file.schema
+    every = [schema.column(place) for place in range(len(schema))]
+    names = [one.path for one in every if one.physical_type == "INT96" and one.path in columns]
+    found: dict[int, str] = {}
+    if not (names and groups):
+        return found
+    exact = import_parquet().ParquetFile(source.open(), coerce_int96_timestamp_unit="us")
+    number = 1
+    for batch in exact.iter_batches(1024, row_groups=groups, columns=names):
+        for name in names:
+            micros = batch.column(name).cast(pyarrow.int64())
+            outside = compute.greater(compute.abs(micros), _MOST_INT96_US)
+            for place in compute.indices_nonzero(outside).to_pylist():
+                found.setdefault(number + place, name)
+        number += len(batch)
+    return found
 
 
 def row_groups(source: Source) -> Sequence[int]:
@@ -101,26 +130,11 @@ def _check_names(
             )
 
 
-def _values(column: Any) -> list[Any]:
-    """Values of Python, none of them rounded; _UNREADABLE for what Python has no value for."""
-    try:
-        found: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError):
-        return [_value(cell) for cell in column]
-    return found
-
-
-def _value(cell: Any) -> Any:
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError):
-        return _UNREADABLE
-
-
 def _inexact(name: str) -> str:
     return (
-        f"{name!r} cannot be kept as it is: a time with nanoseconds or outside of the years 1 to "
-        "9999, or a text that is not UTF-8"
+        f"{name!r} cannot be kept as it is: nanoseconds within a list or a struct, a time outside "
+        "of the years 1 to 9999 (1678 to 2261 as INT96), or a text that is not UTF-8; cast the "
+        "column first, or leave it out"
     )
 
 

@@ -1,8 +1,8 @@
-"""The files of one run: shards that are proven, and what each writer notes of them.
+"""The files of one run: which are its own, which shards are proven, what goes at its end.
 
-Nothing here is believed for its name. A shard counts when a ledger of the same run has its size and
-hash, and when it was made of the same rows; temporary files have names that nobody can guess.
-Several writers share a folder: each has a ledger of its own and reads all. Knows neither models nor
+Nothing here is believed for its name. A shard counts when a ledger of the same run
+(server/offline/ledger.py) has its size and hash, and when it was made of the same rows; temporary
+files have names that nobody can guess. Several writers share a folder. Knows neither models nor
 what a shard holds.
 """
 
@@ -15,14 +15,11 @@ import re
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import orjson
-
-from model.errors import FileError
-from model.user_files import TEMPORARY, open_regular, replacing_bytes
+from model.user_files import TEMPORARY, replacing_bytes
 from server.offline.kept_rows import Keeper
 
 _SHARD = r"part-(\d{5,})-(\d{5,})\.(npy|jsonl|jsonl\.gz|jsonl\.zst|parquet)"
@@ -34,6 +31,8 @@ _OURS = re.compile(rf"{_SHARD}|{_STATE}|part-\d{{5,}}\.(npy|jsonl|parquet)")
 
 Key = tuple[int, int]
 """Of a shard: its slice, and which of the slice's it is."""
+Refusals = tuple[tuple[int, int, int, str], ...]
+"""Of a shard's rows: which row of the shard, span, number in the span, why."""
 
 
 class OutputError(Exception):
@@ -93,8 +92,10 @@ class Proof:
 
 
 class Written(NamedTuple):
-    """A shard that is on disk: rows of the input, rows of the output, and those that were refused,
-    each as [which row of the shard, span, number in the span, why]."""
+    """A shard that is on disk: rows of the input, rows of the output, and those that were refused.
+
+    Once it is noted, `refused` is empty, for that may be much: see Ledger.refused.
+    """
 
     slice: int
     number: int
@@ -104,7 +105,7 @@ class Written(NamedTuple):
     size: int
     sha256: str
     made_of: str
-    refused: tuple[tuple[int, int, int, str], ...] = ()
+    refused: Refusals = ()
 
     @property
     def key(self) -> Key:
@@ -147,6 +148,11 @@ class Parts:
     @property
     def ledger(self) -> Path:
         return self.folder / (f".ledger-{self.tag}.jsonl" if self.tag else ".ledger.jsonl")
+
+    @property
+    def ledger_of_refused(self) -> Path:
+        """What stays of the ledgers when all shards are there."""
+        return self.folder / ".ledger-refused.jsonl"
 
     @property
     def joined(self) -> Path:
@@ -251,84 +257,6 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-@dataclass(slots=True)
-class Ledger:
-    """What the writers of a run have noted: shards, and slices that were read to their end.
-
-    Each line is on disk before the next shard begins. `run` names what all of them depend on: what
-    others have noted under another name is not read.
-    """
-
-    parts: Parts
-    run: str = ""
-    shards: dict[Key, Written] = field(default_factory=dict)
-    ends: dict[int, SliceEnd] = field(default_factory=dict)
-
-    def read(self) -> None:
-        """All ledgers that are there. Half a line, of a killed run, is none."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for name in sorted(os.listdir(self.parts.folder)):
-                if name.startswith(".ledger") and name.endswith(".jsonl"):
-                    self._read(self.parts.folder / name)
-
-    def open(self) -> None:
-        """Begin this writer's own, with all that is known."""
-        with self.parts.replacing(self.parts.ledger) as file:
-            file.write(orjson.dumps({"run": self.run}) + b"\n")
-            file.writelines(map(_line, self.shards.values()))
-            file.writelines(map(_line, self.ends.values()))
-
-    def has(self, shard: Shard) -> bool:
-        """Whether the shard is there, whole, and of these rows."""
-        found = self.shards.get(shard.key)
-        return (
-            found is not None
-            and found.is_of(shard)
-            and found.proof.holds(self.parts.path(shard.key))
-        )
-
-    def note(self, what: Written | SliceEnd) -> None:
-        if isinstance(what, SliceEnd):
-            if self.ends.get(what.slice) == what:
-                return
-            self.ends[what.slice] = what
-        else:
-            self.shards[what.key] = what
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            descriptor = os.open(self.parts.ledger, flags)
-        except FileNotFoundError:  # parts of another number have found the folder complete
-            self.open()
-            return
-        with os.fdopen(descriptor, "ab") as file:
-            file.write(_line(what))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read(self, path: Path) -> None:
-        try:
-            with open_regular(path) as file:
-                lines = file.read().splitlines()
-        except (FileNotFoundError, FileError):
-            return
-        named = None
-        for line in lines:
-            with suppress(ValueError, TypeError, KeyError):
-                found = orjson.loads(line)
-                if isinstance(found, dict):
-                    named = found["run"]
-                elif named == self.run:
-                    self._take(found)
-
-    def _take(self, found: list[object]) -> None:
-        if len(found) == len(SliceEnd._fields):
-            end = end_of(found)
-            self.ends[end.slice] = end
-        elif len(found) == len(Written._fields):
-            one = written_of(found)
-            self.shards[one.key] = one
-
-
 def written_of(fields: Sequence[object]) -> Written:
     """What a file says of a shard. Raises TypeError, ValueError for what is none."""
     *numbers, sha256, made_of, refusals = fields
@@ -357,7 +285,3 @@ def end_of(fields: Sequence[object]) -> SliceEnd:
 
 def _are_counts(values: Iterable[object]) -> bool:
     return all(type(one) is int and one >= 0 for one in values)
-
-
-def _line(what: Written | SliceEnd) -> bytes:
-    return orjson.dumps(list(what)) + b"\n"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from server.api.vector_format import int8_scale, numbers
 from server.offline import parquet_footer
 from server.offline.parquet_files import import_parquet
+from server.offline.times import array_of
 
 OutputDtype = Literal["float32", "float16", "int8"]
 Columns = Mapping[str, tuple[list[Any], Callable[[str], Any]]]
@@ -181,7 +182,7 @@ class Parquet(VectorFormat):
         width = vectors.shape[1]
         flat = arrow.array(numbers(vectors, self.dtype).ravel())
         beside = {
-            name: arrow.array(values, type=type_of(name))
+            name: array_of(values, type_of(name))
             for name, (values, type_of) in (columns or {}).items()
         }
         table = arrow.table(

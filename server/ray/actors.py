@@ -28,8 +28,9 @@ from server.errors import SettingsError
 from server.offline import call
 from server.offline.crew import Failure, refuse_another
 from server.offline.inputs import is_url, opened
+from server.offline.ledger import Ledger
 from server.offline.manifest import Settled
-from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.parts import SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
@@ -102,7 +103,7 @@ class Actors:
             **self._needs,
         )
         for row in found.iter_rows():
-            yield from _taken(pickle.loads(row["found"]))  # noqa: S301  (of our own actors)
+            yield _taken(pickle.loads(row["found"]))  # noqa: S301  (of our own actors)
 
 
 def _refuse_silence(address: str) -> None:
@@ -201,19 +202,22 @@ class _SliceWriter:
         self._sources = _Reopened(work.inputs)
         self._ledger = work.ledger
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+        """A row for each shard: which rows were refused may be much, of a slice of short lines."""
         (raw,) = batch["slice"]
-        return {"found": [pickle.dumps(self._failure or self._written(pickle.loads(raw)))]}  # noqa: S301
+        for one in self._written(pickle.loads(raw)):  # noqa: S301
+            yield {"found": [pickle.dumps(one)]}
 
-    def _written(self, which: Slice) -> list[Written | SliceEnd] | Failure:
+    def _written(self, which: Slice) -> Iterator[Written | SliceEnd | Failure]:
+        if self._failure is not None:
+            yield self._failure
+            return
         try:
-            return [
-                *self._writer.write_slice(
-                    which, self._sources, self._rows, self._job, self._ledger.has
-                )
-            ]
+            yield from self._writer.write_slice(
+                which, self._sources, self._rows, self._job, self._ledger.has
+            )
         except Exception as error:
-            return Failure.of(error)
+            yield Failure.of(error)
 
 
 def _taken(said: Any) -> Any:

@@ -343,7 +343,7 @@ class _Replica:
         self.loop.do(0.0, partial(self._done, worker, entries))
 
     def _done(self, worker: _Worker, entries: Sequence[Entry[_Request]]) -> None:
-        """Answers are written before the next batch is composed: their tasks wake first."""
+        """The next batch is composed before the answers are written."""
         front = self._setup.front
         for entry in entries:
             request = entry.request.answer
@@ -352,7 +352,7 @@ class _Replica:
                 seconds = front.write + front.row * len(request.arrival.tokens)
                 self.loop.do(seconds, partial(self._finish, request, 200))
         worker.given -= 1
-        self._schedule()
+        self._compose()
 
 
 def _encoding(number: int, tokens: int) -> Encoding:

@@ -137,15 +137,22 @@ def test_two_at_once_never_mix(golden_checkpoint: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_many_lines_take_constant_memory(golden_checkpoint: Path, tmp_path: Path) -> None:
-    """The peak with all lines is the peak with a few shards' worth, and a little."""
+@pytest.mark.parametrize(
+    ("refused", "suffix"), [(0, ".npy"), (9, ".npy"), (9, "/")], ids=["file", "refused", "folder"]
+)
+def test_many_lines_take_constant_memory(
+    golden_checkpoint: Path, tmp_path: Path, refused: int, suffix: str
+) -> None:
+    """The peak with all lines is the peak with a few shards' worth, and a little. refused: so many
+    rows beside each line."""
 
     def peak(lines: int) -> int:
-        source, target = tmp_path / f"{lines}.txt", tmp_path / f"{lines}.npy"
+        source, target = tmp_path / f"{lines}.txt", f"{tmp_path}/{lines}{suffix}"
         with source.open("w") as file:
-            file.writelines(f"line {number}\n" for number in range(lines))
+            file.writelines(f"line {number}\n" + "\n" * refused for number in range(lines))
         options = ("--runner", "tests.server.runners:Null", "--shard-size", "2048")
-        process = start(golden_checkpoint, str(source), "-o", str(target), *options)
+        options += ("--on-error", "skip")
+        process = start(golden_checkpoint, str(source), "-o", target, *options)
         highest = 0
         while process.poll() is None:
             try:
@@ -157,7 +164,12 @@ def test_many_lines_take_constant_memory(golden_checkpoint: Path, tmp_path: Path
                     highest = max(highest, int(line.split()[1]))
             time.sleep(0.01)
         finish(process)
-        assert np.load(target, mmap_mode="r").shape == (lines, 64)
+        found = [Path(target)] if suffix == ".npy" else Path(target).glob("*.npy")
+        assert sum(len(np.load(path, mmap_mode="r")) for path in found) == lines
+        skipped = f"{target}skipped.jsonl" if suffix == "/" else f"{target}.skipped.jsonl"
+        if refused:
+            with open(skipped, "rb") as file:
+                assert sum(1 for _ in file) == refused * lines
         return highest
 
     few, many = peak(10_000), peak(LINES)

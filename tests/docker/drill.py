@@ -8,16 +8,13 @@ where a program is missing.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,9 +23,9 @@ import httpx
 from tests.checkpoints import write_checkpoint
 from tests.server.processes import ServerProcess, free_ports
 from tests.server.questions import RUNNERS
+from tests.server.steady_load import SteadyLoad
 
 DOCKER = Path(__file__).parents[2] / "docker"
-CONNECTIONS = 16
 PAUSE_S = 0.02
 """Between two requests of a connection: else instant refusals would be most of what is counted."""
 LEAST_REQUESTS = 1_000
@@ -86,7 +83,7 @@ class _Drill:
         ports = free_ports(3)
         servers = {port: self.start(port, options) for port in ports[1:]}
         try:
-            with proxy(self._folder, ports, bare) as url, _Load(url) as load:
+            with proxy(self._folder, ports, bare) as url, _loaded(url) as load:
                 time.sleep(1)
                 for port, server in list(servers.items()):
                     if server.stop() != 0:
@@ -110,7 +107,7 @@ class _Drill:
         ports = free_ports(3)
         first = self.start(ports[1], options)
         try:
-            with connections_only(self._folder, ports) as url, _Load(url) as load:
+            with connections_only(self._folder, ports) as url, _loaded(url) as load:
                 time.sleep(2)
                 second = self.start(ports[2], options)
                 try:
@@ -130,43 +127,12 @@ class _Drill:
         return [f"{title}: a server added later got {share:.0%} {dict(load.seen)}"]
 
 
+def _loaded(url: str) -> SteadyLoad:
+    return SteadyLoad(url, pause=PAUSE_S, timeout=30)
+
+
 def _answered(server: ServerProcess) -> float:
     return server.metric('nv_embed_requests_total{route="embeddings",status="200"}')
-
-
-class _Load:
-    """Connections that ask again and again, until the block ends."""
-
-    def __init__(self, url: str) -> None:
-        self._url, self._stop = url, threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
-        self.seen: Counter[str] = Counter()
-
-    def __enter__(self) -> _Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    async def _ask_all(self) -> None:
-        await asyncio.gather(*(self._ask(number) for number in range(CONNECTIONS)))
-
-    async def _ask(self, number: int) -> None:
-        """A connection of its own."""
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        async with httpx.AsyncClient(base_url=self._url, timeout=30, limits=limits) as client:
-            count = 0
-            while not self._stop.is_set():
-                count += 1
-                try:
-                    body = {"input": f"text {count} of connection {number}"}
-                    answer = await client.post("/v1/embeddings", json=body)
-                    self.seen[f"{answer.status_code}"] += 1
-                except httpx.HTTPError as error:
-                    self.seen[type(error).__name__] += 1
-                await asyncio.sleep(PAUSE_S)
 
 
 # The proxies: in front of ports[1:], at ports[0]

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +35,7 @@ from tests.ray.cluster import APPLICATION, Cluster, Config
 from tests.ray.program import in_own_network
 from tests.server.processes import ServerProcess
 from tests.server.questions import RUNNERS
+from tests.server.steady_load import CONNECTIONS, Asking, SteadyLoad
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "docker/ray/serve.yaml"
@@ -49,7 +49,6 @@ MODES = {
     },
 }
 PORT, METRICS_PORT = 8000, 9100
-CONNECTIONS = 16
 REQUESTS = 1_000
 KILL_AT = 300
 """After so many answers."""
@@ -145,7 +144,7 @@ class _Trial:
             if self._figures:
                 self._measure()
             self._say(f"memory {self._cluster.memory() / 2**30:.1f} GiB")
-            yield from self._kill_loses(_Raw(self._url))
+            yield from self._kill_loses(Asking(self._url, connections=CONNECTIONS, timeout=60))
             self._cluster.wait("RUNNING", replicas=2)
             yield from self._kill_loses(_Sdk(self._url))
         finally:
@@ -161,7 +160,7 @@ class _Trial:
         if len(self._cluster.replicas()) != 1:
             yield f"one replica was to start, not {self._cluster.replicas()}"
         began = time.monotonic()
-        with _Load(self._url, pause=0.01) as load:
+        with SteadyLoad(self._url, pause=0.01) as load:
             self._cluster.wait("RUNNING", replicas=2)
         self._say(f"a second one after {time.monotonic() - began:.0f} s of load")
         if lost := load.seen.total() - load.seen["200"]:
@@ -221,7 +220,7 @@ class _Trial:
         before = self._cluster.replicas()
         args = self._config["applications"][0]["args"]
         args |= {"runner": f"{RUNNERS}Hashing", "min_replicas": 2}
-        with _Load(self._url) as load:
+        with SteadyLoad(self._url, pause=PAUSE_S) as load:
             time.sleep(1)
             began = time.monotonic()
             self._cluster.deploy(self._config)
@@ -259,7 +258,7 @@ class _Trial:
         finally:
             plain.stop()
 
-    def _kill_loses(self, ask: _Raw | _Sdk) -> Iterator[str]:
+    def _kill_loses(self, ask: Asking | _Sdk) -> Iterator[str]:
         """What is asked raw may lose what is in flight, the other nothing. HAProxy loses a request,
         at most, for each connection that it has to the replica: as many as ask."""
         seen: Counter[str] = Counter()
@@ -277,12 +276,12 @@ class _Trial:
                 await asyncio.gather(*(connection(numbers) for _ in range(CONNECTIONS)))
 
         asyncio.run(all_of_them())
-        what = "httpx" if isinstance(ask, _Raw) else "OpenAI's client"
+        what = "httpx" if isinstance(ask, Asking) else "OpenAI's client"
         failed = seen.total() - seen["200"]
         self._say(f"a replica killed, {what}: {failed} of {seen.total()} failed {dict(seen)}")
         if seen.total() != REQUESTS or victim in self._cluster.replicas():
             yield f"{seen.total()} requests, and {victim} was to be killed"
-        if failed > (CONNECTIONS if isinstance(ask, _Raw) else 0):
+        if failed > (CONNECTIONS if isinstance(ask, Asking) else 0):
             yield f"a replica killed, {what}: {failed} failed {dict(seen)}"
 
 
@@ -304,53 +303,6 @@ def _config(checkpoint: Path) -> Config:
         "upscale_delay_s": 1,
     }
     return config
-
-
-class _Load:
-    """Connections that ask again and again, until the block ends."""
-
-    def __init__(self, url: str, *, pause: float = PAUSE_S) -> None:
-        self._ask, self._pause, self._stop = _Raw(url), pause, threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._ask_all()))
-        self.seen: Counter[str] = Counter()
-
-    def __enter__(self) -> _Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    async def _ask_all(self) -> None:
-        async with self._ask:
-            await asyncio.gather(*map(self._connection, range(CONNECTIONS)))
-
-    async def _connection(self, count: int) -> None:
-        while not self._stop.is_set():
-            self.seen[await self._ask(count)] += 1
-            count += CONNECTIONS
-            await asyncio.sleep(self._pause)
-
-
-class _Raw:
-    """Asks without a second try; says the status or the error. Of one event loop."""
-
-    def __init__(self, url: str) -> None:
-        limits = httpx.Limits(max_connections=CONNECTIONS)
-        self._client = httpx.AsyncClient(base_url=url, timeout=60, limits=limits)
-
-    async def __call__(self, number: int) -> str:
-        try:
-            answer = await self._client.post("/v1/embeddings", json={"input": f"text {number}"})
-        except httpx.HTTPError as error:
-            return type(error).__name__
-        return f"{answer.status_code}"
-
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.aclose()
 
 
 class _Sdk:

@@ -15,6 +15,8 @@ from model.batch import BatchLimits, Encoding, RunnerInfo
 from server.engine import batches_out
 from server.engine.batcher import Batcher
 from server.engine.metrics import Metrics
+from server.engine.pending_answer import PendingAnswer
+from server.engine.request_queue import QueuedRequest
 from server.engine.vector_cache import VectorCache
 from server.engine.wire import Fault
 from server.engine.worker_link import Worker
@@ -180,6 +182,50 @@ async def test_a_dropped_request_frees_the_queue_and_its_rows_are_ignored(batche
     worker.answer()
     assert request.answer.future.cancelled()
     assert len(await other.answer.future) == 1
+
+
+@in_loop
+async def test_the_next_batch_goes_out_before_answers_are_written(batcher: Batcher) -> None:
+    """Whoever awaits an answer writes it, and the worker is not to wait for that."""
+    worker = ready(batcher)
+    written = []
+
+    async def write(request: QueuedRequest[PendingAnswer], number: int) -> None:
+        await request.answer.future
+        written.append((number, worker.sizes))
+
+    requests = [batcher.submit(encodings(number)) for number in range(1, 7)]
+    tasks = [asyncio.ensure_future(write(one, n)) for n, one in enumerate(requests)]
+    await turn()
+    assert worker.sizes == [4]
+    worker.answer()
+    assert (worker.sizes, written) == ([2], [])
+    worker.answer()
+    await asyncio.gather(*tasks)
+    assert [number for number, _ in written] == list(range(6))
+
+
+@in_loop
+async def test_who_goes_in_the_turn_of_an_answer_leaves_the_others_theirs(batcher: Batcher) -> None:
+    """Before it, or after the next batch was composed with him; also with an input in each."""
+    worker = ready(batcher)
+    first, before, half, last = (
+        batcher.submit(encodings(*numbers)) for numbers in ((1, 2), (3, 4), (5, 6, 7), (8, 9))
+    )
+    await turn()
+    assert [encoding.ids[0] for encoding in worker.batches[1]] == [1, 3, 5, 8]
+    batcher.drop(before)
+    worker.answer()
+    batcher.drop(half)
+    batcher.drop(first)
+    assert [encoding.ids[0] for encoding in worker.batches[2]] == [2, 6, 9, 7]
+    assert batcher.queue.num_entries == 0
+    worker.answer()
+    assert worker.sizes == []
+    rows = await last.answer.future
+    for number, row in zip((8, 9), rows, strict=True):
+        np.testing.assert_array_equal(row, vector_of(encoding(number).ids))
+    assert all(one.answer.future.cancelled() for one in (first, before, half))
 
 
 @in_loop

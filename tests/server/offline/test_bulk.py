@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import os
 import pickle
 import random
@@ -27,38 +26,22 @@ from model.batch import Encoding, RunnerOptions
 from model.tokenizer import NVEmbedTokenizer
 from server import cli
 from server.api.vector_format import int8_scale
-from server.offline import bulk, call, crew, inputs, slices
+from server.offline import bulk, call, crew, inputs, slices, stores
 from server.offline.columns import NONE
-from server.offline.parts import Ledger, SliceEnd, Written
+from server.offline.ledger import Ledger
+from server.offline.parts import SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.shards import chunks_of
 from server.offline.texts import text_rows
+from tests.server.offline.conftest import Encode
 from tests.server.processes import ROOT
 from tests.server.runners import Hashing, vector_of
 
 pytestmark = pytest.mark.whole
 
-Encode = Callable[..., int]
 RUNNERS = "tests.server.runners:"
 Files = dict[str, bytes]
-
-
-@pytest.fixture
-def encode(golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
-    """Runs the command in `tmp_path`, with vectors that hash their text."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object, runner: str = f"{RUNNERS}Hashing") -> int:
-        options = ["--model", str(golden_checkpoint), "--runner", runner]
-        if "--devices" not in arguments:
-            options += ["--device", "cpu"]
-        status = cli.main(["encode", *map(str, arguments), *options])
-        for handler in logging.getLogger().handlers:
-            handler.flush()  # a thread writes the log
-        return status
-
-    return run
 
 
 @pytest.fixture
@@ -419,7 +402,7 @@ def test_urls_are_read_in_ranges(
     raw = Path("in.jsonl").read_bytes()
     with files.open("/bucket/in.jsonl", "wb") as file:
         file.write(raw)
-    monkeypatch.setattr(inputs, "_REMOTE_BYTES", 1024)
+    monkeypatch.setattr(stores, "_REMOTE_BYTES", 1024)
     fetched = []
     cat_file = type(files).cat_file
 
@@ -658,12 +641,7 @@ def test_compressed_outputs_are_read_as_usual(
     np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out/"])
-def test_ended_before_the_last_manifest_nothing_is_computed_again(
-    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
-) -> None:
-    write_rows("in.jsonl", 50)
-    options = ["in.jsonl", "-o", output, "--shard-size", 10]
+def ended_before_the_last_manifest(patch: pytest.MonkeyPatch) -> None:
     as_json = bulk.as_json
 
     def interrupted(manifest: dict[str, Any]) -> bytes:
@@ -671,8 +649,17 @@ def test_ended_before_the_last_manifest_nothing_is_computed_again(
             raise KeyboardInterrupt
         return as_json(manifest)
 
+    patch.setattr(bulk, "as_json", interrupted)
+
+
+@pytest.mark.parametrize("output", ["out.npy", "out.parquet", "out/"])
+def test_ended_before_the_last_manifest_nothing_is_computed_again(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    write_rows("in.jsonl", 50)
+    options = ["in.jsonl", "-o", output, "--shard-size", 10]
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "as_json", interrupted)
+        ended_before_the_last_manifest(patch)
         assert encode(*options) == 130
     monkeypatch.setenv("FAKE_BATCH_LOG", str(tmp_path / "batches"))
     assert encode(*options, "--resume") == 0
@@ -757,9 +744,38 @@ def test_what_parts_skip_is_what_one_run_skips(encode: Encode, tmp_path: Path) -
     assert len(first_of_slices) > 2
     assert set(first_of_slices.values()) == {0}
     assert encode(*options, "-o", "one/", "--resume") == 0
-    Path("one/part-00001-00000.jsonl").unlink()
-    assert encode(*options, "-o", "one/", "--resume") == 0
-    assert contents("parts") == contents("one")
+    for name in ("part-00001-00000.jsonl", ".ledger-refused.jsonl"):
+        (Path("one") / name).unlink()
+        Path("one/part-00000-00003.jsonl").write_bytes(b"")
+        assert encode(*options, "-o", "one/", "--resume") == 0
+        assert contents("parts") == contents("one")
+    assert b"refused" not in contents("one")["manifest.json"]  # there may be millions
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out/"])
+def test_changed_notes_of_refused_rows_are_not_believed(
+    encode: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Neither a file that is not there, nor another line."""
+    Path("in.txt").write_text("".join(f"line {n}\n" if n % 4 else "\n" for n in range(40)))
+    options = ["in.txt", "--shard-size", 10, "--on-error", "skip"]
+    options += ["--format", "jsonl"] if output == "out/" else []
+    assert encode(*options, "-o", f"whole-{output}") == 0
+    with monkeypatch.context() as patch:
+        ended_before_the_last_manifest(patch)
+        assert encode(*options, "-o", output) == 130
+    for folder in tmp_path.glob("out*/"):
+        for path in folder.glob(".*.jsonl"):
+            raw = path.read_bytes()
+            changed = raw.replace(b',0,5,"the text', b',7,5,"the text')
+            path.write_bytes(changed.replace(b',0,21,"the text', b',0,20,"the text'))
+            assert path.name != ".ledger.jsonl" or path.read_bytes() != raw
+    assert encode(*options, "-o", output, "--resume") == 0
+    if output == "out/":
+        assert contents("out") == contents("whole-out")
+        return
+    for name in (output, f"{output}.skipped.jsonl"):
+        assert Path(name).read_bytes() == Path(f"whole-{name}").read_bytes()
 
 
 def test_a_bad_row_of_a_part_is_named_by_its_byte(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -34,29 +33,19 @@ from model.tokenizer import NVEmbedTokenizer
 from model.user_files import LockedError, locked
 from server import cli
 from server.offline import bulk, shards, sources
+from tests.server.offline.conftest import Encode
 from tests.server.runners import Hashing, vector_of
 
 pytestmark = pytest.mark.whole
 
 LINES = [f"line {number}" for number in range(10)]
 
-Encode = Callable[..., int]
-
 
 @pytest.fixture
-def encode(golden_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Encode:
-    """Runs the command in `tmp_path`, with vectors that hash their text."""
-    monkeypatch.chdir(tmp_path)
+def encode(encode: Encode, tmp_path: Path) -> Encode:
+    """With a file to embed."""
     (tmp_path / "a.txt").write_text("\n".join(LINES) + "\n")
-
-    def run(*arguments: object, runner: str = "tests.server.runners:Hashing") -> int:
-        options = ["--model", str(golden_checkpoint), "--device", "cpu", "--runner", runner]
-        status = cli.main(["encode", *map(str, arguments), *options])
-        for handler in logging.getLogger().handlers:
-            handler.flush()  # a thread writes the log
-        return status
-
-    return run
+    return encode
 
 
 @pytest.fixture
@@ -216,6 +205,76 @@ def test_an_input_among_the_shards_is_kept(
 
 
 # ---- whose files these are
+
+
+@pytest.fixture
+def folder_in(tmp_path: Path) -> None:
+    """A folder of one text, and a link to it."""
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("a\n")
+    (tmp_path / "in/b.npy.txt").write_text("b\n")
+    (tmp_path / "link").symlink_to("in")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("in", "in/new.npy"),
+        ("in", "in/leads-elsewhere.npy"),
+        ("link", "in/deep/out.npy"),
+        ("in/../in", "link/out/"),
+        ("file://{}/in", "in/out/"),
+        ("file://{}/in/", "link/out/"),
+        ("local://{}/link/../in/deep/..", "in/../in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_within_a_folder_that_is_read_is_refused(
+    encode: Encode, tmp_path: Path, name: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However either of them is called; a link in its place would be replaced."""
+    (tmp_path / "in/leads-elsewhere.npy").symlink_to(tmp_path / "elsewhere.npy")
+    assert encode("a.txt", name.format(tmp_path), "-o", output) == 2
+    assert "which is read: name one outside of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        ("in/**/*.[nt]*", "in/out/"),
+        ("in/**", "in/out.npy"),
+        ("in/[!z]*", "in/out.npy"),
+        ("link/*.npy*", "in/out.npy"),
+        ("file://{}/in/**/*[.t]*", "link/out/"),
+        ("in/*/[ps]*", "in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_that_a_pattern_would_match_is_refused(
+    encode: Encode, tmp_path: Path, pattern: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next part would take it for an input."""
+    (tmp_path / "in/deep/source.txt").write_text("c\n")
+    name = pattern.format(tmp_path)
+    assert encode("a.txt", name, "-o", output) == 2
+    assert f"{name} would match" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [
+        ("in/*.txt", "in/out.npy"),
+        ("in/*.[nt]*", "in/out/"),
+        ("in/**/*.[nt]*", "in/.out/"),
+        ("in/**/*.txt", "in/out/"),
+    ],
+)
+@pytest.mark.usefixtures("folder_in")
+def test_an_output_that_a_pattern_would_not_match_is_written(
+    encode: Encode, pattern: str, output: str
+) -> None:
+    assert encode(pattern, "-o", output) == 0
+    assert encode(pattern, "-o", output, "--resume") == 0
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644)])
@@ -713,6 +772,38 @@ def test_a_folder_that_vanishes_is_one_line(
     said = capsys.readouterr().err
     assert "No such file or directory" in said
     assert said.count("\n") == 1
+
+
+class Losing(Hashing):
+    """What the run has written goes away while it embeds: the files that FAKE_LOST matches."""
+
+    def embed(self, encodings: Sequence[Encoding]) -> np.ndarray:
+        for path in Path("out").glob(os.environ["FAKE_LOST"]):
+            path.unlink()
+        return super().embed(encodings)
+
+
+@pytest.mark.parametrize("lost", ["part-*", ".ledger*", "part-*0.npy"])
+def test_a_run_whose_shards_go_away_does_not_say_that_it_is_done(
+    encode: Encode,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    lost: str,
+) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"{line}\n\n" for line in LINES))
+    options = ["a.txt", "--shard-size", "4", "--on-error", "skip"]
+    assert encode(*options, "-o", "whole/") == 0
+    monkeypatch.setenv("FAKE_LOST", lost)
+    status = encode(*options, "-o", "out/", runner=f"{__name__}:Losing")
+    if status:
+        assert "--resume goes on" in capsys.readouterr().err
+        assert encode(*options, "-o", "out/", "--resume") == 0
+    out, whole = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("out", "whole")
+    )
+    assert out == whole
 
 
 def test_little_memory_halves_batches_and_names_a_text_that_never_fits(

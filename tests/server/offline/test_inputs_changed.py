@@ -15,11 +15,11 @@ from pyarrow import parquet
 
 from server.errors import SettingsError
 from server.offline import call, inputs
-from server.offline.inputs import shown
 from server.offline.kinds import Kind
 from server.offline.places import InputFileError, Line, place_of
 from server.offline.slices import plan
 from server.offline.sources import ChangedError, Source
+from server.offline.stores import shown
 from server.offline.text_files import read_texts
 
 LINES = "".join(f"line {number:06} with some more words\n" for number in range(20_000)).encode()
@@ -227,7 +227,7 @@ def test_names_of_inputs_hold_no_query(monkeypatch: pytest.MonkeyPatch) -> None:
             assert path.endswith("?sig=secret")
             return b'"ab"\n'[start:end]
 
-    monkeypatch.setattr(inputs, "_store", lambda url, scheme: (Web(), url))
+    monkeypatch.setattr(inputs, "store_of", lambda url, scheme: (Web(), url))
     with inputs.opened(["https://me:word@host/in.jsonl?sig=secret"]) as found:
         assert found[0].name == "https://host/in.jsonl"
         rows = list(read_texts(found[0], "text"))

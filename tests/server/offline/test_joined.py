@@ -38,6 +38,10 @@ def shard_of(written: Written) -> Shard:
     return Shard(*written.key, written.first, written.rows, written.made_of)
 
 
+def is_known(shard: Written) -> bool:
+    return True
+
+
 @pytest.fixture(params=[".npy", ".jsonl", ".parquet"])
 def form(request: pytest.FixtureRequest) -> VectorFormat:
     return FORMATS[request.param]()
@@ -93,10 +97,10 @@ def test_a_run_that_was_killed_goes_on(
         with parts.joined.open("ab") as file:  # half of a shard
             file.write(b"half")
     other = Joined(parts, form, "another run")
-    other.read(target)
+    other.read(target, is_known)
     assert other.shards == []
     again = Joined(parts, form, "run")
-    again.read(target)
+    again.read(target, is_known)
     assert again.shards == shards[:done]
     assert [again.has(shard_of(one), place) for place, one in enumerate(shards[:done])] == (
         [True] * done
@@ -118,12 +122,50 @@ def test_what_was_changed_is_cut_off(tmp_path: Path, parts: Parts, form: VectorF
     raw[-1] ^= 1
     parts.joined.write_bytes(raw)
     again = Joined(parts, form, "run")
-    again.read(tmp_path / "out")
+    again.read(tmp_path / "out", is_known)
     assert again.shards == shards[:3]
     os.truncate(parts.joined, 0)
     again = Joined(parts, form, "run")
-    again.read(tmp_path / "out")
+    again.read(tmp_path / "out", is_known)
     assert again.shards == []
+
+
+@pytest.mark.parametrize("form", [FORMATS[".parquet"]()])
+def test_a_changed_note_is_none_nor_is_any_behind_it(
+    tmp_path: Path, parts: Parts, form: VectorFormat
+) -> None:
+    """Whatever the change: a number that still is one, too."""
+    shards = shards_in(parts, form)
+    joined = Joined(parts, form, "run")
+    joined.open()
+    for shard in shards:
+        joined.add(shard)
+    whole = parts.joined_notes.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    begin = len(b"".join(lines[:3]))  # of the third shard
+    for at in range(begin, begin + len(lines[3])):
+        raw = bytearray(whole)
+        raw[at] ^= 1
+        parts.joined_notes.write_bytes(raw)
+        again = Joined(parts, form, "run")
+        again.read(tmp_path / "out", is_known)
+        assert again.shards == shards[:2], raw[begin:]
+
+
+def test_a_shard_of_which_not_all_is_known_is_cut_off_with_all_behind_it(
+    tmp_path: Path, parts: Parts, form: VectorFormat
+) -> None:
+    shards = shards_in(parts, form)
+    joined = Joined(parts, form, "run")
+    joined.open()
+    for shard in shards:
+        joined.add(shard)
+    joined.finish(tmp_path / "out")
+    again = Joined(parts, form, "run")
+    again.read(tmp_path / "out", lambda shard: shard.number != 2)
+    assert again.shards == []  # the file that they were in has gone to its place
+    again.open()
+    assert parts.joined.read_bytes() == b""
 
 
 def test_another_shard_in_a_place_goes_with_all_behind_it(

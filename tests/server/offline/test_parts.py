@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from server.offline.parts import Ledger, Parts, Proof, Shard, SliceEnd, Written
+from server.offline.ledger import ForgottenError, Ledger
+from server.offline.parts import Parts, Proof, Shard, SliceEnd, Written
 
 SHARD = Shard(2, 0, 20, 10, "ab" * 32)
+REFUSING = Written(2, 0, 20, 10, 9, 4, "ab", "cd", ((3, 0, 4, "why"),))
 ROWS = np.arange(40, dtype=np.float32).reshape(10, 4)
 
 
@@ -93,7 +94,8 @@ def test_a_ledger_remembers_what_was_noted(parts: Parts) -> None:
 
     note()
     assert known().has(SHARD)
-    assert (known().shards, known().ends) == ({(2, 0): written}, {2: end})
+    assert (known().shards, known().ends) == ({(2, 0): written._replace(refused=())}, {2: end})
+    assert known().refused(known().shards[2, 0]) == written.refused
     for other in ({"digest": "cd" * 32}, {"first": 21}, {"rows": 9}):
         assert not known().has(dataclasses.replace(SHARD, **other))
     assert not known("another run").has(SHARD)
@@ -106,20 +108,58 @@ def test_a_ledger_remembers_what_was_noted(parts: Parts) -> None:
         assert known().has(SHARD)
 
 
-@pytest.mark.parametrize("place", range(9))
-def test_a_damaged_line_of_a_ledger_is_none(parts: Parts, place: int) -> None:
-    """Whatever is of another kind: the work is done again."""
+def test_a_changed_line_of_a_ledger_is_none(parts: Parts) -> None:
+    """Whatever the change: a number that still is one, too. The work is done again."""
     ledger = Ledger(parts, "run")
     ledger.open()
-    fields: list[object] = [2, 0, 20, 10, 9, 4, "ab", "cd", [[3, 0, 4, "why"]]]
-    whole, damaged = list(fields), list(fields)
-    damaged[place] = {"6": 1, "7": 1, "8": [["3", 0, 4, "why"]]}.get(f"{place}", f"{fields[place]}")
-    for line, found in ((damaged, 0), (whole, 1)):
-        with parts.ledger.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n" + b'[2, "1", []]\n[2, 1, [["5", 5]]]\n')
+    ledger.note(REFUSING)
+    ledger.note(SliceEnd(2, 1, ((10, 11),)))
+    whole = parts.ledger.read_bytes()
+    begin = whole.index(b"\n") + 1
+    for at in range(begin, len(whole)):
+        raw = bytearray(whole)
+        raw[at] ^= 1
+        parts.ledger.write_bytes(raw)
         again = Ledger(parts, "run")
         again.read()
-        assert (len(again.shards), len(again.ends)) == (found, 0)
+        found = (again.shards.values(), again.ends.values())
+        assert sum(map(len, found)) <= 1, raw
+        for one in again.shards.values():
+            assert again.refused(one) == REFUSING.refused
+        assert {*again.ends} <= {2}
+
+
+def test_what_was_refused_stays_on_disk_and_is_told_of_a_shard(parts: Parts) -> None:
+    """Also by a ledger that was begun anew with it, and by the one that stays at the end."""
+    ledger = Ledger(parts, "run")
+    ledger.open()
+    for number in range(5):
+        ledger.note(REFUSING._replace(number=number, refused=((number, 0, 4, "why"),)))
+    assert all(one.refused == () for one in ledger.shards.values())
+    again = Ledger(parts, "run")
+    again.read()
+    again.open()
+    again.keep(again.shards)
+    parts.ledger.unlink()
+    kept = Ledger(parts, "run")
+    kept.read()
+    for one in (again, kept):
+        assert len(one.shards) == 5
+    for key, shard in kept.shards.items():
+        assert kept.refused(shard) == ((key[1], 0, 4, "why"),)
+        with pytest.raises(ForgottenError, match="changed while they were read"):
+            again.refused(shard)  # its own is gone
+    other = Ledger(parts, "run", {REFUSING.key: REFUSING._replace(refused=())})
+    assert not other.tells_refused(other.shards[REFUSING.key])
+    other.open()
+    assert other.shards == {}
+    for number in (7, 8):
+        kept.note(REFUSING._replace(number=number))  # its own is gone, too
+    kept.keep(kept.shards)
+    parts.ledger.unlink()  # what it has noted itself is told by the one that stays
+    kept.note(REFUSING._replace(number=9))
+    assert len(kept.shards) == 8
+    assert all(kept.refused(shard) for shard in kept.shards.values())
 
 
 def test_writers_read_each_others_ledgers(tmp_path: Path) -> None:
@@ -137,6 +177,26 @@ def test_writers_read_each_others_ledgers(tmp_path: Path) -> None:
         file.write(b"half")
         first.sweep()  # what another one is writing stays
         assert any(name.startswith(".nv-embed-") for name in os.listdir(tmp_path / "out"))
+
+
+def test_what_others_have_copied_does_not_replace_what_was_written_since(tmp_path: Path) -> None:
+    """Of an input that was edited, and kept its size."""
+    first, second = (Parts(tmp_path / "out", ".npy", 0o600, f"{n}-of-2") for n in (1, 2))
+    first.make()
+    mine, theirs = Ledger(first, "run"), Ledger(second, "run")
+    mine.open()
+    mine.note(REFUSING)
+    mine.note(SliceEnd(2, 1, ((10, 11),)))
+    theirs.read()
+    theirs.open()
+    now = REFUSING._replace(made_of="of other rows", refused=((4, 0, 5, "why"),))
+    mine.note(now)
+    mine.note(SliceEnd(2, 1, ((10, 10),)))
+    theirs.note(REFUSING._replace(slice=3))
+    mine.read()
+    assert mine.refused(mine.shards[REFUSING.key]) == now.refused
+    assert mine.ends[2].spans == ((10, 10),)
+    assert len(mine.shards) == 2
 
 
 def test_proof_needs_a_regular_file_of_these_bytes(parts: Parts, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from server.errors import SettingsError
 from server.offline import encode
 from server.offline.crew import Failure
 from server.offline.inputs import opened
-from server.offline.parts import Ledger, OutputError, SliceEnd, Written
+from server.offline.ledger import Ledger
+from server.offline.parts import OutputError, SliceEnd, Written
 from server.offline.reader import Input
 from server.offline.shard_writer import Recipe
 from server.offline.slices import Slice
@@ -67,8 +68,8 @@ class InThisProcess:
         for number, one in enumerate(reversed(slices)):
             if number == self.most:
                 raise KeyboardInterrupt
-            said = both[number % 2]({"slice": [pickle.dumps(one)]})
-            yield from actors._taken(pickle.loads(said["found"][0]))  # noqa: S301
+            for said in both[number % 2]({"slice": [pickle.dumps(one)]}):
+                yield actors._taken(pickle.loads(said["found"][0]))  # noqa: S301
 
 
 class Untidy(InThisProcess):
