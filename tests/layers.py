@@ -211,6 +211,7 @@ TRAINING = [
     "deepen",
     "pruning",
     "teacher",
+    "words",
     "align",
     "initialise",
     "case",

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The shipped model's second half: small letters, fresh texts, stage 1 with the teacher's soft
-# labels. Runs in the folder where small.sh has worked; where that has made its data alone, it
+# The shipped model's second half: small letters, fresh texts and their words, stage 1 with the
+# teacher's soft labels, the mean. Runs in the folder where small.sh has worked; where that has made its data alone, it
 # starts from the shipped weights, which is a third half:
 #   EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" STS=/abs/sts-train.csv \
-#     QUESTIONS=/abs/questions model/training/recipes/small2.sh [WORK]
+#     BANKING77=/abs/train.csv QUESTIONS=/abs/questions model/training/recipes/small2.sh [WORK]
 # The projection of the start is found again from its vectors (align.py): with a new fit the model
 # would have to turn all that it knows.
 set -euo pipefail
@@ -32,9 +32,9 @@ if [ ! -f data/texts2-clean ]; then
   clean data/pairs2.jsonl
   touch data/texts2-clean
 fi
-# The first so many, half of them fresh; one core embeds about 150 a second.
-texts="${TEXTS:-40960}"
-"$python" -m model.training.teacher data/texts2.jsonl vectors2 --last-text "$texts"
+# The first so many, half of them fresh; one core embeds 150 to 350 a second.
+texts=32768
+"$python" -m model.training.words data/texts2.jsonl vectors2 words2 --last-text "$texts"
 if [ ! -d lower ]; then # the teacher reads small letters alone, and so does what learns from it
   start=nv-embed-small
   [ -d "$start" ] || start="$shipped"
@@ -45,15 +45,16 @@ if [ ! -d lower ]; then # the teacher reads small letters alone, and so does wha
 fi
 if [ ! -f projection.safetensors ]; then
   "$python" -m model.training.align lower projection.safetensors \
-    --texts data/texts2.jsonl --vectors vectors2 --last-text 16384
+    --texts data/texts2.jsonl --vectors vectors2 --last-text 8192
 fi
 "$python" -m server.cli train "$here/distil5.json" --base . -o runs/distil5
 if [ ! -f data3/stages-done ]; then
   mkdir -p data3
   head -n "$texts" data/texts2.jsonl > data3/texts.jsonl
-  (head -n 5000 data/pairs2.jsonl && head -n 4000 data/pairs.jsonl) > data3/pairs.jsonl
+  (head -n 8000 data/pairs2.jsonl && head -n 6000 data/pairs.jsonl) > data3/pairs.jsonl
   clean data3/pairs.jsonl # first: what it holds is distilled, too
-  "$python" -m model.training.stages data3 --vectors vectors2 --embed-pairs ${STS:+--sts "$STS"}
+  "$python" -m model.training.stages data3 --vectors vectors2 --embed-pairs \
+    ${STS:+--sts "$STS"} ${BANKING77:+--banking77 "$BANKING77"}
   touch data3/stages-done
 fi
 "$python" -m server.cli train "$here/stage3.json" --base . -o runs/stage3
