@@ -151,7 +151,8 @@ class WordTeacher:
                 index = torch.tensor([word_of[at] for at in inside], dtype=torch.long)
                 count = int(index.max()) + 1 if inside else 0
                 sums = torch.zeros(count, rows.shape[1]).index_add_(0, index, rows[inside])
-                words[place] = (sums / index.bincount(minlength=count)[:, None]).numpy()
+                sizes = index.bincount(minlength=count).clamp(min=1)  # of a lone accent it has none
+                words[place] = (sums / sizes[:, None]).numpy()
         return vectors, words
 
 

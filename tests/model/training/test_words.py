@@ -142,8 +142,9 @@ def test_the_teachers_states_are_those_of_its_vectors(tmp_path: Path) -> None:
     from model.training.teacher import Teacher
     from model.training.words import WordTeacher
 
-    texts = ["Hello,  embedding-servers!", "a", "", "word " * 300]
+    texts = ["Hello,  embedding-servers!", "a", "", "a \u0301 b", "word " * 300]
     teacher = Teacher(dtype="float32")
     vectors, words = WordTeacher(teacher).encode(texts)
     np.testing.assert_allclose(vectors, teacher.encode(texts), atol=1e-5)
-    assert [len(rows) for rows in words] == [2, 1, 0, 254]
+    assert [len(rows) for rows in words] == [2, 1, 0, 3, 254]
+    assert words[3][1].tolist() == [0] * 384, "the teacher reads nothing there"
