@@ -163,6 +163,12 @@ def _bounds(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
+def segments_of(lengths: Sequence[int], device: torch.device) -> Segments:
+    """Runs of so many rows each, end to end."""
+    sizes = np.array(lengths, dtype=np.int32)
+    return _segments(sizes, torch.from_numpy(_bounds(sizes)).to(device))
+
+
 def _segments(lengths: np.ndarray, cu_seqlens: Tensor) -> Segments:
     return Segments(tuple(lengths.tolist()), cu_seqlens, int(lengths.max()))
 

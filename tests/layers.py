@@ -215,6 +215,7 @@ TRAINING = [
     "deepen",
     "pruning",
     "teacher",
+    "words",
     "align",
     "initialise",
     "smollm2",

@@ -18,7 +18,7 @@ from model.backbone import MistralBackbone
 from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.families import Family
-from model.packing import PackedBatch
+from model.packing import PackedBatch, Segments
 from model.poolers import SERVED, LatentAttention
 from model.weights.checkpoint import Checkpoint
 from model.weights.names import folded_sources, tensor_table
@@ -42,8 +42,11 @@ class TrainedNVEmbed(nn.Module):
 
     def forward(self, batch: PackedBatch, attend: AttentionKernel) -> Tensor:
         """-> float32 [N, D], each row of length 1."""
-        hidden_states = self.backbone(batch, attend)
-        return F.normalize(self.pooler(hidden_states, batch.pooled).float(), dim=-1)
+        return F.normalize(self.pooled(batch, batch.pooled, attend), dim=-1)
+
+    def pooled(self, batch: PackedBatch, runs: Segments, attend: AttentionKernel) -> Tensor:
+        """-> float32 [W, D], of each run of the pooled rows, of any length."""
+        return self.pooler(self.backbone(batch, attend), runs).float()  # type: ignore[no-any-return]
 
 
 def sources(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:

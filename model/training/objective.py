@@ -71,6 +71,7 @@ class Objective:
             "contrastive": s.contrastive_weight,
             "soft_labels": s.soft_label_weight,
             "distillation": s.distillation_weight,
+            "words": s.word_weight,
         }[loss]
 
     def losses(self, draw: Draw, vectors: Tensor) -> dict[str, Tensor]:

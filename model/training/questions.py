@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model import console
-from model.training.examples import DataError, read_texts
+from model.training.examples import DataError, read_rows
 from model.training.sources import (
     LONG_PASSAGE,
     SEED,
@@ -54,6 +54,8 @@ PERL = "perl-doc/usr/share/perl/*/pod/*[!a].pod"
 WORDS = "wamerican-huge/usr/share/dict/american-english-huge"
 SINGLE_WORDS = 30_000
 """Of the word list: rare spellings, a few tokens each."""
+EVERYDAY = ("banking77", "sts-benchmark")
+"""Of DATA/texts.jsonl these stand in front: everyday English, of which it has little."""
 _VALIDATION = 10
 
 _TOPIC = re.compile(
@@ -202,7 +204,11 @@ def main() -> None:
     singles = single_texts(arguments.debian, arguments.questions, rng)
     fresh = distillation_texts(pairs, Path(), singles, rng)
     rng.shuffle(pairs)
-    texts = mixed(fresh, read_texts(arguments.data / "texts.jsonl"), rng)
+    old = {
+        row["text"]: row.get("source")
+        for _, row in read_rows(arguments.data / "texts.jsonl", ("text",))
+    }
+    texts = mixed(fresh, sorted(old, key=lambda text: old[text] not in EVERYDAY), rng)
     with (arguments.data / "pairs2.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(f"{pair.to_json()}\n" for pair in pairs)
     with (arguments.data / "texts2.jsonl").open("w", encoding="utf-8") as file:

@@ -41,7 +41,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, _MOST)),
     **dict.fromkeys(("first_text", "last_text", "warmup_steps", "seed"), (0, _MOST)),
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
-    **dict.fromkeys(("false_negatives", "soft_label_weight"), (0, 1e9)),
+    **dict.fromkeys(("false_negatives", "soft_label_weight", "word_weight"), (0, 1e9)),
     **dict.fromkeys(("decay", "lora_dropout", "other_case"), (0, 1)),
     "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
@@ -80,6 +80,9 @@ class TrainingSettings:
     projection: str | None = None
     """From the vectors' width to the model's; None: they have it, as those of a larger checkpoint
     that the model was pruned from."""
+    words: str | None = None
+    """The teacher's states of the texts' words (`words.py`), learnt beside the vectors."""
+    word_weight: float = 0.5
     first_text: int = 0
     last_text: int | None = None
     texts_per_step: int = 0
@@ -142,6 +145,10 @@ class TrainingSettings:
             raise TrainingSettingsError("data need pairs_per_step of at least 2")
         if self.texts_per_step and not self.texts:
             raise TrainingSettingsError("texts_per_step needs texts")
+        if self.words and not (self.texts and self.projection):
+            raise TrainingSettingsError("words needs texts and a projection")
+        if self.words and self.tokens_per_pass:
+            raise TrainingSettingsError("words are learnt with whole steps: no tokens_per_pass")
         if self.texts and not self.vectors:
             raise TrainingSettingsError("texts need vectors")
         if not self.data and not self.texts_per_step:
@@ -226,7 +233,7 @@ class TrainingSettings:
             hint = did_you_mean(unknown[0], known)
             raise TrainingSettingsError(f"{path}: unknown {', '.join(unknown)}{hint}")
         raw = dict(raw)
-        for key in ("model", "texts", "vectors", "projection"):
+        for key in ("model", "texts", "vectors", "projection", "words"):
             value = raw.get(key)
             if value is not None and (not isinstance(value, str) or not value.strip("\0 ")):
                 raise TrainingSettingsError(f"{path}: {key} is {value!r}, not a path")

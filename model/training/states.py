@@ -175,6 +175,8 @@ def input_files(settings: TrainingSettings) -> list[Path]:
     files += [Path(name) for name in (settings.texts, settings.projection) if name]
     if settings.vectors:
         files += sorted(Path(settings.vectors).glob("[0-9]*.npy"))
+    if settings.words:
+        files += sorted(Path(settings.words).glob("[0-9]*"))
     return files
 
 

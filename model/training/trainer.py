@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,11 +25,12 @@ from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import ModelError, PromptError
 from model.families import Side
-from model.packing import pack
+from model.packing import pack, segments_of
 from model.platform import resources
 from model.progress import Progress
 from model.runner import resolve_device
 from model.tokenizer import NVEmbedTokenizer, Truncation
+from model.tokenizer_file import read_tokenizer
 from model.training import gradient_cache
 from model.training.adapters import add_lora
 from model.training.attention import grouped_products
@@ -41,6 +43,8 @@ from model.training.network import TrainedNVEmbed, load_trained
 from model.training.objective import Draw, Objective, Prompted, passage_prompt, query_prompt
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
+from model.training.teacher import Projection
+from model.training.words import WordTargets, of_whole_texts, word_loss
 
 logger = logging.getLogger("nv_embed.training")
 
@@ -84,6 +88,11 @@ class Trainer:
             betas=(0.9, 0.98),
             fused=True,
         )
+        self.words = None
+        if settings.words:
+            pieces = read_tokenizer(self.start, byte_level=self.family.byte_level).get_vocab()
+            projection = Projection.load(Path(str(settings.projection)))
+            self.words = WordTargets(Path(settings.words), projection, pieces)
         self.step = 0
         self._pairs = Shuffle(len(self.corpus.examples) or 1, settings.seed, 1)
         self._texts = Shuffle(len(self.corpus.drawn) or 1, settings.seed, 2)
@@ -231,6 +240,8 @@ class Trainer:
         """
         encodings, places = self._sorted(self._as_read(draw.prompted(self.family)))
         lengths = [len(encoding) for encoding in encodings]
+        if self.words is not None:
+            return self._backward_with_words(draw, encodings, places), sum(lengths)
         parts = gradient_cache.split_by_tokens(lengths, self.settings.tokens_per_pass)
         losses: dict[str, Tensor] = {}
 
@@ -241,6 +252,22 @@ class Trainer:
 
         gradient_cache.backward([encodings[part] for part in parts], self._forward, loss_of)
         return {name: value.item() for name, value in losses.items()}, sum(lengths)
+
+    def _backward_with_words(
+        self, draw: Draw, encodings: list[Encoding], places: Tensor
+    ) -> dict[str, float]:
+        assert self.words is not None
+        texts = [draw.in_order[i] for i in places.argsort().tolist()]
+        rows = [self.corpus.places.get(text) for text in texts]
+        lengths, owners = self.words.runs(encodings)
+        wanted = self.words.of(texts, rows, encodings, owners)
+        words = self._pooled(encodings, lengths)
+        vectors = of_whole_texts(words, lengths, owners).index_select(0, places)
+        losses = self.objective.losses(draw, vectors)
+        if len(wanted[0]):
+            losses["words"] = word_loss(words, *wanted)
+        torch.stack([self.objective.weight(n) * x for n, x in losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
+        return {name: value.item() for name, value in losses.items()}
 
     # What one step learns from
 
@@ -290,12 +317,17 @@ class Trainer:
 
     def _forward(self, encodings: Sequence[Encoding]) -> Tensor:
         """Vectors [N, D] in the order given."""
+        return F.normalize(self._pooled(encodings), dim=-1)
+
+    def _pooled(self, encodings: Sequence[Encoding], runs: Sequence[int] | None = None) -> Tensor:
+        """The pooler's [N, D] in the order given, or [W, D] of runs of so many pooled rows each."""
         batch = pack(encodings, self.device, pooled=self.family.pooled)
         with (
             torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None),
             sdpa_kernel(SDPBackend.MATH),  # for the pooler; the fused one is slow backwards
         ):
-            return self.model(batch, grouped_products)  # type: ignore[no-any-return]
+            pooled = batch.pooled if runs is None else segments_of(runs, self.device)
+            return self.model.pooled(batch, pooled, grouped_products)
 
     # Validation
 
