@@ -51,7 +51,7 @@ test-slow: $(VENV)/.installed-test ## run those that take long: compiled trainin
 # Beside what starts processes: the emulated GPU, and what schemathesis reads while it is collected.
 SLOW := chaos bench model/training model/test_emulated_cuda.py server/api/test_schemathesis.py
 test-fast: $(VENV)/.installed-test ## run those of units, of the model and of the app in process
-	$(BIN)/pytest -n 3 --dist worksteal -q -p no:schemathesis -m "not process and not whole" \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist load -q -p no:schemathesis -m "not process and not whole" \
 	    $(addprefix --ignore=tests/,$(SLOW)) $(ARGS)
 
 coverage: $(VENV)/.installed-test ## which lines no test runs, those of child processes included

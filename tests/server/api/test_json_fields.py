@@ -92,6 +92,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.whole  # megabytes, with each allocation counted
 @pytest.mark.parametrize("shape", BOMBS)
 def test_bombs_are_refused_before_they_become_objects(shape: str) -> None:
     body = BOMBS[shape]
