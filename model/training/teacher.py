@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +120,14 @@ class Projection:
             raise DataError(f"{path} cannot be read: {error}") from None
 
 
+def missing_shards(texts: Sequence[str], folder: Path) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The shards that the folder lacks, each with its texts; a bar shows how far they are."""
+    for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
+        path = folder / f"{number:05}.npy"
+        if not path.exists():
+            yield path, texts[number * SHARD : (number + 1) * SHARD]
+
+
 def load_vectors(folder: Path) -> NDArray[np.float16]:
     """All whole shards, [n, W]; n may be less than the number of texts. Raises DataError."""
     shards = []
@@ -158,11 +166,8 @@ def main() -> None:
     texts = read_texts(arguments.texts)[: arguments.last_text]
     arguments.out.mkdir(parents=True, exist_ok=True)
     encode = _embedding(arguments)
-    for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
-        path = arguments.out / f"{number:05}.npy"
-        if path.exists():
-            continue
-        rows = encode(texts[number * SHARD : (number + 1) * SHARD])
+    for path, some in missing_shards(texts, arguments.out):
+        rows = encode(some)
         part = path.with_suffix(".part")
         with part.open("wb") as file:
             np.save(file, rows.astype(np.float16), allow_pickle=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,8 +247,7 @@ class Trainer:
 
         def loss_of(vectors: Tensor) -> Tensor:
             losses.update(self.objective.losses(draw, vectors.index_select(0, places)))
-            weighted = [self.objective.weight(name) * value for name, value in losses.items()]
-            return torch.stack(weighted).sum()
+            return self._weighted(losses)
 
         gradient_cache.backward([encodings[part] for part in parts], self._forward, loss_of)
         return {name: value.item() for name, value in losses.items()}, sum(lengths)
@@ -266,8 +265,11 @@ class Trainer:
         losses = self.objective.losses(draw, vectors)
         if len(wanted[0]):
             losses["words"] = word_loss(words, *wanted)
-        torch.stack([self.objective.weight(n) * x for n, x in losses.items()]).sum().backward()  # type: ignore[no-untyped-call]
+        self._weighted(losses).backward()  # type: ignore[no-untyped-call]
         return {name: value.item() for name, value in losses.items()}
+
+    def _weighted(self, losses: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.objective.weight(n) * x for n, x in losses.items()]).sum()
 
     # What one step learns from
 

@@ -25,13 +25,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from model import console
 from model.batch import Encoding
 from model.tokenizer import BOS_ID, EOS_ID
 from model.training.examples import DataError, read_texts
-from model.training.teacher import SHARD, Projection, Teacher
+from model.training.teacher import Projection, Teacher, missing_shards
 from model.user_files import replacing_bytes
 
 _WORD_START = "\u2581"
@@ -176,15 +175,13 @@ def main() -> None:
     for folder in (arguments.vectors, arguments.words):
         folder.mkdir(parents=True, exist_ok=True)
     teacher = WordTeacher(Teacher(arguments.teacher))
-    for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
-        name = f"{number:05}.npy"
-        if (arguments.vectors / name).exists():
-            continue
-        vectors, words = teacher.encode(texts[number * SHARD : (number + 1) * SHARD])
+    for path, some in missing_shards(texts, arguments.vectors):
+        vectors, words = teacher.encode(some)
         counts = np.array([len(rows) for rows in words], dtype=np.int32)
-        _save((arguments.words / name).with_suffix(".counts"), counts)
-        _save(arguments.words / name, np.concatenate(words).astype(np.float16))
-        _save(arguments.vectors / name, vectors.astype(np.float16))  # last: then all are there
+        of_words = arguments.words / path.name
+        _save(of_words.with_suffix(".counts"), counts)
+        _save(of_words, np.concatenate(words).astype(np.float16))
+        _save(path, vectors.astype(np.float16))  # last: then all are there
 
 
 if __name__ == "__main__":
