@@ -18,8 +18,8 @@ from pathlib import Path
 from model import console
 from model.errors import ModelError
 from model.training.evaluation import read_sts, task_texts
-from model.training.examples import Example, check_output, write_examples
-from model.training.sources import SEED, TASK_STS, ScoredPair, read_labelled_rows
+from model.training.examples import Example, ScoredPair, check_output, write_examples
+from model.training.sources import SEED, TASK_STS, read_labelled_rows
 from model.training.stages import BY, CLASS_EXAMPLES, Known, label_text, sts_examples
 from model.training.teacher import Teacher
 

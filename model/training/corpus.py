@@ -16,8 +16,10 @@ from model.training.examples import (
     HELD_OUT,
     DataError,
     Example,
+    ScoredPair,
     is_held_out,
     read_examples,
+    read_scored,
     read_texts,
 )
 from model.training.settings import TrainingSettings
@@ -53,6 +55,8 @@ class Corpus:
 
     examples: list[Example]
     held_out: list[Example]
+    scored: list[ScoredPair]
+    held_out_scored: list[ScoredPair]
     texts: list[str]
     targets: NDArray[np.float32]  # [len(texts), D], the teacher's vectors, projected
     drawn: list[int]  # rows of texts from which a step's texts are drawn
@@ -85,6 +89,11 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
     if settings.data and not examples:
         raise DataError(f"{', '.join(settings.data)}: no example to train on")
     _warn_of_little(settings, examples, held_out)
+    scored = read_scored(Path(settings.scored)) if settings.scored else []
+    held_out_scored = [p for p in scored if is_held_out(p.first) or is_held_out(p.second)]
+    scored = [p for p in scored if not (is_held_out(p.first) or is_held_out(p.second))]
+    if settings.scored and len({pair.score for pair in scored}) < 2:
+        raise DataError(f"{settings.scored}: no two pairs of different scores to train on")
     texts: list[str] = []
     targets = np.empty((0, 0), dtype=np.float32)
     if settings.texts:
@@ -109,7 +118,17 @@ def load_corpus(settings: TrainingSettings) -> Corpus:
     measured = [row for row in span if is_held_out(texts[row])][: settings.validation_rows]
     drawn = [row for row in span if not is_held_out(texts[row])]
     places = {text: row for row, text in enumerate(texts)}
-    return Corpus(examples, held_out, texts, targets, drawn, measured, places)
+    return Corpus(
+        examples,
+        held_out,
+        scored,
+        held_out_scored[: settings.validation_rows],
+        texts,
+        targets,
+        drawn,
+        measured,
+        places,
+    )
 
 
 def _warn_of_little(

@@ -2,17 +2,19 @@
 
     {"query": "…", "positive": "…", "negatives": ["…"], "task": "…", "symmetric": false}
     {"text": "…"}
+    {"first": "…", "second": "…", "score": 3.5, "task": "…"}
 
 `task` is the description that stands in the instruction, "Instruct: {task}\\nQuery: "; absent or
 empty means no instruction. `symmetric` puts the instruction on the positive and the negatives
-too (STS). `negatives` may be absent. The second form is a text for distillation alone. The keys
-of IGNORED may stand there, too; any other is refused, for it may be one of these misspelt. Knows
-no tensors.
+too (STS). `negatives` may be absent. The second form is a text for distillation alone, the third
+two texts of the same side and how alike people find them, on any scale. The keys of IGNORED may
+stand there, too; any other is refused, for it may be one of these misspelt. Knows no tensors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +35,7 @@ class DataError(ModelError):
 IGNORED = ("id", "_id", "source", "meta", "metadata")
 """Keys and columns that a file may have for its owner: of what it is made, not what it says."""
 _EXAMPLE = ("query", "positive", "negatives", "task", "symmetric")
+_SCORED = ("first", "second", "score", "task")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,14 @@ class Example:
     def passage_asked(self) -> tuple[Side, str]:
         """The side of its positive and its negatives, and the task that they get described."""
         return ("query", self.task) if self.symmetric else ("passage", "")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPair:
+    first: str
+    second: str
+    score: float  # on the scale of its file; more is more alike
+    task: str = ""
 
 
 HELD_OUT = 100
@@ -67,6 +78,11 @@ def read_texts(path: Path) -> list[str]:
     """The `text` of every line. Raises DataError naming the first bad line."""
     rows = read_rows(path, ("text",))
     return [text_of(row, "text", f"{path}, line {number}") for number, row in rows]
+
+
+def read_scored(path: Path) -> list[ScoredPair]:
+    """Every line of a file of scored pairs. Raises DataError naming the first bad line."""
+    return [_scored(row, f"{path}, line {number}") for number, row in read_rows(path, _SCORED)]
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
@@ -170,16 +186,29 @@ def _example(row: dict[str, Any], path: Path, number: int) -> Example:
     negatives = [] if negatives is None else negatives
     if not isinstance(negatives, list) or not all(isinstance(n, str) and n for n in negatives):
         raise DataError(f"{path}, line {number}: negatives is not a list of texts")
-    task = row.get("task")
-    task = "" if task is None else task
-    if not isinstance(task, str):
-        raise DataError(f"{path}, line {number}: task is not a text")
+    task = _task(row, f"{path}, line {number}")
     symmetric = row.get("symmetric", False)
     if not isinstance(symmetric, bool):
         raise DataError(f"{path}, line {number}: symmetric is not true or false")
     query = text_of(row, "query", f"{path}, line {number}")
     positive = text_of(row, "positive", f"{path}, line {number}")
     return Example(query, positive, tuple(negatives), task, symmetric)
+
+
+def _scored(row: dict[str, Any], where: str) -> ScoredPair:
+    score = row.get("score")
+    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+        raise DataError(f"{where}: score is {'missing' if score is None else 'not a number'}")
+    first, second = (text_of(row, key, where) for key in ("first", "second"))
+    return ScoredPair(first, second, float(score), _task(row, where))
+
+
+def _task(row: dict[str, Any], where: str) -> str:
+    task = row.get("task")
+    task = "" if task is None else task
+    if not isinstance(task, str):
+        raise DataError(f"{where}: task is not a text")
+    return task
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""The two losses, also of shortened vectors.
+"""The losses, also of shortened vectors.
 
 Shapes: N queries, M hard negatives of each, D width; all rows of length 1.
 """
@@ -80,6 +80,19 @@ def soft_label_loss(
     wanted = (teacher_queries @ teacher_documents.T / temperature).log_softmax(-1)
     found = (queries @ documents.T / temperature).log_softmax(-1)
     return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+
+def ranking_loss(first: Tensor, second: Tensor, scores: Tensor, *, temperature: float) -> Tensor:
+    """CoSENT: log(1 + the sum of exp((cosine of i - cosine of j) / temperature) over all pairs i of
+    lower score than j). The cosines come into the scores' order, whatever their scale.
+
+    first, second [N, D]; scores [N].
+    """
+    cosines = (first * second).sum(-1) / temperature
+    wrong = (cosines[:, None] - cosines[None, :]).masked_fill(
+        scores[:, None] >= scores[None, :], -torch.inf
+    )
+    return torch.cat([wrong.new_zeros(1), wrong.flatten()]).logsumexp(0)
 
 
 def distillation_loss(vectors: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one step learns from, and its losses: contrastive, soft labels, distillation.
+"""What one step learns from, and its losses: contrastive, soft labels, scores, distillation.
 
 Knows no optimizer and no tokenizer. Shapes: N texts of a step in `Draw.in_order`, D width.
 """
@@ -15,8 +15,14 @@ from torch import Tensor
 from model.families import Family
 from model.prompts import Prompt
 from model.training.corpus import Corpus
-from model.training.examples import Example
-from model.training.losses import contrastive_loss, distillation_loss, nested, soft_label_loss
+from model.training.examples import Example, ScoredPair
+from model.training.losses import (
+    contrastive_loss,
+    distillation_loss,
+    nested,
+    ranking_loss,
+    soft_label_loss,
+)
 from model.training.settings import TrainingSettings
 
 Prompted = tuple[str, str | Prompt]
@@ -31,12 +37,15 @@ class Draw:
     negatives: list[str]
     owners: list[int]  # whose negative each one is
     texts: list[str]  # for distillation alone
+    scored: list[ScoredPair]
 
     @property
     def in_order(self) -> list[str]:
-        """Queries, positives, hard negatives, texts."""
+        """Queries, positives, hard negatives, texts, the scored pairs' first and second texts."""
         queries = [e.query for e in self.examples]
-        return [*queries, *(e.positive for e in self.examples), *self.negatives, *self.texts]
+        scored = [*(pair.first for pair in self.scored), *(pair.second for pair in self.scored)]
+        positives = [e.positive for e in self.examples]
+        return [*queries, *positives, *self.negatives, *self.texts, *scored]
 
     def prompted(self, family: Family) -> list[Prompted]:
         """The same as the family asks them."""
@@ -44,6 +53,7 @@ class Draw:
         passages = [passage_prompt(family, e) for e in self.examples]
         around += [*passages, *(passages[owner] for owner in self.owners)]
         around += [family.prompt("passage")] * len(self.texts)
+        around += [family.prompt("query", pair.task) for pair in self.scored] * 2
         return list(zip(self.in_order, around, strict=True))
 
 
@@ -70,6 +80,7 @@ class Objective:
         return {
             "contrastive": s.contrastive_weight,
             "soft_labels": s.soft_label_weight,
+            "scores": s.scored_weight,
             "distillation": s.distillation_weight,
             "words": s.word_weight,
         }[loss]
@@ -89,6 +100,8 @@ class Objective:
                 wanted = (taught[:count][queries], taught[count : count + len(others)][others])
                 loss = partial(soft_label_loss, temperature=s.temperature)
                 losses["soft_labels"] = nested(loss, self._widths, *found, *wanted)
+        if draw.scored:
+            losses["scores"] = self._scores(draw.scored, vectors)
         if known.any():
             losses["distillation"] = nested(
                 distillation_loss, self._widths, vectors[known], taught[known]
@@ -104,6 +117,11 @@ class Objective:
             if row is not None:
                 rows[place] = self._corpus.targets[row]
         return torch.from_numpy(rows).to(self._device)
+
+    def _scores(self, scored: list[ScoredPair], vectors: Tensor) -> Tensor:
+        scores = torch.tensor([pair.score for pair in scored], device=self._device)
+        loss = partial(ranking_loss, scores=scores, temperature=self._settings.temperature)
+        return nested(loss, self._widths, *vectors[-2 * len(scored) :].chunk(2))
 
     def _contrastive(self, draw: Draw, vectors: Tensor, taught: Tensor) -> Tensor:
         s, count = self._settings, len(draw.examples)

@@ -49,6 +49,7 @@ from model.training.sources import (
 
 TASK_HEALTH = "Given a health question, retrieve passages that answer the question"
 TASK_COUNTRY = "Given a country and a topic, retrieve the passage that describes it"
+TASK_UTTERANCE = "Given a user utterance as query, find the user intents"
 PERL = "perl-doc/usr/share/perl/*/pod/*[!a].pod"
 """Without perl…delta.pod, which are lists of changes."""
 WORDS = "wamerican-huge/usr/share/dict/american-english-huge"
@@ -110,6 +111,11 @@ def utterances(folder: Path) -> Iterator[tuple[str, str]]:
         yield squeeze(row["text"]), row["intent"]
 
 
+def training_utterances(folder: Path) -> list[tuple[str, str]]:
+    """Those whose intent is not for validation."""
+    return [row for row in utterances(folder) if not is_for_validation(row[1])]
+
+
 def _rows(path: Path, keys: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The objects of a gzipped file of JSON lines; none when it is absent. Raises DataError."""
     if not path.is_file():
@@ -169,9 +175,8 @@ def question_pairs(debian: Path, folder: Path, rng: random.Random) -> Iterator[P
 
 def single_texts(debian: Path, folder: Path, rng: random.Random) -> Iterator[tuple[str, str]]:
     """(text, source): what has no partner, utterances, the answers' later passages, words."""
-    for text, intent in utterances(folder):
-        if not is_for_validation(intent):
-            yield text, "clinc150"
+    for text, _ in training_utterances(folder):
+        yield text, "clinc150"
     for source, rows in (("medquad", health_rows(folder)), ("factbook", country_rows(folder))):
         for row in rows:
             if not row.for_validation:

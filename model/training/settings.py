@@ -39,9 +39,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lora_rank", "tokens_per_pass"), (1, _MOST)),
     **dict.fromkeys(("num_latents", "num_cross_heads", "cross_dim_head"), (1, _MOST)),
     **dict.fromkeys(("max_negatives", "texts_per_step", "validation_rows"), (0, _MOST)),
+    "scored_per_step": (0, _MOST),
     **dict.fromkeys(("first_text", "last_text", "warmup_steps", "seed"), (0, _MOST)),
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
     **dict.fromkeys(("false_negatives", "soft_label_weight", "word_weight"), (0, 1e9)),
+    "scored_weight": (0, 1e9),
     **dict.fromkeys(("decay", "lora_dropout", "other_case"), (0, 1)),
     "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
@@ -74,6 +76,10 @@ class TrainingSettings:
     soft_label_weight: float = 0.0
     """Of how far the learner's softmax over the step's positives and negatives is from the
     teacher's, where that knows query and text."""
+    scored: str | None = None
+    """JSON lines of scored pairs: the more alike people find two texts, the nearer they get."""
+    scored_per_step: int = 0
+    scored_weight: float = 1.0
     texts: str | None = None
     """JSON lines of texts for distillation, whose vectors are in `vectors`."""
     vectors: str | None = None
@@ -145,14 +151,18 @@ class TrainingSettings:
             raise TrainingSettingsError("data need pairs_per_step of at least 2")
         if self.texts_per_step and not self.texts:
             raise TrainingSettingsError("texts_per_step needs texts")
+        if bool(self.scored_per_step) != bool(self.scored):
+            raise TrainingSettingsError("scored and scored_per_step need one another")
+        if self.scored_per_step == 1:
+            raise TrainingSettingsError("scored_per_step is 1: scores are compared, so 2 or more")
         if self.words and not (self.texts and self.projection):
             raise TrainingSettingsError("words needs texts and a projection")
         if self.words and self.tokens_per_pass:
             raise TrainingSettingsError("words are learnt with whole steps: no tokens_per_pass")
         if self.texts and not self.vectors:
             raise TrainingSettingsError("texts need vectors")
-        if not self.data and not self.texts_per_step:
-            raise TrainingSettingsError("neither data nor texts_per_step: nothing to learn")
+        if not (self.data or self.texts_per_step or self.scored_per_step):
+            raise TrainingSettingsError("no data, texts_per_step or scored: nothing to learn")
         if self.family not in (known := ["auto", *known_families()]):
             hint = did_you_mean(self.family, known)
             raise TrainingSettingsError(f"family is {self.family!r}, not {', '.join(known)}{hint}")
@@ -233,7 +243,7 @@ class TrainingSettings:
             hint = did_you_mean(unknown[0], known)
             raise TrainingSettingsError(f"{path}: unknown {', '.join(unknown)}{hint}")
         raw = dict(raw)
-        for key in ("model", "texts", "vectors", "projection", "words"):
+        for key in ("model", "scored", "texts", "vectors", "projection", "words"):
             value = raw.get(key)
             if value is not None and (not isinstance(value, str) or not value.strip("\0 ")):
                 raise TrainingSettingsError(f"{path}: {key} is {value!r}, not a path")

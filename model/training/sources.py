@@ -28,7 +28,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from model import console
-from model.training.examples import DataError, check_names, read_lines, read_text
+from model.training.examples import DataError, ScoredPair, check_names, read_lines, read_text
 
 SEED = 20240527
 SHORT_PASSAGE, LONG_PASSAGE = 420, 900
@@ -347,15 +347,8 @@ def prose_pairs(root: Path, rng: random.Random) -> Iterator[Pair]:
                 yield Pair(parts[at], rest, TASK_SENTENCE, source)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredPair:
-    first: str
-    second: str
-    score: float  # 0 to 5
-
-
 def sts_rows(path: Path) -> list[ScoredPair]:
-    """STS Benchmark rows whose sentences are freely licensed."""
+    """STS Benchmark rows whose sentences are freely licensed, scored from 0 to 5."""
     rows = []
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")

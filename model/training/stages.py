@@ -2,8 +2,8 @@
 
     python -m model.training.stages DATA --vectors DIR [--sts FILE] [--banking77 FILE] [--by label]
 
-Reads DATA/pairs.jsonl and DATA/texts.jsonl; writes stage1.jsonl, stage2.jsonl and, for the
-distillation that goes on beside the contrastive loss, stage-texts.jsonl and stage-vectors/.
+Reads DATA/pairs.jsonl and DATA/texts.jsonl; writes stage1.jsonl, stage2.jsonl, of the STS file
+scored.jsonl and, for the distillation that goes on beside, stage-texts.jsonl and stage-vectors/.
 Pairs that the teacher finds unrelated are dropped; negatives are mined with it.
 """
 
@@ -16,6 +16,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,18 @@ from model.families import Side
 from model.training.examples import (
     DataError,
     Example,
+    ScoredPair,
     is_held_out,
     read_examples,
     read_texts,
     write_examples,
 )
 from model.training.mining import THRESHOLD, below, hard_negatives, mine
+from model.training.questions import TASK_UTTERANCE, training_utterances
 from model.training.sources import (
     SEED,
     TASK_BANKING,
     TASK_STS,
-    ScoredPair,
     banking_rows,
     sts_rows,
 )
@@ -200,6 +202,7 @@ def main() -> None:
     )
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--banking77", type=Path)
+    parser.add_argument("--utterances", type=Path, help="folder with clinc150-train.jsonl.gz")
     parser.add_argument("--by", choices=list(CLASS_EXAMPLES), default="example", help=BY)
     parser.add_argument("--teacher", help="folder of a sentence-transformers model")
     arguments = parser.parse_args()
@@ -210,9 +213,11 @@ def main() -> None:
 
     sts = sts_rows(arguments.sts) if arguments.sts else []
     banking = banking_rows(arguments.banking77, development=False) if arguments.banking77 else []
-    labelled = [text for text, _ in banking] + [t for row in sts for t in (row.first, row.second)]
+    uttered = training_utterances(arguments.utterances) if arguments.utterances else []
+    labelled = [text for text, _ in banking + uttered]
+    labelled += [text for row in sts for text in (row.first, row.second)]
     if arguments.by == "label":
-        labelled += [label_text(label) for _, label in banking]
+        labelled += [label_text(label) for _, label in banking + uttered]
     read = read_examples(data / "pairs.jsonl")[: arguments.pairs]
     if arguments.embed_pairs:
         texts, vectors = with_texts_of(read, texts, vectors, Teacher(arguments.teacher).encode)
@@ -226,11 +231,15 @@ def main() -> None:
     pairs = related(read, known)
     mined = [e for e in mine(pairs, known, count=NEGATIVES) if e.negatives]
     stage2 = mined[:6000] + sts_examples(sts, known)
-    if banking:
-        stage2 += CLASS_EXAMPLES[arguments.by](banking, known, TASK_BANKING, rng)
+    for rows, task in ((banking, TASK_BANKING), (uttered, TASK_UTTERANCE)):
+        if rows:
+            stage2 += CLASS_EXAMPLES[arguments.by](rows, known, task, rng)
     rng.shuffle(stage2)
     write_examples(data / "stage1.jsonl", mined)
     write_examples(data / "stage2.jsonl", stage2)
+    if sts:
+        scored = (asdict(replace(row, task=TASK_STS)) for row in sts)
+        (data / "scored.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in scored))
     with (data / "stage-texts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts[:clean])
     (data / "stage-vectors").mkdir(exist_ok=True)

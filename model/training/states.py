@@ -172,7 +172,7 @@ def input_files(settings: TrainingSettings) -> list[Path]:
         *(f.path for f in weight_files(start)),
     ]
     files += [Path(name) for name in settings.data]
-    files += [Path(name) for name in (settings.texts, settings.projection) if name]
+    files += [Path(name) for name in (settings.scored, settings.texts, settings.projection) if name]
     if settings.vectors:
         files += sorted(Path(settings.vectors).glob("[0-9]*.npy"))
     if settings.words:

@@ -38,6 +38,7 @@ from model.training.case import recased
 from model.training.compiled import compile_parts
 from model.training.corpus import Shuffle, load_corpus
 from model.training.export import export, export_like, write_papers
+from model.training.metrics import spearman
 from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.objective import Draw, Objective, Prompted, passage_prompt, query_prompt
@@ -96,6 +97,7 @@ class Trainer:
         self.step = 0
         self._pairs = Shuffle(len(self.corpus.examples) or 1, settings.seed, 1)
         self._texts = Shuffle(len(self.corpus.drawn) or 1, settings.seed, 2)
+        self._scored = Shuffle(len(self.corpus.scored) or 1, settings.seed, 5)
         torch.manual_seed(settings.seed)
 
     def _load(self) -> TrainedNVEmbed:
@@ -150,13 +152,15 @@ class Trainer:
 
     def _refuse_tasks_without_a_place(self) -> None:
         """Before the first step: some families take a side and no description."""
-        for example in (*self.corpus.examples, *self.corpus.held_out):
+        corpus = self.corpus
+        tasks = {example.task for example in (*corpus.examples, *corpus.held_out)}
+        for task in tasks | {pair.task for pair in (*corpus.scored, *corpus.held_out_scored)}:
             try:
-                query_prompt(self.family, example)
+                self.family.prompt("query", task)
             except PromptError:
                 raise TrainingSettingsError(
                     f"{self.start} is a {self.family.name} model, whose queries take no task: "
-                    f"leave `task` out of the data (one example has {example.task[:80]!r})"
+                    f"leave `task` out of the data (one example has {task[:80]!r})"
                 ) from None
 
     # The run
@@ -289,7 +293,8 @@ class Trainer:
                 owners.append(owner)
         drawn = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
         texts = [corpus.texts[corpus.drawn[row]] for row in drawn]
-        return Draw(examples, negatives, owners, texts)
+        scored = [corpus.scored[row] for row in self._scored.draw(self.step, s.scored_per_step)]
+        return Draw(examples, negatives, owners, texts, scored)
 
     def _as_read(self, prompts: list[Prompted]) -> list[Prompted]:
         """The prompts of this step, part of the texts in another case."""
@@ -335,7 +340,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """On the held-out rows: cosine to the teacher; MRR of positives among one another."""
+        """On the held-out rows: cosine to the teacher; MRR of positives among one another; rank
+        correlation of cosines with scores."""
         self.model.eval()  # no dropout, and so no random numbers
         corpus = self.corpus
         scores: dict[str, float] = {}
@@ -351,6 +357,13 @@ class Trainer:
             similar = queries @ found.T
             ranks = (similar > similar.diagonal()[:, None]).sum(-1) + 1
             scores["validation_mrr"] = round((1 / ranks).mean().item(), 5)
+        if pairs := corpus.held_out_scored:
+            around = [self.family.prompt("query", pair.task) for pair in pairs]
+            first = self._embed_all([(p.first, a) for p, a in zip(pairs, around, strict=True)])
+            second = self._embed_all([(p.second, a) for p, a in zip(pairs, around, strict=True)])
+            cosines = (first * second).sum(-1).numpy()
+            wanted = np.array([pair.score for pair in pairs])
+            scores["validation_spearman"] = round(float(spearman(cosines, wanted)), 5)
         self.model.train()
         return scores
 

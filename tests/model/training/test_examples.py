@@ -11,7 +11,9 @@ import pytest
 from model.training.examples import (
     DataError,
     Example,
+    ScoredPair,
     read_examples,
+    read_scored,
     read_texts,
     write_examples,
 )
@@ -55,6 +57,38 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     file.write_text(json.dumps(GOOD) + "\n" + line + "\n" + json.dumps(GOOD) + "\n")
     with pytest.raises(DataError, match=re.escape(f"x.jsonl, line 2: {reason}")):
         read_examples(file)
+
+
+SCORED = {"first": "a", "second": "b", "score": 2.5}
+
+
+def test_scored_pairs(tmp_path: Path) -> None:
+    lines = [json.dumps(SCORED), json.dumps({**SCORED, "score": 0, "task": "t", "source": "s"})]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    pairs = [ScoredPair("a", "b", 2.5), ScoredPair("a", "b", 0.0, "t")]
+    assert read_scored(tmp_path / "x.jsonl") == pairs
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"score": None}, "score is missing"),
+        ({"score": "3"}, "score is not a number"),
+        ({"score": True}, "score is not a number"),
+        ({"score": float("nan")}, "score is not a number"),
+        ({"second": ""}, "second is empty"),
+        ({"first": 1}, "first is not a text"),
+        ({"task": 1}, "task is not a text"),
+        ({"scores": 1}, "unknown key 'scores'; did you mean score"),
+    ],
+)
+def test_a_bad_scored_pair_is_named(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(SCORED) + "\n" + json.dumps(SCORED | changes) + "\n")
+    with pytest.raises(DataError, match=f"{path}, line 2: {reason}"):
+        read_scored(path)
 
 
 def test_blank_lines_at_the_end_are_none(tmp_path: Path) -> None:

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.training.losses import contrastive_loss, distillation_loss, nested, soft_label_loss
+from model.training.losses import (
+    contrastive_loss,
+    distillation_loss,
+    nested,
+    ranking_loss,
+    soft_label_loss,
+)
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -129,3 +135,14 @@ def test_soft_labels_are_the_divergence_from_the_teachers() -> None:
     loss = soft_label_loss(QUERIES, documents, *taught, temperature=0.1)
     assert loss.item() == pytest.approx(expected / 4, rel=1e-4)
     assert soft_label_loss(*taught, *taught, temperature=0.1).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_ranking_loss_is_the_formula() -> None:
+    """What people found less alike, and is nearer, costs; equal scores are not compared."""
+    first, second, scores = unit(4, 8, seed=6), unit(4, 8, seed=7), torch.tensor([0.0, 5, 2.5, 2.5])
+    cosines = (first * second).sum(-1).tolist()
+    lower = [(0, 1), (0, 2), (0, 3), (2, 1), (3, 1)]
+    wanted = math.log1p(sum(math.exp((cosines[i] - cosines[j]) / 0.1) for i, j in lower))
+    found = ranking_loss(first, second, scores, temperature=0.1)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    assert ranking_loss(first, second, torch.ones(4), temperature=0.1).item() == 0

@@ -246,6 +246,47 @@ def test_losses_are_logged_unweighted(settings: TrainingSettings, tmp_path: Path
     assert other["loss"] == pytest.approx(0.5 * one["contrastive"] + 8 * one["distillation"])
 
 
+def scored_file(folder: Path, *scores: float) -> Path:
+    """Pairs about red boats, alike, and about blue ones, not: by their score."""
+    rows = [
+        {"first": f"{word} {word} {n}", "second": f"{word} {other} {n}", "score": score}
+        for n, score in enumerate(scores)
+        for word, other in [("red" if score > 2 else "blue", "boat")]
+    ]
+    path = folder / "scored.jsonl"
+    path.write_text("".join(json.dumps(row | {"task": "compare"}) + "\n" for row in rows))
+    return path
+
+
+def test_cosines_come_into_the_scores_order(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on scored pairs alone; the held-out ones are measured and never drawn."""
+    monkeypatch.setattr("model.training.examples.HELD_OUT", 4)
+    scored = scored_file(tmp_path, *[0, 5] * 20)
+    alone = {"data": {}, "texts": None, "texts_per_step": 0, "projection": None, "vectors": None}
+    changes = {"scored": str(scored), "scored_per_step": 16, "steps": 40, "validate_every": 40}
+    settings = settings_of(tiny_checkpoint, tiny_data, **alone, **changes)
+    trainer = Trainer(settings, tmp_path / "run")
+    before = trainer.validate()["validation_spearman"]
+    drawn = {text for p in trainer.draw().scored for text in (p.first, p.second)}
+    assert drawn
+    assert not any(map(is_held_out, drawn))
+    trainer.run(progress=False)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["scores"] for line in lines]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert json.loads(lines[-1])["validation_spearman"] > before
+
+
+def test_scores_that_are_all_alike_are_refused(
+    tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    changes = {"scored": str(scored_file(tmp_path, 3, 3, 3)), "scored_per_step": 2}
+    with pytest.raises(DataError, match=r"scored\.jsonl: no two pairs of different scores"):
+        Trainer(settings_of(tiny_checkpoint, tiny_data, **changes), tmp_path / "run")
+
+
 def test_stage_2_refuses_an_example_without_negatives(
     tiny_checkpoint: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -489,7 +530,7 @@ def test_the_teacher_says_what_is_no_negative_and_how_near_the_others_are(
         targets=np.stack([*vectors_of.values()]),
     )
     objective = Objective(teach, taught, torch.device("cpu"))
-    draw = Draw(examples, [f"n{n}" for n in range(4)], [0, 1, 2, 3], [])
+    draw = Draw(examples, [f"n{n}" for n in range(4)], [0, 1, 2, 3], [], [])
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(12, len(axes), generator=generator)
     vectors = torch.nn.functional.normalize(vectors, dim=-1)
@@ -557,6 +598,9 @@ def test_a_weight_repeats_rows(
         ({"stage": 3}, "stage is 3"),
         ({"texts": None}, "texts_per_step needs texts"),
         ({"vectors": None}, "texts need vectors$"),
+        ({"scored": "x.jsonl"}, "scored and scored_per_step need one another"),
+        ({"scored_per_step": 4}, "scored and scored_per_step need one another"),
+        ({"scored": "x.jsonl", "scored_per_step": 1}, "scored_per_step is 1: scores are compared"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
         ({"pooling": "max"}, "pooling"),
