@@ -229,6 +229,7 @@ TRAINING = [
     "sources",
     "questions",
     "terms",
+    "captions",
     "embedders",
     "mining",
     "round_trip",
