@@ -242,7 +242,8 @@ observability-check: $(VENV)/.installed-test ## the dashboard's queries on a rea
 # In a folder of its own, with what it downloads: an hour on two idle cores. Debian only.
 recipe: $(VENV)/.installed-test ## run the small model's whole recipe on a tenth of its data (SHARE=0.1)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[training]'
-	SHARE=$(or $(SHARE),0.1) PYTHON=$(BIN)/python model/training/recipes/small.sh build/recipe
+	for part in small small2 small3; do SHARE=$(or $(SHARE),0.1) PYTHON=$(BIN)/python \
+	    model/training/recipes/$$part.sh build/recipe || exit 1; done
 
 image: ## build the container image nv-embed-server (TORCH=cpu for one without CUDA)
 	docker build --build-arg TORCH=$(TORCH) -t nv-embed-server .

@@ -121,11 +121,21 @@ class Projection:
 
 
 def missing_shards(texts: Sequence[str], folder: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The shards that the folder lacks, each with its texts; a bar shows how far they are."""
+    """The shards that the folder lacks, or has of fewer texts (the last one of a file that has grown
+    since), each with its texts; a bar shows how far they are."""
     for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
         path = folder / f"{number:05}.npy"
-        if not path.exists():
-            yield path, texts[number * SHARD : (number + 1) * SHARD]
+        some = texts[number * SHARD : (number + 1) * SHARD]
+        if _rows(path) < len(some):
+            yield path, some
+
+
+def _rows(path: Path) -> int:
+    """Those of a shard; of what is none, none."""
+    try:
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError):
+        return 0
 
 
 def load_vectors(folder: Path) -> NDArray[np.float16]:
