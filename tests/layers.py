@@ -224,6 +224,7 @@ TRAINING = [
     "gradient_cache",
     "objective",
     "states",
+    "optimizers",
     "metrics",
     "trainer",
     "sources",

@@ -116,6 +116,8 @@ class TrainingSettings:
     """The new pooler's, for a Mistral to start from; None: in proportion to the paper's."""
     num_cross_heads: int | None = None
     cross_dim_head: int | None = None
+    optimizer: str = "adamw"
+    """adamw, or muon: Muon for the matrices of the backbone's layers, AdamW for all else."""
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay: float = 0.2
@@ -170,6 +172,10 @@ class TrainingSettings:
             raise TrainingSettingsError(f"pooling is {self.pooling!r}; latent, mean or eos")
         if self.stage == 2 and self.data and not self.max_negatives:
             raise TrainingSettingsError("stage 2 learns from hard negatives: max_negatives is 0")
+        if self.optimizer not in ("adamw", "muon"):
+            raise TrainingSettingsError(f"optimizer is {self.optimizer!r}; adamw or muon")
+        if self.optimizer == "muon" and self.lora_rank:
+            raise TrainingSettingsError("muon trains the layers' matrices, which lora_rank freezes")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise TrainingSettingsError(f"dtype is {self.dtype!r}; auto, float32 or bfloat16")
         if self.soft_label_weight and not self.texts:

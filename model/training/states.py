@@ -28,7 +28,6 @@ from model.weights.headers import weight_files
 
 logger = logging.getLogger("nv_embed.training")
 _KEPT_STATES = 2
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -140,10 +139,12 @@ class RunFolder:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
-                optimizer.state[parameter] = {
-                    key: moments[f"{name}.{key}"].to(parameter.device)  # fused Adam: `step` too
-                    for key in _MOMENTS
-                }
+        for moment, value in moments.items():
+            name, _, key = moment.rpartition(".")
+            if name:  # no random generator's state
+                parameter = trained[name]
+                # fused Adam: `step`, too, on its device
+                optimizer.state[parameter][key] = value.to(parameter.device)
         set_rng_state(moments)
         step = int(json.loads((states[-1] / "state.json").read_text())["step"])
         self._forget_metrics_after(step)

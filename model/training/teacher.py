@@ -121,8 +121,8 @@ class Projection:
 
 
 def missing_shards(texts: Sequence[str], folder: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The shards that the folder lacks, or has of fewer texts (the last one of a file that has grown
-    since), each with its texts; a bar shows how far they are."""
+    """The shards that the folder lacks, or has of fewer texts (of a file that has grown since the
+    last one), each with its texts; a bar shows how far they are."""
     for number in tqdm(range(-(-len(texts) // SHARD)), "Shards"):
         path = folder / f"{number:05}.npy"
         some = texts[number * SHARD : (number + 1) * SHARD]

@@ -42,6 +42,7 @@ from model.training.metrics import spearman
 from model.training.mistral_import import is_plain_mistral, load_mistral, mistral_config
 from model.training.network import TrainedNVEmbed, load_trained
 from model.training.objective import Draw, Objective, Prompted, passage_prompt, query_prompt
+from model.training.optimizers import optimizer_of
 from model.training.settings import TrainingSettings, TrainingSettingsError
 from model.training.states import RunFolder, trained_parameters
 from model.training.teacher import Projection
@@ -83,11 +84,8 @@ class Trainer:
                 f"the vectors to learn from have {width} numbers, and {self.start} "
                 f"{config.hidden_size}: a projection takes the one to the other"
             )
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=(0.9, 0.98),
-            fused=True,
+        self.optimizer = optimizer_of(
+            self.model, settings.optimizer, settings.learning_rate, settings.weight_decay
         )
         self.words = None
         if settings.words:
@@ -381,19 +379,6 @@ class Trainer:
     def _embed_all(self, prompts: Sequence[Prompted]) -> Tensor:
         parts = [self.embed(prompts[i : i + 128])[0] for i in range(0, len(prompts), 128)]
         return torch.cat(parts).cpu()
-
-
-def _parameter_groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, embeddings and latents do not."""
-    decayed: list[torch.nn.Parameter] = []
-    free: list[torch.nn.Parameter] = []
-    for name, parameter in trained_parameters(model).items():
-        plain = parameter.dim() < 2 or name.endswith(("embed_tokens.weight", "latents"))
-        (free if plain else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
 
 
 def _autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -52,6 +52,13 @@ if [ ! -f data7/stages-done ]; then
   definitions='"Given a word, retrieve its definition"\|"Retrieve semantically similar text."'
   grep "$definitions" data7/stage1.jsonl > data7/definitions.jsonl
   grep -v "$definitions" data7/stage1.jsonl > data7/retrieval.jsonl
+  "$python" - data/pairs3.jsonl data7/retrieval.jsonl > data7/no-terms.jsonl <<'END'
+import json, sys
+terms = {json.loads(line)["query"] for line in open(sys.argv[1], encoding="utf-8")}
+for line in open(sys.argv[2], encoding="utf-8"): # for ablation-third.json
+    if json.loads(line)["query"] not in terms:
+        sys.stdout.write(line)
+END
   grep '"Given a online banking query\|"Given a user utterance' data7/stage2.jsonl \
     > data7/classes.jsonl
   clean data7/scored.jsonl

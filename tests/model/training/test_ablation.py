@@ -59,7 +59,9 @@ def test_the_table_has_mean_and_spread() -> None:
     assert ablation.table(found).splitlines()[2:] == ["| a | 0.200 ± 0.100 |", "| b | 0.500 |"]
 
 
-@pytest.mark.parametrize("name", ["ablation-pooling", "ablation-stages", "ablation-classes"])
+@pytest.mark.parametrize(
+    "name", ["ablation-pooling", "ablation-stages", "ablation-classes", "ablation-third"]
+)
 def test_the_recipes_spend_the_same_on_every_cell(name: str, tmp_path: Path) -> None:
     budgets = {
         (sum(run.steps for run in trial.runs), trial.runs[0].pairs_per_step, run.max_negatives)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,24 +98,24 @@ def test_the_loss_falls(finished: Path) -> None:
     assert {"validation_mrr", "validation_cosine"} <= lines[-1].keys()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("changes", [{}, {"stage": 2}, {"optimizer": "muon"}])
 def test_a_stopped_run_goes_on_exactly(
-    settings: TrainingSettings, finished: Path, tmp_path: Path, stage: int
+    settings: TrainingSettings, finished: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    if stage == 2:
-        settings = dataclasses.replace(settings, stage=2)
+    if changes:
+        settings = dataclasses.replace(settings, **changes)
         Trainer(settings, tmp_path / "whole").run(progress=False)
     stopped = tmp_path / "stopped"
     assert Trainer(settings, stopped).run(stop_after=7, progress=False) is None  # saved: 3, 6
     Trainer(settings, stopped).run(progress=False)
-    whole = finished if stage == 1 else tmp_path / "whole"
+    whole = tmp_path / "whole" if changes else finished
     assert same_weights(stopped, whole)
     figures = [
         [(json.loads(x)["step"], json.loads(x)["loss"]) for x in path.read_text().splitlines()]
         for path in (stopped / "metrics.jsonl", whole / "metrics.jsonl")
     ]
     assert figures[0] == figures[1]
-    if stage == 2:
+    if changes:
         assert not same_weights(stopped, finished)
 
 
@@ -603,6 +604,8 @@ def test_a_weight_repeats_rows(
         ({"scored": "x.jsonl", "scored_per_step": 1}, "scored_per_step is 1: scores are compared"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; adamw or muon"),
+        ({"optimizer": "muon", "lora_rank": 4}, "which lora_rank freezes"),
         ({"pooling": "max"}, "pooling"),
         ({"steps": 0}, "at least 1"),
         ({"steps": "9"}, "steps is '9', not a whole number"),
