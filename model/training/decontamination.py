@@ -48,8 +48,9 @@ class Evaluated:
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """The texts of one training line, whichever of the two forms it has."""
-    found = [row[key] for key in ("text", "query", "positive") if isinstance(row.get(key), str)]
+    """The texts of one training line, whichever form it has."""
+    keys = ("text", "query", "positive", "first", "second")
+    found = [row[key] for key in keys if isinstance(row.get(key), str)]
     return found + [text for text in row.get("negatives") or () if isinstance(text, str)]
 
 

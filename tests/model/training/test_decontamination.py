@@ -30,6 +30,8 @@ def test_the_command_writes_what_is_clean(
         {"query": "a", "positive": "fine"},
         {"query": "b", "positive": "p", "negatives": ["A test row"]},
         {"text": LONG},
+        {"first": "other", "second": "c", "score": 1},
+        {"first": "c", "second": LONG, "score": 1},
     ]
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sts.write_text(f"g\tf\ty\ti\t3\t{LONG}\tother\n")
