@@ -37,6 +37,7 @@ class Draw:
     negatives: list[str]
     owners: list[int]  # whose negative each one is
     texts: list[str]  # for distillation alone
+    tasks: list[str]  # as whose query each of them is read; "": as a passage
     scored: list[ScoredPair]
 
     @property
@@ -52,7 +53,10 @@ class Draw:
         around = [query_prompt(family, e) for e in self.examples]
         passages = [passage_prompt(family, e) for e in self.examples]
         around += [*passages, *(passages[owner] for owner in self.owners)]
-        around += [family.prompt("passage")] * len(self.texts)
+        around += [
+            family.prompt("query", task) if task else family.prompt("passage")
+            for task in self.tasks
+        ]
         around += [family.prompt("query", pair.task) for pair in self.scored] * 2
         return list(zip(self.in_order, around, strict=True))
 

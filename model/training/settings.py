@@ -44,7 +44,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("weight_decay", "contrastive_weight", "distillation_weight"), (0, 1e9)),
     **dict.fromkeys(("false_negatives", "soft_label_weight", "word_weight"), (0, 1e9)),
     "scored_weight": (0, 1e9),
-    **dict.fromkeys(("decay", "lora_dropout", "other_case"), (0, 1)),
+    **dict.fromkeys(("decay", "lora_dropout", "other_case", "instructed"), (0, 1)),
     "max_tokens": (3, 32_768),  # BOS, a piece, EOS; the model's longest
 }
 _ABOVE_ZERO = ("temperature", "learning_rate", "max_gradient_norm", "lora_alpha")
@@ -93,6 +93,10 @@ class TrainingSettings:
     last_text: int | None = None
     texts_per_step: int = 0
     distillation_weight: float = 1.0
+    instructed: float = 0.0
+    """The part of the drawn texts that are read as queries, each behind the instruction of some
+    task that servers know (model/tasks.py), for the same vector: the teacher knows none, and what
+    was never read behind one is embedded worse there."""
     other_case: float = 0.0
     """The part of all texts that are read in another case each time (`case.recased`). For a
     teacher that lower-cases: its vector is taken for theirs, too."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import tasks as named_tasks
 from model.batch import Encoding
 from model.config import ModelConfig
 from model.errors import ModelError, PromptError
@@ -49,6 +50,7 @@ from model.training.teacher import Projection
 from model.training.words import WordTargets, of_whole_texts, word_loss
 
 logger = logging.getLogger("nv_embed.training")
+TASKS = sorted({task.query for task in named_tasks.TASKS.values() if task.query})
 
 
 class DivergedError(ModelError):
@@ -152,13 +154,15 @@ class Trainer:
         """Before the first step: some families take a side and no description."""
         corpus = self.corpus
         tasks = {example.task for example in (*corpus.examples, *corpus.held_out)}
+        if self.settings.instructed:
+            tasks |= {*TASKS}
         for task in tasks | {pair.task for pair in (*corpus.scored, *corpus.held_out_scored)}:
             try:
                 self.family.prompt("query", task)
             except PromptError:
                 raise TrainingSettingsError(
                     f"{self.start} is a {self.family.name} model, whose queries take no task: "
-                    f"leave `task` out of the data (one example has {task[:80]!r})"
+                    f"leave `task` out of the data, and `instructed` (a task was {task[:80]!r})"
                 ) from None
 
     # The run
@@ -291,8 +295,10 @@ class Trainer:
                 owners.append(owner)
         drawn = self._texts.draw(self.step, s.texts_per_step) if s.texts_per_step else []
         texts = [corpus.texts[corpus.drawn[row]] for row in drawn]
+        rng = np.random.default_rng([s.seed, 6, self.step])
+        tasks = [rng.choice(TASKS) if rng.random() < s.instructed else "" for _ in texts]
         scored = [corpus.scored[row] for row in self._scored.draw(self.step, s.scored_per_step)]
-        return Draw(examples, negatives, owners, texts, scored)
+        return Draw(examples, negatives, owners, texts, tasks, scored)
 
     def _as_read(self, prompts: list[Prompted]) -> list[Prompted]:
         """The prompts of this step, part of the texts in another case."""

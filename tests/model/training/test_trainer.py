@@ -247,6 +247,26 @@ def test_losses_are_logged_unweighted(settings: TrainingSettings, tmp_path: Path
     assert other["loss"] == pytest.approx(0.5 * one["contrastive"] + 8 * one["distillation"])
 
 
+def test_a_share_of_texts_is_read_behind_instructions(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """For the same vector as the bare text's, each behind some task's; the share is drawn anew."""
+    whole = dataclasses.replace(settings, instructed=1.0, texts_per_step=40)
+    trainer = Trainer(whole, tmp_path / "whole")
+    draw = trainer.draw()
+    prompts = draw.prompted(trainer.family)[-40:]
+    assert [text for text, _ in prompts] == draw.texts
+    around = {str(prompt) for _, prompt in prompts}
+    assert len(around) > 10
+    assert all("Instruct: " in prompt for prompt in around)
+    losses, _ = trainer.backward(draw)
+    assert losses["distillation"] > 0
+    half = Trainer(dataclasses.replace(whole, instructed=0.5), tmp_path / "half").draw()
+    assert 8 < sum(map(bool, half.tasks)) < 32
+    assert half.texts == draw.texts
+    assert not any(Trainer(settings, tmp_path / "none").draw().tasks)
+
+
 def scored_file(folder: Path, *scores: float) -> Path:
     """Pairs about red boats, alike, and about blue ones, not: by their score."""
     rows = [
@@ -531,7 +551,7 @@ def test_the_teacher_says_what_is_no_negative_and_how_near_the_others_are(
         targets=np.stack([*vectors_of.values()]),
     )
     objective = Objective(teach, taught, torch.device("cpu"))
-    draw = Draw(examples, [f"n{n}" for n in range(4)], [0, 1, 2, 3], [], [])
+    draw = Draw(examples, [f"n{n}" for n in range(4)], [0, 1, 2, 3], [], [], [])
     generator = torch.Generator().manual_seed(1)
     vectors = torch.randn(12, len(axes), generator=generator)
     vectors = torch.nn.functional.normalize(vectors, dim=-1)
