@@ -239,8 +239,11 @@ drill: $(VENV)/.installed-test ## renew servers behind HAProxy and nginx, under 
 observability-check: $(VENV)/.installed-test ## the dashboard's queries on a real Prometheus, each alert by its fault
 	PYTHONPATH=. $(BIN)/python -m tests.docker.observability $(ARGS)
 
-# In a folder of its own, with what it downloads: an hour on two idle cores. Debian only.
+# In a folder of its own, with what it downloads: an hour on two idle cores. Debian only. STS, BANKING77 and
+# QUESTIONS name what is the reader's to fetch (small.sh says where it comes from).
 recipe: $(VENV)/.installed-test ## run the small model's whole recipe on a tenth of its data (SHARE=0.1)
+	@for name in STS BANKING77 QUESTIONS; do printenv $$name > /dev/null || \
+	    { echo "make recipe: set $$name, as the first lines of model/training/recipes/small.sh say" >&2; exit 2; }; done
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[training]'
 	for part in small small2 small3; do SHARE=$(or $(SHARE),0.1) PYTHON=$(BIN)/python \
 	    model/training/recipes/$$part.sh build/recipe || exit 1; done

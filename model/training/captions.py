@@ -239,7 +239,7 @@ def caption(rng: random.Random) -> str:
         text = f"{what} {is_done} being {deed.done} by {who} {where}"
     elif form < 0.22:
         text = f"{who} {are} not {deed.ing} {what} {where}"
-    elif form < 0.27 and who.startswith(("a ", "an ")):
+    elif form < 0.27 and not many and who.startswith(("a ", "an ")):
         text = f"there is no {who.partition(' ')[2]} {deed.ing} {what} {where}"
     elif form < 0.4:
         text = f"{who} {deed.ing} {what} {where}"

@@ -14,7 +14,6 @@ stand there, too; any other is refused, for it may be one of these misspelt. Kno
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ class DataError(ModelError):
 IGNORED = ("id", "_id", "source", "meta", "metadata")
 """Keys and columns that a file may have for its owner: of what it is made, not what it says."""
 _EXAMPLE = ("query", "positive", "negatives", "task", "symmetric")
+_LARGEST_SCORE = 1e9
 _SCORED = ("first", "second", "score", "task")
 
 
@@ -197,7 +197,8 @@ def _example(row: dict[str, Any], path: Path, number: int) -> Example:
 
 def _scored(row: dict[str, Any], where: str) -> ScoredPair:
     score = row.get("score")
-    if not isinstance(score, int | float) or isinstance(score, bool) or not math.isfinite(score):
+    number = isinstance(score, int | float) and not isinstance(score, bool)
+    if not number or not abs(score) <= _LARGEST_SCORE:  # NaN is not, either
         raise DataError(f"{where}: score is {'missing' if score is None else 'not a number'}")
     first, second = (text_of(row, key, where) for key in ("first", "second"))
     return ScoredPair(first, second, float(score), _task(row, where))

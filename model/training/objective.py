@@ -123,7 +123,9 @@ class Objective:
         return torch.from_numpy(rows).to(self._device)
 
     def _scores(self, scored: list[ScoredPair], vectors: Tensor) -> Tensor:
-        scores = torch.tensor([pair.score for pair in scored], device=self._device)
+        order = sorted({pair.score for pair in scored})  # float32 would make near ones equal
+        ranks = [order.index(pair.score) for pair in scored]
+        scores = torch.tensor(ranks, device=self._device)
         loss = partial(ranking_loss, scores=scores, temperature=self._settings.temperature)
         return nested(loss, self._widths, *vectors[-2 * len(scored) :].chunk(2))
 

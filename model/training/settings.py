@@ -1,7 +1,7 @@
 """Every choice of a training run, read from one JSON file. Stage 1 and stage 2 are values of it.
 
-A run without `data` only distils. Relative paths start at the settings file. Values that make no
-sense, alone or together, are refused before anything is read.
+A run without `data` distils, or learns from scored pairs alone. Relative paths start at the
+settings file. Values that make no sense, alone or together, are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ class TrainingSettings:
             raise TrainingSettingsError("texts_per_step needs texts")
         if bool(self.scored_per_step) != bool(self.scored):
             raise TrainingSettingsError("scored and scored_per_step need one another")
+        if self.instructed and not self.texts_per_step:
+            raise TrainingSettingsError("instructed, a part of the texts, needs texts_per_step")
         if self.scored_per_step == 1:
             raise TrainingSettingsError("scored_per_step is 1: scores are compared, so 2 or more")
         if self.words and not (self.texts and self.projection):

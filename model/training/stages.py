@@ -214,6 +214,8 @@ def main() -> None:
     sts = sts_rows(arguments.sts) if arguments.sts else []
     banking = banking_rows(arguments.banking77, development=False) if arguments.banking77 else []
     uttered = training_utterances(arguments.utterances) if arguments.utterances else []
+    if arguments.utterances and not uttered:
+        raise DataError(f"{arguments.utterances} holds no clinc150-train.jsonl.gz")
     labelled = [text for text, _ in banking + uttered]
     labelled += [text for row in sts for text in (row.first, row.second)]
     if arguments.by == "label":

@@ -1,4 +1,4 @@
-"""Questions about rare terms: of each passage one or two of its rarest words, asked for.
+"""Questions about rare terms: of each passage one or two of its rare words, asked for.
 
     python -m model.training.terms DATA [--most 60000]
 
@@ -24,7 +24,7 @@ from model.training.sources import SEED, TASK_QUESTION, Pair
 
 TASK_KEYWORDS = "Given keywords, retrieve the passage that they stand in"
 RARE = 30
-"""A rare word stands in so many of all passages at most."""
+"""A rare word stands in so many of the passages that are asked about, at most."""
 LONGEST = 3
 """Words of a term."""
 SHORTEST_PASSAGE = 80
@@ -45,8 +45,7 @@ def terms(passage: str, frequency: Counter[str]) -> list[str]:
             last.append(word)
         else:
             runs.append([word])
-    found = {passage[run[0].start() : run[-1].end()] for run in runs}
-    return sorted(found, key=passage.index)
+    return list(dict.fromkeys(passage[run[0].start() : run[-1].end()] for run in runs))
 
 
 def document_frequency(passages: Iterable[str]) -> Counter[str]:
@@ -59,7 +58,7 @@ def document_frequency(passages: Iterable[str]) -> Counter[str]:
 
 def term_pairs(passages: dict[str, str], rng: random.Random) -> Iterator[Pair]:
     """passages: passage -> its source. Half the pairs ask what a term is; of the others half are
-    the term alone, half two terms of the passage."""
+    two terms of a passage that has two, and the rest one alone."""
     frequency = document_frequency(passages)
     for passage, source in passages.items():
         found = terms(passage, frequency)

@@ -203,7 +203,8 @@ class Trainer:
         else:
             export_like(self.start, self.model, target, dtype=dtype, name=name)
         kind = f"LoRA of rank {r}, merged" if (r := self.settings.lora_rank) else "all weights"
-        learnt = f"stage {self.settings.stage}" if self.settings.data else "distillation"
+        s = self.settings
+        learnt = f"stage {s.stage}" if s.data else "distillation" if s.texts_per_step else "scores"
         write_papers(self.start, target, f"{steps} steps of `nv-embed train` ({learnt}; {kind}).")
         return target
 
@@ -280,7 +281,7 @@ class Trainer:
     # What one step learns from
 
     def draw(self) -> Draw:
-        """The examples, negatives and texts of this step."""
+        """The examples, negatives, texts and scored pairs of this step."""
         s, corpus = self.settings, self.corpus
         examples = [
             corpus.examples[row]

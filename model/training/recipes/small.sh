@@ -7,6 +7,7 @@
 # them stage 2 learns from the retrieval pairs alone. QUESTIONS holds the files that questions.py
 # describes; without them three of the six validation sets are not made. BY=label makes Banking77
 # contrastive by label instead of by example. SHARE=0.1: a tenth (steps.sh).
+set -euo pipefail
 TOKENIZER="${TOKENIZER:+$(realpath "$TOKENIZER")}"
 source "$(dirname "$0")/steps.sh"
 tokenizer="${TOKENIZER:-$shipped/tokenizer.json}"

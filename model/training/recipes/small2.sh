@@ -6,6 +6,7 @@
 #     BANKING77=/abs/train.csv QUESTIONS=/abs/questions model/training/recipes/small2.sh [WORK]
 # The projection of the start is found again from its vectors (align.py): with a new fit the model
 # would have to turn all that it knows.
+set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 needs STS BANKING77 QUESTIONS
 
@@ -13,6 +14,10 @@ step "fresh texts" 5
 package perl-doc wamerican-huge
 if [ ! -f data/texts2-clean ]; then
   "$python" -m model.training.questions data --debian debian --questions "$QUESTIONS"
+  if [ "$share" != 1 ]; then # small.sh has cut the others
+    head -n "$(part_of 881236)" data/texts2.jsonl > texts2.part
+    mv texts2.part data/texts2.jsonl
+  fi
   clean data/texts2.jsonl
   clean data/pairs2.jsonl
   touch data/texts2-clean

@@ -5,12 +5,13 @@
 #   EVALUATION="/abs/cisi /abs/sts-dev.csv /abs/train.csv" STS=/abs/sts-train.csv \
 #     BANKING77=/abs/train.csv QUESTIONS=/abs/questions model/training/recipes/small3.sh [WORK]
 # PARALLEL=1 trains both runs of stage 1 at a time, one on each core.
+set -euo pipefail
 source "$(dirname "$0")/steps.sh"
 needs STS BANKING77 QUESTIONS
 
 step "rare terms and captions" 4
 if [ ! -f data/texts3.jsonl ]; then
-  "$python" -m model.training.terms data --most "$(part_of 60000)"
+  "$python" -m model.training.terms data
   "$python" -m model.training.captions data/captions.jsonl --most "$(part_of 60000)"
   for made in pairs pairs2 pairs3 captions; do
     clean "data/$made.jsonl"
@@ -32,6 +33,7 @@ done
 if [ ! -d third-start ]; then
   start=second
   [ -d "$start" ] || start="$shipped"
+  rm -rf third-start.part
   cp -r "$start" third-start.part
   mv third-start.part third-start
 fi
@@ -68,8 +70,9 @@ fi
 step "stage 1, twice, and the mean" 130
 if [ -n "${PARALLEL:-}" ]; then
   train stage5 &
-  train stage6
-  wait
+  other=$!
+  train stage6 || { wait "$other" || true; exit 1; }
+  wait "$other"
 else
   train stage5
   train stage6

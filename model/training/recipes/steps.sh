@@ -2,7 +2,6 @@
 # run in this order in one folder. Every step is skipped when its result exists; a training run that
 # was stopped goes on. SHARE=0.1 takes a tenth of all texts, pairs and steps: to see that every step
 # works (`make recipe`).
-set -euo pipefail
 share="${SHARE:-1}"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 work="${1:-build/small}"
@@ -59,6 +58,7 @@ package() { # Debian packages, unpacked below debian/
   local name
   for name in "$@"; do
     if [ ! -d "debian/$name" ]; then
+      rm -f debs/"$name"_*.deb # of another version
       (cd debs && apt-get download "$name")
       rm -rf "debian/$name.part"
       dpkg -x debs/"$name"_*.deb "debian/$name.part"

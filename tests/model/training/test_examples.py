@@ -76,6 +76,7 @@ def test_scored_pairs(tmp_path: Path) -> None:
         ({"score": "3"}, "score is not a number"),
         ({"score": True}, "score is not a number"),
         ({"score": float("nan")}, "score is not a number"),
+        ({"score": 10**400}, "score is not a number"),
         ({"second": ""}, "second is empty"),
         ({"first": 1}, "first is not a text"),
         ({"task": 1}, "task is not a text"),

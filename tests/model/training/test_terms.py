@@ -26,6 +26,7 @@ SEEN = Counter(dict.fromkeys(COMMON.split(), terms.RARE + 1))
         ("zeugma, qua the tool", ["zeugma", "qua"]),  # a comma parts them
         ("a q file reads py_build.c and c++ again", ["py_build.c", "c++"]),
         ("zeugma the zeugma", ["zeugma"]),
+        ("zeugma qua the zeugma", ["zeugma qua", "zeugma"]),
         ("the tool reads a file", []),
     ],
 )

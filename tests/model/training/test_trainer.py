@@ -29,8 +29,8 @@ from model.training import deepen
 from model.training.attention import grouped_products
 from model.training.average import average
 from model.training.corpus import Shuffle, load_corpus
-from model.training.examples import DataError, Example, is_held_out
-from model.training.losses import soft_label_loss
+from model.training.examples import DataError, Example, ScoredPair, is_held_out
+from model.training.losses import ranking_loss, soft_label_loss
 from model.training.network import load_trained
 from model.training.objective import Draw, Objective
 from model.training.plot import _smooth, plot
@@ -98,10 +98,14 @@ def test_the_loss_falls(finished: Path) -> None:
     assert {"validation_mrr", "validation_cosine"} <= lines[-1].keys()
 
 
-@pytest.mark.parametrize("changes", [{}, {"stage": 2}, {"optimizer": "muon"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"stage": 2}, {"optimizer": "muon"}, {"scored_per_step": 4, "instructed": 0.5}]
+)
 def test_a_stopped_run_goes_on_exactly(
     settings: TrainingSettings, finished: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    if "scored_per_step" in changes:
+        changes = {**changes, "scored": str(scored_file(tmp_path, 1, 2, 3, 4, 5))}
     if changes:
         settings = dataclasses.replace(settings, **changes)
         Trainer(settings, tmp_path / "whole").run(progress=False)
@@ -259,12 +263,47 @@ def test_a_share_of_texts_is_read_behind_instructions(
     around = {str(prompt) for _, prompt in prompts}
     assert len(around) > 10
     assert all("Instruct: " in prompt for prompt in around)
-    losses, _ = trainer.backward(draw)
-    assert losses["distillation"] > 0
+    vectors, _ = trainer.embed(draw.prompted(trainer.family))
+    rows = [trainer.corpus.places[text] for text in draw.texts]
+    wanted = torch.from_numpy(trainer.corpus.targets[rows])
+    distances = 1 - (vectors[-40:] * wanted).sum(-1)
+    alone = dataclasses.replace(draw, examples=[], negatives=[], owners=[])
+    losses = trainer.objective.losses(alone, vectors[-40:])
+    assert losses["distillation"].item() == pytest.approx(distances.mean().item(), rel=1e-5)
     half = Trainer(dataclasses.replace(whole, instructed=0.5), tmp_path / "half").draw()
     assert 8 < sum(map(bool, half.tasks)) < 32
     assert half.texts == draw.texts
     assert not any(Trainer(settings, tmp_path / "none").draw().tasks)
+
+
+def test_each_text_of_a_step_stands_at_its_place(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    """Scored pairs beside all else: their loss is of their own rows, asked with their own task."""
+    trainer = Trainer(dataclasses.replace(settings, texts_per_step=2), tmp_path / "run")
+    examples = [Example("q0", "p0", ("n0",), "ask"), Example("q1", "p1", (), "compare", True)]
+    scored = [ScoredPair("a0", "b0", 1.0, "like"), ScoredPair("a1", "b1", 4.0)]
+    draw = Draw(examples, ["n0"], [0], ["t0", "t1"], ["", "find"], scored)
+    asked = [("q0", "ask"), ("q1", "compare"), ("p0", ""), ("p1", "compare"), ("n0", "")]
+    asked += [("t0", ""), ("t1", "find"), ("a0", "like"), ("a1", ""), ("b0", "like"), ("b1", "")]
+    family = trainer.family
+    expected = [
+        (text, family.prompt("query" if task or text[0] in "qab" else "passage", task))
+        for text, task in asked
+    ]
+    assert draw.prompted(family) == expected
+    vectors = torch.nn.functional.normalize(
+        torch.randn(11, 32, generator=torch.Generator().manual_seed(2)), dim=-1
+    )
+    losses = trainer.objective.losses(draw, vectors)
+    wanted = ranking_loss(
+        vectors[7:9],
+        vectors[9:],
+        torch.tensor([1.0, 4.0]),
+        temperature=settings.temperature,
+    )
+    assert losses["scores"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert trainer.objective.weight("scores") == settings.scored_weight
 
 
 def scored_file(folder: Path, *scores: float) -> Path:
@@ -621,6 +660,7 @@ def test_a_weight_repeats_rows(
         ({"vectors": None}, "texts need vectors$"),
         ({"scored": "x.jsonl"}, "scored and scored_per_step need one another"),
         ({"scored_per_step": 4}, "scored and scored_per_step need one another"),
+        ({"data": {"x.jsonl": 1}, "texts_per_step": 0, "instructed": 0.5}, "needs texts_per_step"),
         ({"scored": "x.jsonl", "scored_per_step": 1}, "scored_per_step is 1: scores are compared"),
         ({"data": {}, "texts_per_step": 0}, "nothing to learn"),
         ({"dtype": "int8"}, "dtype"),
