@@ -77,3 +77,5 @@ else
   train stage5
   train stage6
 fi
+"$python" -m model.training.average third runs/{stage5,stage6}/checkpoint
+echo "the model: $PWD/third"
