@@ -197,9 +197,10 @@ def _example(row: dict[str, Any], path: Path, number: int) -> Example:
 
 def _scored(row: dict[str, Any], where: str) -> ScoredPair:
     score = row.get("score")
-    number = isinstance(score, int | float) and not isinstance(score, bool)
-    if not number or not abs(score) <= _LARGEST_SCORE:  # NaN is not, either
+    if not isinstance(score, int | float) or isinstance(score, bool):
         raise DataError(f"{where}: score is {'missing' if score is None else 'not a number'}")
+    if not abs(score) <= _LARGEST_SCORE:
+        raise DataError(f"{where}: score is no number up to {_LARGEST_SCORE:g}")
     first, second = (text_of(row, key, where) for key in ("first", "second"))
     return ScoredPair(first, second, float(score), _task(row, where))
 
