@@ -179,8 +179,15 @@ def test_a_task_that_has_no_place_is_refused(pairs: dict[bool, Path], tmp_path: 
     source = write_sibling(tmp_path / "mean", "bidirectional-mean")
     with pytest.raises(TrainingSettingsError, match=r"take no task: .*'find the phrase'"):
         Trainer(settings(source, pairs[True]), tmp_path / "run")
+    (tmp_path / "texts.jsonl").write_text('{"text": "a text"}\n')
+    (tmp_path / "vectors").mkdir()
+    np.save(tmp_path / "vectors/00000.npy", np.ones((1, 8), dtype=np.float16))
+    texts = {"texts": str(tmp_path / "texts.jsonl"), "vectors": str(tmp_path / "vectors")}
     with pytest.raises(TrainingSettingsError, match=r"take no task: .* and `instructed`"):
-        Trainer(settings(source, pairs[False], instructed=0.5), tmp_path / "run")
+        Trainer(
+            settings(source, pairs[False], instructed=0.5, texts_per_step=1, **texts),
+            tmp_path / "run",
+        )
 
 
 def test_what_is_not_an_nv_embed_has_no_ablation(pairs: dict[bool, Path], tmp_path: Path) -> None:
