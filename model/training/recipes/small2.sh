@@ -24,7 +24,7 @@ if [ ! -f data/texts2-clean ]; then
 fi
 step "the teacher's vectors, and of words" 15
 # The first so many, half of them fresh; one core embeds 150 to 350 a second.
-"$python" -m model.training.words data/texts2.jsonl vectors2 words2 --last-text "$(part_of 81920)"
+"$python" -m model.training.words data/texts2.jsonl vectors2 words2 --last-text "$(part_of 81920 2048)"
 if [ ! -d lower ]; then # the teacher reads small letters alone, and so does what learns from it
   start=nv-embed-small
   [ -d "$start" ] || start="$shipped"
@@ -35,7 +35,7 @@ if [ ! -d lower ]; then # the teacher reads small letters alone, and so does wha
 fi
 if [ ! -f projection.safetensors ]; then
   "$python" -m model.training.align lower projection.safetensors \
-    --texts data/texts2.jsonl --vectors vectors2 --last-text "$(part_of 8192)"
+    --texts data/texts2.jsonl --vectors vectors2 --last-text "$(part_of 8192 2048)" # fewer are none to fit to
 fi
 step "distillation word by word, then of whole texts" 12
 train distil5

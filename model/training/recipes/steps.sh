@@ -32,8 +32,9 @@ step() { # its name and how long it took here, two cores shared with other work
   echo "== $1 (about $2 min)"
 }
 
-part_of() { # a whole number's share, at least 1
-  "$python" -c 'import sys; print(max(1, round(float(sys.argv[1]) * float(sys.argv[2]))))' "$1" "$share"
+part_of() { # a whole number's share, at least 1, or as many as the second number says
+  "$python" -c 'import sys; n, share, least = map(float, sys.argv[1:]); print(round(max(least, n * share)))' \
+    "$1" "$share" "${2:-1}"
 }
 
 train() { # a run by the settings of this name
