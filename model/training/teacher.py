@@ -138,6 +138,12 @@ def _rows(path: Path) -> int:
         return 0
 
 
+def save_shard(path: Path, rows: NDArray[np.generic]) -> None:
+    """The file appears when it is whole."""
+    with user_files.replacing_bytes(path, 0o644) as file:
+        np.save(file, rows, allow_pickle=False)
+
+
 def load_vectors(folder: Path) -> NDArray[np.float16]:
     """All whole shards, [n, W]; n may be less than the number of texts. Raises DataError."""
     shards = []
@@ -178,10 +184,7 @@ def main() -> None:
     encode = _embedding(arguments)
     for path, some in missing_shards(texts, arguments.out):
         rows = encode(some)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, rows.astype(np.float16), allow_pickle=False)
-        part.rename(path)
+        save_shard(path, rows.astype(np.float16))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from model import console
 from model.batch import Encoding
 from model.tokenizer import BOS_ID, EOS_ID
 from model.training.examples import DataError, read_texts
-from model.training.teacher import Projection, Teacher, missing_shards
-from model.user_files import replacing_bytes
+from model.training.teacher import Projection, Teacher, missing_shards, save_shard
 
 _WORD_START = "\u2581"
 """What a SentencePiece vocabulary writes for the space in front of a word."""
@@ -155,11 +154,6 @@ class WordTeacher:
         return vectors, words
 
 
-def _save(path: Path, rows: NDArray[np.generic]) -> None:
-    with replacing_bytes(path, 0o644) as file:
-        np.save(file, rows, allow_pickle=False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="The teacher's states of texts and their words.")
     parser.add_argument("texts", type=Path)
@@ -179,9 +173,9 @@ def main() -> None:
         vectors, words = teacher.encode(some)
         counts = np.array([len(rows) for rows in words], dtype=np.int32)
         of_words = arguments.words / path.name
-        _save(of_words.with_suffix(".counts"), counts)
-        _save(of_words, np.concatenate(words).astype(np.float16))
-        _save(path, vectors.astype(np.float16))  # last: then all are there
+        save_shard(of_words.with_suffix(".counts"), counts)
+        save_shard(of_words, np.concatenate(words).astype(np.float16))
+        save_shard(path, vectors.astype(np.float16))  # last: then all are there
 
 
 if __name__ == "__main__":
